@@ -1,0 +1,144 @@
+"""Which backend runs an op: the only place in the package that decides.
+
+A backend is a module of this folder with the ops of `OPS` as functions (all of one signature per op, the one of
+`eager`), `available(device_type) -> (bool, reason)` and `supports(op, **facts) -> reason or None`. One that
+quantizes inside its GEMM also has `qlinear`. Nothing is probed at import: the first `choose` asks, and the answers
+are kept.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+from dataclasses import dataclass
+from types import ModuleType
+
+#: The ops a backend may offer; `eager` offers all of them.
+OPS = (
+    "quantize_weight",
+    "quantize_activation",
+    "qgemm",
+    "qembedding",
+    "layernorm_quantize",
+    "gelu_quantize",
+    "qattention",
+)
+#: Fastest exact path first, by device type.
+ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
+NAMES = ("eager", "triton", "cuda", "cpu")
+#: Paths that `strict` refuses unless they were asked for by name.
+SLOW = ("eager",)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend picked for an op, and the reason in words."""
+
+    backend: str
+    reason: str
+
+    @property
+    def module(self) -> ModuleType:
+        return _module(self.backend)
+
+
+class BackendError(RuntimeError):
+    """No backend can run the op as asked; the message names the op, the reason and the alternatives."""
+
+
+@functools.cache
+def _module(name: str) -> ModuleType:
+    return importlib.import_module(f"dqkernels.backends.{name}")
+
+
+@functools.cache
+def available(name: str, device_type: str) -> tuple[bool, str]:
+    """Whether backend `name` can take tensors of `device_type` here, and why (not).
+
+    A broken optional part (no Triton, no compiled core) is a reason, never an exception.
+    """
+    try:
+        return _module(name).available(device_type)
+    except ImportError as error:
+        return False, f"import failed: {error}"
+
+
+def refresh() -> None:
+    """Forgets what was probed; for tests that change the environment."""
+    available.cache_clear()
+    _choose.cache_clear()
+
+
+def requested(backend: str) -> tuple[str, str]:
+    """The backend asked for and by whom; DQKERNELS_BACKEND speaks where the config says `auto`.
+
+    Raises:
+        ValueError: if DQKERNELS_BACKEND holds an unknown name; the message lists the valid ones.
+    """
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend must be one of {['auto', *NAMES]}, got {backend!r}")
+    if backend != "auto":
+        return backend, f"backend={backend!r}"
+    variable = os.environ.get("DQKERNELS_BACKEND", "")
+    if variable in ("", "auto"):
+        return "auto", ""
+    if variable not in NAMES:
+        raise ValueError(f"DQKERNELS_BACKEND must be one of {['auto', *NAMES]}, got {variable!r}")
+    return variable, f"DQKERNELS_BACKEND={variable}"
+
+
+def refusal(name: str, op: str, device_type: str, facts: dict) -> str | None:
+    """Why backend `name` cannot run `op` for tensors like these; None when it can."""
+    usable, reason = available(name, device_type)
+    if not usable:
+        return reason
+    module = _module(name)
+    if not hasattr(module, op):
+        return f"has no {op}"
+    return module.supports(op, **facts)
+
+
+def choose(op: str, device_type: str, backend: str = "auto", strict: bool = False, **facts) -> Choice:
+    """Picks the backend for one op.
+
+    Args:
+        op: a name of `OPS`.
+        device_type: `cpu`, `cuda`, ... of the input.
+        backend: `auto` or the one to force.
+        strict: refuse a slow path that was not asked for by name.
+        **facts: what the op is asked for (bits, group_size, mode, ...), hashable; backends judge by them.
+
+    Raises:
+        BackendError: if the forced backend cannot run the op, or under `strict` if only a slow path can.
+        ValueError: for an unknown backend name.
+    """
+    name, source = requested(backend)
+    return _choose(op, device_type, name, source, strict, tuple(facts.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(op: str, device_type: str, name: str, source: str, strict: bool, fact_items: tuple) -> Choice:
+    facts = dict(fact_items)
+    if name != "auto":
+        why_not = refusal(name, op, device_type, facts)
+        if why_not is None:
+            return Choice(name, f"forced by {source}")
+        others = [n for n in NAMES if n != name and refusal(n, op, device_type, facts) is None]
+        raise BackendError(
+            f"{source} cannot run {op} on {device_type}: {why_not}. "
+            f"Backends that can: {', '.join(others) or 'none'}"
+        )
+    passed = []
+    for candidate in ORDER.get(device_type, ("eager",)):
+        why_not = refusal(candidate, op, device_type, facts)
+        if why_not is None:
+            if strict and candidate in SLOW:
+                raise BackendError(
+                    f"strict=True refuses the {candidate} path of {op} on {device_type}: "
+                    f"{'; '.join(passed) or 'no faster backend exists for this device'}. "
+                    f"Use strict=False, or ask for it with backend={candidate!r}"
+                )
+            return Choice(candidate, "; ".join(passed) or "first choice for this device")
+        passed.append(f"{candidate}: {why_not}")
+    raise BackendError(f"no backend can run {op} on {device_type}: {'; '.join(passed)}")

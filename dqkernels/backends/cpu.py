@@ -1,0 +1,42 @@
+"""The compiled C++ core (`_C`) for CPU tensors."""
+
+from __future__ import annotations
+
+import torch
+
+from dqkernels import qmath
+from dqkernels.config import LayerConfig
+from dqkernels.kernels import native
+
+
+def available(device_type: str) -> tuple[bool, str]:
+    """True for CPU tensors when the compiled core loads."""
+    if device_type != "cpu":
+        return False, f"takes cpu tensors, not {device_type}"
+    if native.native() is None:
+        return False, native.why_absent()
+    return True, f"compiled core, {native.native().cpu_isa()}"
+
+
+def supports(op: str, **facts) -> str | None:
+    """The ops defined here take every option of the op table."""
+    return None
+
+
+def quantize_activation(
+    x: torch.Tensor,
+    mode: str,
+    clip: float | None = None,
+    act_scale: torch.Tensor | None = None,
+    want_sum: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See `qmath.quantize_activation`; the same bits."""
+    return native.quantize_rows(x, mode, clip, act_scale, want_sum)
+
+
+def quantize_weight(
+    weight: torch.Tensor, layer: LayerConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Codes by `qmath`, packed by the core."""
+    quantized = qmath.quantize_weight(weight, layer)
+    return native.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult

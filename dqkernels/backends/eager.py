@@ -1,0 +1,33 @@
+"""Plain torch on any device: exact, complete, and the specification's twin. Slow by design."""
+
+from __future__ import annotations
+
+import torch
+
+from dqkernels import packing, qmath, reference
+from dqkernels.config import LayerConfig
+
+layernorm_quantize = reference.layernorm_quantize
+gelu_quantize = reference.gelu_quantize
+qattention = reference.qattention
+qembedding = reference.qembedding
+quantize_activation = qmath.quantize_activation
+qgemm = reference.qgemm
+
+
+def available(device_type: str) -> tuple[bool, str]:
+    """Always there."""
+    return True, "plain torch"
+
+
+def supports(op: str, **facts) -> str | None:
+    """Everything."""
+    return None
+
+
+def quantize_weight(
+    weight: torch.Tensor, layer: LayerConfig
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """Float [N, K] -> packed codes, scale fp32 [N] or [1], group multipliers uint8 [N, G] or None."""
+    quantized = qmath.quantize_weight(weight, layer)
+    return packing.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult

@@ -1,0 +1,266 @@
+"""What to quantize and how: `DQConfig`, checked once, frozen, and plain JSON on disk.
+
+Bits are written weights-embeddings-activations (`2-2-8`), layers encoder-decoder (`6-3`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+QUANT_METHOD = "dqkernels"
+FORMAT_VERSION = 1
+
+WEIGHT_BITS = (2, 4, 8)
+#: 16 leaves the embedding (and a tied lm_head) in the model's own dtype.
+EMBEDDING_BITS = (2, 4, 8, 16)
+QUANTIZERS_BY_BITS = {2: ("ternary", "four_level"), 4: ("absmax", "mse"), 8: ("absmax", "mse")}
+#: Post-training defaults, chosen by the measurement in docs/measured.md ("Which quantizer by default").
+DEFAULT_QUANTIZER = {2: "four_level", 4: "absmax", 8: "absmax"}
+WEIGHT_QUANTIZERS = ("auto", "absmax", "mse", "ternary", "four_level")
+WEIGHT_GRANULARITIES = ("per_channel", "per_tensor")
+ACT_GRANULARITIES = ("per_token", "per_tensor", "static")
+GROUP_SIZES = (-1, 32, 64, 128)
+ATTENTION = ("auto", "int8", "float")
+HEADS = ("quantized", "float")
+BACKENDS = ("auto", "eager", "triton", "cuda", "cpu")
+#: What an entry of `overrides` may set; `skip` leaves the module in float.
+OVERRIDE_KEYS = (
+    "weight_bits",
+    "embedding_bits",
+    "weight_quantizer",
+    "weight_granularity",
+    "group_size",
+    "act_granularity",
+    "act_clip",
+    "weight_clip",
+    "skip",
+)
+#: Keys that transformers adds to a stored quantization_config; ignored on reading.
+_TRANSFORMERS_KEYS = ("quant_method", "modules_to_not_convert")
+_PRESET = re.compile(r"dq-bart-(\d+)-(\d+)-(\d+)")
+
+
+@dataclass(frozen=True)
+class LayerConfig:
+    """The resolved choice for one module: no `auto`, no regex left.
+
+    Attributes:
+        bits: 2, 4 or 8, of the weight codes.
+        quantizer: `absmax`, `mse`, `ternary` or `four_level`.
+        granularity: `per_channel` (one fp32 scale per output row) or `per_tensor`.
+        group_size: -1, or 32/64/128 input features that share one integer multiplier.
+        act_granularity: `per_token`, `per_tensor` or `static`.
+        act_clip: activations are clamped to [-act_clip, act_clip] first, or None.
+        weight_clip: the same for the float weights, or None.
+    """
+
+    bits: int
+    quantizer: str
+    granularity: str = "per_channel"
+    group_size: int = -1
+    act_granularity: str = "per_token"
+    act_clip: float | None = None
+    weight_clip: float | None = None
+
+    @property
+    def four_level(self) -> bool:
+        """True when code c stands for the level c + 1/2."""
+        return self.quantizer == "four_level"
+
+
+@dataclass(frozen=True)
+class DQConfig:
+    """Configuration of weight and activation quantization.
+
+    Args:
+        weight_bits: bits of `nn.Linear` weights: 2, 4 or 8.
+        act_bits: bits of activations: 8.
+        embedding_bits: bits of the token embedding and of an lm_head tied to it: 2, 4, 8, or 16 to leave both
+            in the model's dtype.
+        weight_quantizer: `auto` (the measured default of each width), `absmax` or `mse` for 4- and 8-bit
+            tensors, `ternary` (TWN) or `four_level` (+-1/2, +-3/2) for 2-bit ones. A tensor of another width
+            uses the default of its width.
+        weight_granularity: `per_channel`, or `per_tensor` (DQ-BART's rule; embeddings stay row-wise).
+        group_size: -1, or 32/64/128 for group-wise integer multipliers at 2 and 4 bits.
+        act_granularity: `per_token`, `per_tensor` (DQ-BART's rule: results depend on batch mates), or `static`
+            (run `dqkernels.calibrate` first).
+        act_clip: clamp activations to +-act_clip before their maximum is taken (DQ-BART: 2.5).
+        weight_clip: clamp weights to +-weight_clip before they are quantized (DQ-BART: 2.5).
+        attention: `auto` (int8 in patched families, float elsewhere), `int8` or `float`.
+        head: `quantized`, or `float` to leave the output head in float (what the DQ-BART code does).
+        overrides: `{regex: {key: value}}`; a module whose full name matches takes these values. The last
+            matching entry wins. `{"skip": True}` leaves a module in float.
+        strict: raise instead of taking a slower or wider path.
+        backend: `auto`, or the one to force: `eager`, `triton`, `cuda`, `cpu`.
+
+    Raises:
+        ValueError: naming the argument, the value found and the values wanted.
+    """
+
+    weight_bits: int = 4
+    act_bits: int = 8
+    embedding_bits: int = 8
+    weight_quantizer: str = "auto"
+    weight_granularity: str = "per_channel"
+    group_size: int = -1
+    act_granularity: str = "per_token"
+    act_clip: float | None = None
+    weight_clip: float | None = None
+    attention: str = "auto"
+    head: str = "quantized"
+    overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    strict: bool = False
+    backend: str = "auto"
+
+    #: Read by transformers to find the quantizer plug-in.
+    quant_method = QUANT_METHOD
+
+    def __post_init__(self) -> None:
+        _check_choice("weight_bits", self.weight_bits, WEIGHT_BITS)
+        _check_choice("act_bits", self.act_bits, (8,))
+        _check_choice("embedding_bits", self.embedding_bits, EMBEDDING_BITS)
+        _check_choice("weight_quantizer", self.weight_quantizer, WEIGHT_QUANTIZERS)
+        _check_choice("weight_granularity", self.weight_granularity, WEIGHT_GRANULARITIES)
+        _check_choice("group_size", self.group_size, GROUP_SIZES)
+        _check_choice("act_granularity", self.act_granularity, ACT_GRANULARITIES)
+        _check_choice("attention", self.attention, ATTENTION)
+        _check_choice("head", self.head, HEADS)
+        _check_choice("backend", self.backend, BACKENDS)
+        _check_choice("strict", self.strict, (True, False))
+        _check_clip("act_clip", self.act_clip)
+        _check_clip("weight_clip", self.weight_clip)
+        if not isinstance(self.overrides, Mapping):
+            raise ValueError(f"overrides must be a dict of regex -> dict, got {type(self.overrides).__name__}")
+        for pattern, entry in self.overrides.items():
+            try:
+                re.compile(pattern)
+            except (re.error, TypeError) as error:
+                raise ValueError(f"overrides: {pattern!r} is not a regular expression: {error}") from None
+            if not isinstance(entry, Mapping):
+                raise ValueError(f"overrides[{pattern!r}] must be a dict, got {type(entry).__name__}")
+            unknown = sorted(set(entry) - set(OVERRIDE_KEYS))
+            if unknown:
+                raise ValueError(
+                    f"overrides[{pattern!r}] has unknown keys {unknown}; known are {list(OVERRIDE_KEYS)}"
+                )
+            if not isinstance(entry.get("skip", False), bool):
+                raise ValueError(f"overrides[{pattern!r}]['skip'] must be true or false, got {entry['skip']!r}")
+            # Checked here, so that a bad value is refused when written and not when a module first matches.
+            dataclasses.replace(self, overrides={}, **{k: v for k, v in entry.items() if k != "skip"})
+        # Plain dicts inside: the config must be JSON and must not change when the caller's dict does.
+        object.__setattr__(self, "overrides", {p: dict(e) for p, e in self.overrides.items()})
+        if self.weight_granularity == "per_tensor" and self.group_size != -1:
+            raise ValueError(
+                f"group_size={self.group_size} needs weight_granularity='per_channel', got 'per_tensor'"
+            )
+
+    @classmethod
+    def preset(cls, name: str) -> DQConfig:
+        """The DQ-BART paper's exact rules: `dq-bart-W-E-8`, for example `dq-bart-2-2-8`.
+
+        Per-tensor scales for linear weights and activations, row-wise embeddings, clip at +-2.5, TWN ternary
+        at 2 bits and absmax above (paper.md sections 1.2 and 1.3), with the tied output head packed too.
+
+        Raises:
+            ValueError: if `name` is not of that form or a width is not supported.
+        """
+        match = _PRESET.fullmatch(name)
+        if match is None:
+            raise ValueError(f"preset must look like 'dq-bart-2-2-8' (weights-embeddings-activations), got {name!r}")
+        weight_bits, embedding_bits, act_bits = (int(bits) for bits in match.groups())
+        return cls(
+            weight_bits=weight_bits,
+            embedding_bits=embedding_bits,
+            act_bits=act_bits,
+            weight_quantizer="ternary",
+            weight_granularity="per_tensor",
+            act_granularity="per_tensor",
+            act_clip=2.5,
+            weight_clip=2.5,
+        )
+
+    @property
+    def name(self) -> str:
+        """Bits as the paper writes them, weights-embeddings-activations: `2-2-8`."""
+        return f"{self.weight_bits}-{self.embedding_bits}-{self.act_bits}"
+
+    def for_linear(self, module_name: str) -> LayerConfig | None:
+        """Resolved choice for the `nn.Linear` of this full name; None when it is to stay in float."""
+        return self._resolve(module_name, is_embedding=False)
+
+    def for_embedding(self, module_name: str) -> LayerConfig | None:
+        """Resolved choice for the token embedding of this full name; None when it is to stay in float."""
+        return self._resolve(module_name, is_embedding=True)
+
+    def _resolve(self, module_name: str, is_embedding: bool) -> LayerConfig | None:
+        config = self
+        for pattern, entry in self.overrides.items():
+            if re.search(pattern, module_name):
+                if entry.get("skip"):
+                    return None
+                config = dataclasses.replace(
+                    config, overrides={}, **{k: v for k, v in entry.items() if k != "skip"}
+                )
+        bits = config.embedding_bits if is_embedding else config.weight_bits
+        if bits == 16:
+            return None
+        quantizer = config.weight_quantizer
+        if quantizer not in QUANTIZERS_BY_BITS[bits]:
+            quantizer = DEFAULT_QUANTIZER[bits]
+        return LayerConfig(
+            bits=bits,
+            quantizer=quantizer,
+            # One scale for a whole vocabulary loses rare words; the paper's code is row-wise here too.
+            granularity="per_channel" if is_embedding else config.weight_granularity,
+            group_size=-1 if bits == 8 else config.group_size,
+            act_granularity=config.act_granularity,
+            act_clip=config.act_clip,
+            weight_clip=config.weight_clip,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON, with `quant_method` and `format_version`, as it stands in config.json."""
+        body = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        body["overrides"] = {p: dict(e) for p, e in self.overrides.items()}
+        return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **body}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> DQConfig:
+        """Reads what `to_dict` wrote.
+
+        Raises:
+            ValueError: for another quant_method, another format_version, or an unknown key, each by name.
+        """
+        data = dict(data)
+        method = data.get("quant_method", QUANT_METHOD)
+        if method != QUANT_METHOD:
+            raise ValueError(f"quant_method must be {QUANT_METHOD!r}, got {method!r}")
+        version = data.pop("format_version", FORMAT_VERSION)
+        if version != FORMAT_VERSION:
+            raise ValueError(
+                f"format_version is {version!r}, this dqkernels reads format_version {FORMAT_VERSION}: "
+                "use the dqkernels release that wrote the file, or quantize the float model again"
+            )
+        for key in _TRANSFORMERS_KEYS:
+            data.pop(key, None)
+        unknown = sorted(set(data) - {f.name for f in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"quantization_config has unknown keys {unknown}")
+        return cls(**data)
+
+
+def _check_choice(name: str, value: Any, choices: tuple) -> None:
+    # `True == 1` and `8.0 == 8` in Python; a config file must hold the very type.
+    if not any(type(value) is type(choice) and value == choice for choice in choices):
+        raise ValueError(f"{name} must be one of {list(choices)}, got {value!r}")
+
+
+def _check_clip(name: str, value: Any) -> None:
+    if value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < float("inf"):
+        raise ValueError(f"{name} must be None or a finite number above 0, got {value!r}")

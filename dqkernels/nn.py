@@ -1,0 +1,349 @@
+"""Modules that hold packed weights: `QLinear` and `QEmbedding`. They compute nothing; `ops` does."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from dqkernels import backends, ops, packing
+from dqkernels.config import LayerConfig
+
+#: Hooks and bookkeeping that a replacement module takes over from the module it replaces.
+_HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_pre_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+class PackedModule(nn.Module):
+    """A packed weight matrix: `qweight`, `weight_scale`, and `group_mult` when group-wise.
+
+    `qweight` and `group_mult` are uint8 parameters without gradient. `weight_scale` is a float32 buffer: as a
+    parameter it would be the first floating one of a BART, and transformers would read the model's dtype off it.
+    It stays float32 under `.half()` and `.to(dtype)`, and modules that share it go on sharing it.
+    """
+
+    def __init__(self, rows: int, columns: int, layer: LayerConfig, dtype: torch.dtype, device=None):
+        super().__init__()
+        self.layer = layer
+        self.backend, self.strict = "auto", False
+        self.compute_dtype = dtype
+        shape = packing.packed_shape(rows, columns, layer.bits)
+        scales = 1 if layer.granularity == "per_tensor" else rows
+        self.qweight = _frozen(torch.zeros(shape, dtype=torch.uint8, device=device))
+        self.register_buffer("weight_scale", torch.zeros(scales, dtype=torch.float32, device=device))
+        if layer.group_size == -1:
+            self.register_parameter("group_mult", None)
+        else:
+            groups = -(-columns // layer.group_size)
+            self.group_mult = _frozen(torch.ones(rows, groups, dtype=torch.uint8, device=device))
+
+    @property
+    def _rows(self) -> int:
+        raise TypeError("PackedModule is abstract")
+
+    @property
+    def _columns(self) -> int:
+        raise TypeError("PackedModule is abstract")
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """For code that asks a linear for `weight.dtype` or `.device` (T5's `wo`, `_init_weights`).
+
+        An empty tensor in the compute dtype; the floats themselves are `dequantize()`. While transformers loads a
+        float checkpoint it is the float parameter that is about to be packed.
+        """
+        slot = self._parameters.get("weight")
+        if slot is not None:
+            return slot
+        empty = torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)
+        empty._is_hf_initialized = True
+        return empty
+
+    def dequantize(self) -> torch.Tensor:
+        """The float matrix these codes stand for: fp32 [rows, columns]."""
+        return ops.dequantize_weight(*self._packed(), *self._format(), self._rows, self._columns)
+
+    def pack_(self, weight: torch.Tensor) -> None:
+        """Quantizes a float matrix [rows, columns] into this module, in place.
+
+        Raises:
+            ValueError: for another shape, or a weight that is not finite.
+        """
+        if tuple(weight.shape) != (self._rows, self._columns):
+            raise ValueError(f"weight must be [{self._rows}, {self._columns}], got {list(weight.shape)}")
+        layer = self.layer
+        qweight, scale, group_mult = ops.quantize_weight(
+            weight.detach(), layer.bits, layer.quantizer, layer.granularity, layer.group_size, layer.weight_clip
+        )
+        if not torch.isfinite(scale).all():
+            raise ValueError("weight has NaN or Inf values and cannot be quantized")
+        self.qweight = _frozen(qweight)
+        self.weight_scale = scale
+        if layer.group_size != -1:
+            self.group_mult = _frozen(group_mult)
+
+    def share_(self, other: PackedModule) -> None:
+        """Makes this module read the packed table of `other` (an lm_head tied to the embedding)."""
+        if other.layer.bits != self.layer.bits or (other._rows, other._columns) != (self._rows, self._columns):
+            raise ValueError("modules that share a packed table must agree in bits and shape")
+        self.qweight, self.weight_scale, self.group_mult = other.qweight, other.weight_scale, other.group_mult
+
+    def packed_bytes(self) -> int:
+        """Bytes of codes, scales and multipliers."""
+        return sum(t.numel() * t.element_size() for t in self._packed() if t is not None)
+
+    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        return self.qweight, self.weight_scale, self.group_mult
+
+    def _format(self) -> tuple[int, bool, int]:
+        return self.layer.bits, self.layer.four_level, self.layer.group_size
+
+    def _apply(self, fn, recurse=True):
+        """Moves and casts as any module, but keeps scales float32 and shared."""
+        kept = {name: self._buffers.pop(name) for name in ("weight_scale", "act_scale") if name in self._buffers}
+        super()._apply(fn, recurse)
+        for name, old in kept.items():
+            self._buffers[name] = None if old is None else _moved(old, fn)
+        cast = fn(torch.empty(0, dtype=self.compute_dtype, device=self._probe_device(fn)))
+        if cast.dtype.is_floating_point:
+            self.compute_dtype = cast.dtype
+        return self
+
+    def _probe_device(self, fn) -> torch.device:
+        # `to_empty` and `.to` work from any device; the qweight's own (already moved) is always a legal one.
+        return self.qweight.device
+
+    def _describe(self) -> str:
+        layer = self.layer
+        parts = [f"bits={layer.bits}", layer.quantizer, layer.granularity]
+        if layer.group_size != -1:
+            parts.append(f"group_size={layer.group_size}")
+        return ", ".join(parts)
+
+
+class QLinear(PackedModule):
+    """`y = activation(x . W^T + bias)` with packed 2/4/8-bit W and int8 activations.
+
+    Args:
+        in_features, out_features, bias: as in `nn.Linear`.
+        layer: the resolved quantization of this layer.
+        dtype: of the bias, and of `weight.dtype` as other code sees it.
+
+    Shapes: x [..., in_features] in float32, float16 or bfloat16; y [..., out_features] in x's dtype.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool = True,
+        *,
+        layer: LayerConfig,
+        dtype: torch.dtype = torch.float32,
+        device=None,
+    ):
+        super().__init__(out_features, in_features, layer, dtype, device)
+        self.in_features, self.out_features = in_features, out_features
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device), requires_grad=False)
+        else:
+            self.register_parameter("bias", None)
+        static = layer.act_granularity == "static"
+        # NaN until calibrated: an output that nobody calibrated must not look like one.
+        scale = torch.full((1,), float("nan"), dtype=torch.float32, device=device) if static else None
+        self.register_buffer("act_scale", scale)
+
+    @classmethod
+    def from_linear(cls, linear: nn.Linear, layer: LayerConfig, tied: PackedModule | None = None) -> QLinear:
+        """Packs an `nn.Linear`; hooks, bias and training flag are taken over.
+
+        Args:
+            linear: the float layer; it is not changed.
+            layer: the resolved quantization, for example `DQConfig(weight_bits=4).for_linear("fc1")`.
+            tied: a packed module whose table this layer shares instead of packing its own.
+
+        Raises:
+            ValueError: for non-finite weights or in_features > 131,071.
+        """
+        weight = linear.weight
+        # A tied table is adopted whole below; an empty one of the right shape costs nothing on the meta device.
+        new = cls(
+            linear.in_features,
+            linear.out_features,
+            linear.bias is not None,
+            layer=layer,
+            dtype=weight.dtype,
+            device=weight.device if tied is None else torch.device("meta"),
+        )
+        if tied is None:
+            new.pack_(weight)
+        else:
+            new.share_(tied)
+            if new.act_scale is not None:
+                new.act_scale = torch.full((1,), float("nan"), device=weight.device)
+        if linear.bias is not None:
+            new.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        return take_over(linear, new)
+
+    @property
+    def _rows(self) -> int:
+        return self.out_features
+
+    @property
+    def _columns(self) -> int:
+        return self.in_features
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        layer = self.layer
+        return ops.qlinear(
+            x,
+            self.qweight,
+            self.weight_scale,
+            self.group_mult,
+            self.bias,
+            None,
+            *self._format(),
+            self.out_features,
+            layer.act_granularity,
+            layer.act_clip,
+            self.act_scale,
+            "none",
+            x.dtype,
+            self.backend,
+            self.strict,
+        )
+
+    def kernel(self) -> str:
+        """The backend that runs this layer where it is now, and the reason: `eager (cpu: has no qgemm)`."""
+        layer = self.layer
+        device = self.qweight.device.type
+        try:
+            gemm, quantizer = ops.choose_qlinear(
+                device, layer.bits, layer.group_size, layer.act_granularity, self.backend, self.strict
+            )
+        except backends.BackendError as error:
+            return f"none ({error})"
+        with_quantizer = "" if quantizer is None or quantizer.backend == gemm.backend else f"+{quantizer.backend}"
+        return f"{gemm.backend}{with_quantizer} ({gemm.reason})"
+
+    def extra_repr(self) -> str:
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"bias={self.bias is not None}, {self._describe()}, act={self.layer.act_granularity}"
+        )
+
+
+class QEmbedding(PackedModule):
+    """Token embedding read from a packed table: `level * weight_scale * embed_scale`, one rounding.
+
+    Args:
+        num_embeddings, embedding_dim, padding_idx: as in `nn.Embedding`.
+        layer: the resolved quantization.
+        embed_scale: factor of BART's scaled word embedding; 1.0 otherwise.
+        dtype: of the output, and of `weight.dtype` as other code sees it.
+
+    Shapes: ids int64 or int32 [...] -> [..., embedding_dim].
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        padding_idx: int | None = None,
+        *,
+        layer: LayerConfig,
+        embed_scale: float = 1.0,
+        dtype: torch.dtype = torch.float32,
+        device=None,
+    ):
+        super().__init__(num_embeddings, embedding_dim, layer, dtype, device)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.padding_idx, self.embed_scale = padding_idx, embed_scale
+
+    @classmethod
+    def from_embedding(
+        cls, embedding: nn.Embedding, layer: LayerConfig, tied: PackedModule | None = None
+    ) -> QEmbedding:
+        """Packs an `nn.Embedding` (or a scaled word embedding of BART); arguments as `QLinear.from_linear`."""
+        new = cls(
+            embedding.num_embeddings,
+            embedding.embedding_dim,
+            embedding.padding_idx,
+            layer=layer,
+            embed_scale=float(getattr(embedding, "embed_scale", 1.0)),
+            dtype=embedding.weight.dtype,
+            device=embedding.weight.device if tied is None else torch.device("meta"),
+        )
+        if tied is None:
+            new.pack_(embedding.weight)
+        else:
+            new.share_(tied)
+        return take_over(embedding, new)
+
+    @property
+    def _rows(self) -> int:
+        return self.num_embeddings
+
+    @property
+    def _columns(self) -> int:
+        return self.embedding_dim
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return ops.qembedding(
+            ids,
+            *self._packed(),
+            None,
+            *self._format(),
+            self.num_embeddings,
+            self.embedding_dim,
+            self.embed_scale,
+            self.compute_dtype,
+            self.backend,
+            self.strict,
+        )
+
+    def kernel(self) -> str:
+        """The backend that gathers rows where this module is now, and the reason."""
+        try:
+            choice = backends.choose(
+                "qembedding", self.qweight.device.type, self.backend, self.strict, bits=self.layer.bits
+            )
+        except backends.BackendError as error:
+            return f"none ({error})"
+        return f"{choice.backend} ({choice.reason})"
+
+    def extra_repr(self) -> str:
+        scale = f", embed_scale={self.embed_scale:g}" if self.embed_scale != 1.0 else ""
+        return f"{self.num_embeddings}, {self.embedding_dim}, {self._describe()}{scale}"
+
+
+def take_over(old: nn.Module, new: PackedModule) -> PackedModule:
+    """Gives `new` the hooks and the training flag of `old`, so that what watched `old` watches `new`."""
+    for name in _HOOKS:
+        if hasattr(old, name):
+            setattr(new, name, getattr(old, name))
+    new.train(old.training)
+    return new
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
+
+
+def _moved(scale: torch.Tensor, fn) -> torch.Tensor:
+    """`fn(scale)` without its cast, once per tensor: modules that shared `scale` share the result."""
+    done = getattr(scale, "_dqkernels_moved", None)
+    probe = fn(torch.empty(0, dtype=torch.uint8, device=scale.device))
+    if probe.device == scale.device:
+        return scale
+    if done is not None and done.device == probe.device:
+        return done
+    moved = torch.empty_like(scale, device=probe.device) if scale.is_meta else scale.to(probe.device)
+    scale._dqkernels_moved = moved
+    return moved

@@ -1,0 +1,577 @@
+"""The table of contents: every op, its shapes, its refusals. No arithmetic lives here.
+
+Each op is `torch.ops.dqkernels.<name>`; the Python functions below are the same call with keywords. `backend` is
+`auto` or a forced one, `strict` refuses a slow path (see `dqkernels.backends`). Ops are functional: no input is
+changed, no output shares storage with an input.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dqkernels import backends, packing, qmath, reference
+from dqkernels.config import LayerConfig
+
+_LIB = torch.library.Library("dqkernels", "DEF")
+_WHERE = 'str backend="auto", bool strict=False'
+_WEIGHT = "Tensor qweight, Tensor weight_scale, Tensor? group_mult"
+_FORMAT = "int bits, bool four_level, int group_size"
+
+SCHEMAS = {
+    "quantize_weight": "(Tensor weight, int bits, str quantizer, str granularity, int group_size=-1, "
+    f"float? clip=None, {_WHERE}) -> (Tensor, Tensor, Tensor)",
+    "quantize_activation": "(Tensor x, str mode, float? clip=None, Tensor? act_scale=None, bool want_sum=False, "
+    f"{_WHERE}) -> (Tensor, Tensor, Tensor)",
+    "dequantize_weight": f"({_WEIGHT}, {_FORMAT}, int out_features, int in_features) -> Tensor",
+    "qgemm": f"(Tensor q, Tensor act_scale, Tensor? row_sum, {_WEIGHT}, Tensor? bias, Tensor? residual, "
+    f"{_FORMAT}, int out_features, str activation, ScalarType out_dtype, {_WHERE}) -> Tensor",
+    "qlinear": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? residual, {_FORMAT}, int out_features, "
+    "str act_mode, float? act_clip, Tensor? act_scale, str activation, ScalarType out_dtype, "
+    f"{_WHERE}) -> Tensor",
+    "qembedding": f"(Tensor ids, {_WEIGHT}, Tensor? position, {_FORMAT}, int num_embeddings, "
+    f"int embedding_dim, float embed_scale, ScalarType out_dtype, {_WHERE}) -> Tensor",
+    "layernorm_quantize": "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, str mode, "
+    f"float? clip=None, Tensor? act_scale=None, bool want_sum=False, {_WHERE}) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+    "gelu_quantize": "(Tensor x, str mode, float? clip=None, Tensor? act_scale=None, bool want_sum=False, "
+    f"{_WHERE}) -> (Tensor, Tensor, Tensor)",
+    "qattention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, bool causal, float softmax_scale, "
+    f'str mode="per_token", float? clip=None, {_WHERE}) -> Tensor',
+}
+for _name, _schema in SCHEMAS.items():
+    _LIB.define(_name + _schema)
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+
+
+def _implement(name: str):
+    """Registers the decorated function as the op's kernel on every device."""
+
+    def register(function):
+        _LIB.impl(name, function, "CompositeExplicitAutograd")
+        return function
+
+    return register
+
+
+def _fake(name: str):
+    """Registers shape inference: what the op returns, without computing it."""
+    return torch.library.register_fake(f"dqkernels::{name}", lib=_LIB)
+
+
+# ---------------------------------------------------------------------------------------------- what is refused
+
+
+def _check_float(name: str, tensor: torch.Tensor) -> None:
+    if tensor.dtype not in FLOAT_DTYPES:
+        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
+
+
+def _check_activation(x: torch.Tensor, mode: str, act_scale: torch.Tensor | None) -> None:
+    _check_float("x", x)
+    if x.dim() < 1 or not 0 < x.shape[-1] <= qmath.MAX_K:
+        raise ValueError(f"x must be [..., K] with K in 1..{qmath.MAX_K}, got shape {list(x.shape)}")
+    if mode not in ("per_token", "per_tensor", "static"):
+        raise ValueError(f"mode must be 'per_token', 'per_tensor' or 'static', got {mode!r}")
+    if mode == "static" and (act_scale is None or act_scale.numel() != 1):
+        raise ValueError(
+            "mode='static' needs act_scale, one fp32 number: run dqkernels.calibrate(model, batches) first"
+        )
+
+
+def _check_gemm(
+    k: int,
+    qweight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group_mult: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    bits: int,
+    group_size: int,
+    out_features: int,
+    activation: str,
+    out_dtype: torch.dtype,
+) -> None:
+    packing.check_packed(qweight, out_features, k, bits)
+    if weight_scale.dtype != torch.float32 or weight_scale.numel() not in (1, out_features):
+        raise ValueError(
+            f"weight_scale must be float32 with {out_features} values or 1, "
+            f"got {weight_scale.dtype} with {weight_scale.numel()}"
+        )
+    if (group_mult is None) != (group_size == -1):
+        raise ValueError(f"group_size={group_size} and group_mult={'None' if group_mult is None else 'given'}")
+    if group_mult is not None and tuple(group_mult.shape) != (out_features, -(-k // group_size)):
+        raise ValueError(
+            f"group_mult must be [{out_features}, {-(-k // group_size)}], got {list(group_mult.shape)}"
+        )
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must be [{out_features}], got {list(bias.shape)}")
+    if activation not in reference.ACTIVATIONS:
+        raise ValueError(f"activation must be one of {list(reference.ACTIVATIONS)}, got {activation!r}")
+    if out_dtype not in FLOAT_DTYPES:
+        raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+
+
+def _check_residual(residual: torch.Tensor | None, out_shape: tuple) -> None:
+    if residual is not None and tuple(residual.shape) != tuple(out_shape):
+        raise ValueError(f"residual must be {list(out_shape)}, got {list(residual.shape)}")
+
+
+# ------------------------------------------------------------------------------------------------------- ops
+
+
+@_implement("quantize_weight")
+def _quantize_weight(weight, bits, quantizer, granularity, group_size=-1, clip=None, backend="auto", strict=False):
+    layer = LayerConfig(bits, quantizer, granularity, group_size, weight_clip=clip)
+    module = backends.choose("quantize_weight", weight.device.type, backend, strict).module
+    qweight, scale, group_mult = module.quantize_weight(weight, layer)
+    return qweight, scale, scale.new_empty(0, dtype=torch.uint8) if group_mult is None else group_mult
+
+
+@_fake("quantize_weight")
+def _(weight, bits, quantizer, granularity, group_size=-1, clip=None, backend="auto", strict=False):
+    n, k = weight.shape
+    groups = (0,) if group_size == -1 else (n, -(-k // group_size))
+    return (
+        weight.new_empty(packing.packed_shape(n, k, bits), dtype=torch.uint8),
+        weight.new_empty(1 if granularity == "per_tensor" else n, dtype=torch.float32),
+        weight.new_empty(groups, dtype=torch.uint8),
+    )
+
+
+@_implement("quantize_activation")
+def _quantize_activation(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+    _check_activation(x, mode, act_scale)
+    module = backends.choose("quantize_activation", x.device.type, backend, strict, mode=mode).module
+    return module.quantize_activation(x, mode, clip, act_scale, want_sum)
+
+
+def _fake_quantized(x, want_sum):
+    rows = x.shape[:-1]
+    return (
+        x.new_empty(x.shape, dtype=torch.int8),
+        x.new_empty(rows, dtype=torch.float32),
+        x.new_empty(rows if want_sum else (0,), dtype=torch.int32),
+    )
+
+
+@_fake("quantize_activation")
+def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+    return _fake_quantized(x, want_sum)
+
+
+@_implement("dequantize_weight")
+def _dequantize_weight(
+    qweight, weight_scale, group_mult, bits, four_level, group_size, out_features, in_features
+):
+    return reference.dequantize(
+        qweight,
+        weight_scale,
+        group_mult,
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        out_features=out_features,
+        in_features=in_features,
+    )
+
+
+@_fake("dequantize_weight")
+def _(qweight, weight_scale, group_mult, bits, four_level, group_size, out_features, in_features):
+    return weight_scale.new_empty(out_features, in_features)
+
+
+@_implement("qgemm")
+def _qgemm(
+    q,
+    act_scale,
+    row_sum,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    activation,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    k = q.shape[-1]
+    if q.dtype != torch.int8:
+        raise ValueError(f"q must be int8, got {q.dtype}")
+    _check_gemm(
+        k, qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
+    )
+    _check_residual(residual, (*q.shape[:-1], out_features))
+    choice = backends.choose("qgemm", q.device.type, backend, strict, bits=bits, group_size=group_size)
+    return choice.module.qgemm(
+        q,
+        act_scale,
+        row_sum,
+        qweight,
+        weight_scale,
+        group_mult,
+        bias,
+        residual,
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        out_features=out_features,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
+
+
+@_fake("qgemm")
+def _(
+    q,
+    act_scale,
+    row_sum,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    activation,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    return q.new_empty((*q.shape[:-1], out_features), dtype=out_dtype)
+
+
+@_implement("qlinear")
+def _qlinear(
+    x,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    act_mode,
+    act_clip,
+    act_scale,
+    activation,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    _check_activation(x, act_mode, act_scale)
+    _check_gemm(
+        x.shape[-1],
+        qweight,
+        weight_scale,
+        group_mult,
+        bias,
+        bits,
+        group_size,
+        out_features,
+        activation,
+        out_dtype,
+    )
+    _check_residual(residual, (*x.shape[:-1], out_features))
+    format_ = {"bits": bits, "four_level": four_level, "group_size": group_size, "out_features": out_features}
+    gemm, quantizer = choose_qlinear(x.device.type, bits, group_size, act_mode, backend, strict)
+    if quantizer is None:
+        return gemm.module.qlinear(
+            x,
+            qweight,
+            weight_scale,
+            group_mult,
+            bias,
+            residual,
+            **format_,
+            act_mode=act_mode,
+            act_clip=act_clip,
+            act_scale=act_scale,
+            activation=activation,
+            out_dtype=out_dtype,
+        )
+    want_sum = four_level and group_mult is None
+    q, scale, row_sum = quantizer.module.quantize_activation(x, act_mode, act_clip, act_scale, want_sum)
+    return gemm.module.qgemm(
+        q,
+        scale,
+        row_sum if want_sum else None,
+        qweight,
+        weight_scale,
+        group_mult,
+        bias,
+        residual,
+        **format_,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
+
+
+def choose_qlinear(
+    device_type: str, bits: int, group_size: int, act_mode: str, backend: str = "auto", strict: bool = False
+) -> tuple[backends.Choice, backends.Choice | None]:
+    """The backend of a quantized linear's GEMM, and that of its quantizer (None when the GEMM has it inside)."""
+    gemm = backends.choose("qgemm", device_type, backend, strict, bits=bits, group_size=group_size)
+    if hasattr(gemm.module, "qlinear"):
+        return gemm, None
+    return gemm, backends.choose("quantize_activation", device_type, backend, strict, mode=act_mode)
+
+
+@_fake("qlinear")
+def _(
+    x,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    act_mode,
+    act_clip,
+    act_scale,
+    activation,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    return x.new_empty((*x.shape[:-1], out_features), dtype=out_dtype)
+
+
+@_implement("qembedding")
+def _qembedding(
+    ids,
+    qweight,
+    weight_scale,
+    group_mult,
+    position,
+    bits,
+    four_level,
+    group_size,
+    num_embeddings,
+    embedding_dim,
+    embed_scale,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"ids must be int64 or int32, got {ids.dtype}")
+    _check_gemm(
+        embedding_dim,
+        qweight,
+        weight_scale,
+        group_mult,
+        None,
+        bits,
+        group_size,
+        num_embeddings,
+        "none",
+        out_dtype,
+    )
+    # Rows past num_embeddings exist as padding: an id that reads them must not pass unnoticed.
+    if ids.device.type == "cpu" and ids.numel():
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= num_embeddings:
+            raise IndexError(f"ids must be in 0..{num_embeddings - 1}, got {low}..{high}")
+    module = backends.choose("qembedding", ids.device.type, backend, strict, bits=bits).module
+    return module.qembedding(
+        ids,
+        qweight,
+        weight_scale,
+        group_mult,
+        position,
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        embedding_dim=embedding_dim,
+        embed_scale=embed_scale,
+        out_dtype=out_dtype,
+    )
+
+
+@_fake("qembedding")
+def _(
+    ids,
+    qweight,
+    weight_scale,
+    group_mult,
+    position,
+    bits,
+    four_level,
+    group_size,
+    num_embeddings,
+    embedding_dim,
+    embed_scale,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    return ids.new_empty((*ids.shape, embedding_dim), dtype=out_dtype)
+
+
+@_implement("layernorm_quantize")
+def _layernorm_quantize(x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+    _check_activation(x, mode, act_scale)
+    _check_residual(residual, x.shape)
+    module = backends.choose("layernorm_quantize", x.device.type, backend, strict, mode=mode).module
+    return module.layernorm_quantize(
+        x, residual, weight, bias, eps=eps, mode=mode, clip=clip, act_scale=act_scale, want_sum=want_sum
+    )
+
+
+@_fake("layernorm_quantize")
+def _(
+    x,
+    residual,
+    weight,
+    bias,
+    eps,
+    mode,
+    clip=None,
+    act_scale=None,
+    want_sum=False,
+    backend="auto",
+    strict=False,
+):
+    return torch.empty_like(x, memory_format=torch.contiguous_format), *_fake_quantized(x, want_sum)
+
+
+@_implement("gelu_quantize")
+def _gelu_quantize(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+    _check_activation(x, mode, act_scale)
+    module = backends.choose("gelu_quantize", x.device.type, backend, strict, mode=mode).module
+    return module.gelu_quantize(x, mode=mode, clip=clip, act_scale=act_scale, want_sum=want_sum)
+
+
+@_fake("gelu_quantize")
+def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+    return _fake_quantized(x, want_sum)
+
+
+@_implement("qattention")
+def _qattention(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False):
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        _check_float(name, tensor)
+        if tensor.dim() != 4:
+            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got {list(tensor.shape)}")
+    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
+        raise ValueError(f"q, k, v do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    if mode not in ("per_token", "per_tensor"):
+        raise ValueError(f"mode must be 'per_token' or 'per_tensor', got {mode!r}")
+    module = backends.choose("qattention", q.device.type, backend, strict, mode=mode).module
+    return module.qattention(
+        q, k, v, mask, bias, causal=causal, softmax_scale=softmax_scale, mode=mode, clip=clip
+    )
+
+
+@_fake("qattention")
+def _(
+    q,
+    k,
+    v,
+    mask,
+    bias,
+    causal,
+    softmax_scale,
+    mode="per_token",
+    clip=None,
+    backend="auto",
+    strict=False,
+):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+# ---------------------------------------------------------------------------------------------------- autograd
+
+
+def _qlinear_context(ctx, inputs, output):
+    (x, qweight, weight_scale, group_mult, bias, residual, bits, four_level, group_size, out_features) = inputs[
+        :10
+    ]
+    act_clip, activation = inputs[11], inputs[13]
+    ctx.save_for_backward(x, qweight, weight_scale, group_mult, bias)
+    ctx.format = (bits, four_level, group_size, out_features, x.shape[-1])
+    ctx.rest = inputs[6:]
+    ctx.act_clip, ctx.activation = act_clip, activation
+    ctx.dtypes = (None if bias is None else bias.dtype, None if residual is None else residual.dtype)
+
+
+def _qlinear_backward(ctx, grad):
+    """Straight through the activation quantizer, zero where the clip saturates (paper.md section 1.5)."""
+    x, qweight, weight_scale, group_mult, bias = ctx.saved_tensors
+    bias_dtype, residual_dtype = ctx.dtypes
+    grad_residual = grad.to(residual_dtype) if residual_dtype is not None else None
+    grad_pre = grad.float()
+    if ctx.activation != "none":
+        # The pre-activation is computed again rather than kept.
+        rest = list(ctx.rest)
+        rest[7], rest[8] = "none", torch.float32
+        with torch.enable_grad():
+            pre = torch.ops.dqkernels.qlinear(x.detach(), qweight, weight_scale, group_mult, bias, None, *rest)
+            pre = pre.detach().requires_grad_()
+            (grad_pre,) = torch.autograd.grad(reference.activate(pre, ctx.activation), pre, grad_pre)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        weight = torch.ops.dqkernels.dequantize_weight(qweight, weight_scale, group_mult, *ctx.format)
+        grad_x = (grad_pre @ weight).to(x.dtype)
+        if ctx.act_clip is not None:
+            grad_x = torch.where(x.abs() < ctx.act_clip, grad_x, 0.0)
+    if bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad_pre.reshape(-1, grad_pre.shape[-1]).sum(dim=0).to(bias_dtype)
+    return grad_x, None, None, None, grad_bias, grad_residual, *([None] * 11)
+
+
+def _qembedding_context(ctx, inputs, output):
+    ctx.position = None if inputs[4] is None else (inputs[4].shape, inputs[4].dtype)
+
+
+def _qembedding_backward(ctx, grad):
+    if ctx.position is None:
+        return (None,) * 14
+    shape, dtype = ctx.position
+    return None, None, None, None, grad.float().sum_to_size(shape).to(dtype), *([None] * 9)
+
+
+def _inference_only(name: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"dqkernels::{name} has no gradient: it is an inference op. Train in float and quantize afterwards, "
+            "or run it under torch.no_grad()"
+        )
+
+    return backward
+
+
+torch.library.register_autograd(
+    "dqkernels::qlinear", _qlinear_backward, setup_context=_qlinear_context, lib=_LIB
+)
+torch.library.register_autograd(
+    "dqkernels::qembedding", _qembedding_backward, setup_context=_qembedding_context, lib=_LIB
+)
+for _name in SCHEMAS:
+    if _name not in ("qlinear", "qembedding"):
+        torch.library.register_autograd(f"dqkernels::{_name}", _inference_only(_name), lib=_LIB)
+
+
+# ------------------------------------------------------------------------------------------- the Python spelling
+
+quantize_weight = torch.ops.dqkernels.quantize_weight.default
+quantize_activation = torch.ops.dqkernels.quantize_activation.default
+dequantize_weight = torch.ops.dqkernels.dequantize_weight.default
+qgemm = torch.ops.dqkernels.qgemm.default
+qlinear = torch.ops.dqkernels.qlinear.default
+qembedding = torch.ops.dqkernels.qembedding.default
+layernorm_quantize = torch.ops.dqkernels.layernorm_quantize.default
+gelu_quantize = torch.ops.dqkernels.gelu_quantize.default
+qattention = torch.ops.dqkernels.qattention.default
