@@ -170,7 +170,9 @@ class DQConfig:
         """
         match = _PRESET.fullmatch(name)
         if match is None:
-            raise ValueError(f"preset must look like 'dq-bart-2-2-8' (weights-embeddings-activations), got {name!r}")
+            raise ValueError(
+                f"preset must look like 'dq-bart-2-2-8' (weights-embeddings-activations), got {name!r}"
+            )
         weight_bits, embedding_bits, act_bits = (int(bits) for bits in match.groups())
         return cls(
             weight_bits=weight_bits,

@@ -1,4 +1,4 @@
-"""`quantize_`: the one place that assembles. Walks a model, packs its linears and embeddings, swaps them in place."""
+"""`quantize_`, the one place that assembles: walks a model, packs its linears and embeddings, swaps them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from dqkernels import ops, qmath
+from dqkernels import checks, qmath
 from dqkernels.config import DQConfig, LayerConfig
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
@@ -83,7 +83,7 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
 
 
 def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
-    """What `quantize_(model, config)` does to each linear and embedding; changes nothing. Works on the meta device."""
+    """What `quantize_(model, config)` does to each linear and embedding; changes nothing; works on meta."""
     decisions: list[Decision] = []
     first_of: dict[Any, Decision] = {}
     head = _output_head(model) if config.head == "float" else None
@@ -109,17 +109,18 @@ def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
         if reason is not None:
             decisions.append(Decision(name, module, None, reason))
             continue
-        # Tied by object in memory, or by name while transformers still has empty weights.
-        keys = (id(module.weight), ("name", tied_names.get(name, name)))
+        # Tied by object in memory, or by name while transformers still has empty weights: names say what was
+        # tied when the model was made, and a head that got a weight of its own since then is not.
+        keys = (id(module.weight), ("name", tied_names.get(name, name)))[: 2 if module.weight.is_meta else 1]
         first = next((first_of[key] for key in keys if key in first_of), None)
         layer = config.for_embedding(name) if is_embedding else config.for_linear(name)
-        if first is not None and first.module is not module:
+        if first is not None and first.module is not module and (layer is not None or first.layer is None):
             if first.layer is None:
                 decision = Decision(name, module, None, f"tied to {first.name}, which stays in float")
             else:
+                # The table is the owner's; what this layer does to its own input is its own.
                 shared = dataclasses.replace(
-                    first.layer,
-                    act_granularity=config.act_granularity if layer is None else layer.act_granularity,
+                    first.layer, act_granularity=layer.act_granularity, act_clip=layer.act_clip
                 )
                 decision = Decision(name, module, shared, f"tied to {first.name}", tied_to=first.name)
         elif layer is None:
@@ -169,7 +170,7 @@ def _why_not(name: str, module: nn.Module, inside_attention: set[str]) -> str | 
     """Why this linear or embedding cannot be packed; None when it can."""
     if "weight" not in module._parameters or parametrize.is_parametrized(module):
         return "its weight is computed (parametrization or weight norm)"
-    if module.weight.dtype not in ops.FLOAT_DTYPES:
+    if module.weight.dtype not in checks.FLOAT_DTYPES:
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}"
     if isinstance(module, nn.Linear):
         if name in inside_attention:
@@ -233,7 +234,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
 
     saved = {name: module.layer for name, module in layers.items()}
     handles = []
-    was_training = model.training
+    was_training = {module: module.training for module in model.modules()}
     count = 0
     try:
         model.eval()
@@ -253,7 +254,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
             handle.remove()
         for name, module in layers.items():
             module.layer = saved[name]
-        model.train(was_training)
+        for module, mode in was_training.items():
+            module.training = mode
     if count == 0:
         raise ValueError("batches is empty: calibration needs at least one batch")
     missing = sorted(set(layers) - set(largest))

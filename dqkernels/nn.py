@@ -17,6 +17,7 @@ _HOOKS = (
     "_forward_hooks_always_called",
     "_backward_hooks",
     "_backward_pre_hooks",
+    "_is_full_backward_hook",
 )
 
 
@@ -90,9 +91,15 @@ class PackedModule(nn.Module):
 
     def share_(self, other: PackedModule) -> None:
         """Makes this module read the packed table of `other` (an lm_head tied to the embedding)."""
-        if other.layer.bits != self.layer.bits or (other._rows, other._columns) != (self._rows, self._columns):
-            raise ValueError("modules that share a packed table must agree in bits and shape")
+        if other._format() != self._format() or (other._rows, other._columns) != (self._rows, self._columns):
+            raise ValueError(
+                "modules that share a packed table must agree in (bits, four_level, group_size) and shape, got "
+                f"{self._format()} [{self._rows}, {self._columns}] and "
+                f"{other._format()} [{other._rows}, {other._columns}]"
+            )
         self.qweight, self.weight_scale, self.group_mult = other.qweight, other.weight_scale, other.group_mult
+        # One tensor in a file, under the name of its owner.
+        self._non_persistent_buffers_set.add("weight_scale")
 
     def packed_bytes(self) -> int:
         """Bytes of codes, scales and multipliers."""
@@ -107,9 +114,13 @@ class PackedModule(nn.Module):
     def _apply(self, fn, recurse=True):
         """Moves and casts as any module, but keeps scales float32 and shared."""
         kept = {name: self._buffers.pop(name) for name in ("weight_scale", "act_scale") if name in self._buffers}
-        super()._apply(fn, recurse)
-        for name, old in kept.items():
-            self._buffers[name] = None if old is None else _moved(old, fn)
+        try:
+            super()._apply(fn, recurse)
+            moved = {name: None if old is None else _moved(old, fn) for name, old in kept.items()}
+        except BaseException:
+            self._buffers.update(kept)  # a device without memory, or without a driver: still a whole module
+            raise
+        self._buffers.update(moved)
         cast = fn(torch.empty(0, dtype=self.compute_dtype, device=self._probe_device(fn)))
         if cast.dtype.is_floating_point:
             self.compute_dtype = cast.dtype
@@ -186,7 +197,7 @@ class QLinear(PackedModule):
         else:
             new.share_(tied)
             if new.act_scale is not None:
-                new.act_scale = torch.full((1,), float("nan"), device=weight.device)
+                new.act_scale = torch.full((1,), float("nan"), dtype=torch.float32, device=weight.device)
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
         return take_over(linear, new)

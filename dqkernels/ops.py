@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import backends, packing, qmath, reference
+from dqkernels import backends, checks, packing, reference
 from dqkernels.config import LayerConfig
 
 _LIB = torch.library.Library("dqkernels", "DEF")
@@ -41,8 +41,6 @@ SCHEMAS = {
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema)
 
-FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
-
 
 def _implement(name: str):
     """Registers the decorated function as the op's kernel on every device."""
@@ -59,68 +57,12 @@ def _fake(name: str):
     return torch.library.register_fake(f"dqkernels::{name}", lib=_LIB)
 
 
-# ---------------------------------------------------------------------------------------------- what is refused
-
-
-def _check_float(name: str, tensor: torch.Tensor) -> None:
-    if tensor.dtype not in FLOAT_DTYPES:
-        raise ValueError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")
-
-
-def _check_activation(x: torch.Tensor, mode: str, act_scale: torch.Tensor | None) -> None:
-    _check_float("x", x)
-    if x.dim() < 1 or not 0 < x.shape[-1] <= qmath.MAX_K:
-        raise ValueError(f"x must be [..., K] with K in 1..{qmath.MAX_K}, got shape {list(x.shape)}")
-    if mode not in ("per_token", "per_tensor", "static"):
-        raise ValueError(f"mode must be 'per_token', 'per_tensor' or 'static', got {mode!r}")
-    if mode == "static" and (act_scale is None or act_scale.numel() != 1):
-        raise ValueError(
-            "mode='static' needs act_scale, one fp32 number: run dqkernels.calibrate(model, batches) first"
-        )
-
-
-def _check_gemm(
-    k: int,
-    qweight: torch.Tensor,
-    weight_scale: torch.Tensor,
-    group_mult: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    bits: int,
-    group_size: int,
-    out_features: int,
-    activation: str,
-    out_dtype: torch.dtype,
-) -> None:
-    packing.check_packed(qweight, out_features, k, bits)
-    if weight_scale.dtype != torch.float32 or weight_scale.numel() not in (1, out_features):
-        raise ValueError(
-            f"weight_scale must be float32 with {out_features} values or 1, "
-            f"got {weight_scale.dtype} with {weight_scale.numel()}"
-        )
-    if (group_mult is None) != (group_size == -1):
-        raise ValueError(f"group_size={group_size} and group_mult={'None' if group_mult is None else 'given'}")
-    if group_mult is not None and tuple(group_mult.shape) != (out_features, -(-k // group_size)):
-        raise ValueError(
-            f"group_mult must be [{out_features}, {-(-k // group_size)}], got {list(group_mult.shape)}"
-        )
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"bias must be [{out_features}], got {list(bias.shape)}")
-    if activation not in reference.ACTIVATIONS:
-        raise ValueError(f"activation must be one of {list(reference.ACTIVATIONS)}, got {activation!r}")
-    if out_dtype not in FLOAT_DTYPES:
-        raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
-
-
-def _check_residual(residual: torch.Tensor | None, out_shape: tuple) -> None:
-    if residual is not None and tuple(residual.shape) != tuple(out_shape):
-        raise ValueError(f"residual must be {list(out_shape)}, got {list(residual.shape)}")
-
-
 # ------------------------------------------------------------------------------------------------------- ops
 
 
 @_implement("quantize_weight")
 def _quantize_weight(weight, bits, quantizer, granularity, group_size=-1, clip=None, backend="auto", strict=False):
+    checks.check_weight(weight, bits, quantizer, granularity, group_size, clip)
     layer = LayerConfig(bits, quantizer, granularity, group_size, weight_clip=clip)
     module = backends.choose("quantize_weight", weight.device.type, backend, strict).module
     qweight, scale, group_mult = module.quantize_weight(weight, layer)
@@ -140,7 +82,7 @@ def _(weight, bits, quantizer, granularity, group_size=-1, clip=None, backend="a
 
 @_implement("quantize_activation")
 def _quantize_activation(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
-    _check_activation(x, mode, act_scale)
+    checks.check_activation(x, mode, act_scale, clip)
     module = backends.choose("quantize_activation", x.device.type, backend, strict, mode=mode).module
     return module.quantize_activation(x, mode, clip, act_scale, want_sum)
 
@@ -160,9 +102,7 @@ def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict
 
 
 @_implement("dequantize_weight")
-def _dequantize_weight(
-    qweight, weight_scale, group_mult, bits, four_level, group_size, out_features, in_features
-):
+def _dequantize_weight(qweight, weight_scale, group_mult, bits, four_level, group_size, out_features, in_features):
     return reference.dequantize(
         qweight,
         weight_scale,
@@ -199,13 +139,11 @@ def _qgemm(
     backend="auto",
     strict=False,
 ):
-    k = q.shape[-1]
-    if q.dtype != torch.int8:
-        raise ValueError(f"q must be int8, got {q.dtype}")
-    _check_gemm(
-        k, qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
+    checks.check_codes(q, act_scale, row_sum)
+    checks.check_gemm(
+        q.shape[-1], qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
     )
-    _check_residual(residual, (*q.shape[:-1], out_features))
+    checks.check_residual(residual, (*q.shape[:-1], out_features))
     choice = backends.choose("qgemm", q.device.type, backend, strict, bits=bits, group_size=group_size)
     return choice.module.qgemm(
         q,
@@ -267,20 +205,11 @@ def _qlinear(
     backend="auto",
     strict=False,
 ):
-    _check_activation(x, act_mode, act_scale)
-    _check_gemm(
-        x.shape[-1],
-        qweight,
-        weight_scale,
-        group_mult,
-        bias,
-        bits,
-        group_size,
-        out_features,
-        activation,
-        out_dtype,
+    checks.check_activation(x, act_mode, act_scale, act_clip)
+    checks.check_gemm(
+        x.shape[-1], qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
     )
-    _check_residual(residual, (*x.shape[:-1], out_features))
+    checks.check_residual(residual, (*x.shape[:-1], out_features))
     format_ = {"bits": bits, "four_level": four_level, "group_size": group_size, "out_features": out_features}
     gemm, quantizer = choose_qlinear(x.device.type, bits, group_size, act_mode, backend, strict)
     if quantizer is None:
@@ -365,25 +294,11 @@ def _qembedding(
     backend="auto",
     strict=False,
 ):
-    if ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"ids must be int64 or int32, got {ids.dtype}")
-    _check_gemm(
-        embedding_dim,
-        qweight,
-        weight_scale,
-        group_mult,
-        None,
-        bits,
-        group_size,
-        num_embeddings,
-        "none",
-        out_dtype,
+    checks.check_ids(ids, num_embeddings)
+    checks.check_gemm(
+        embedding_dim, qweight, weight_scale, group_mult, None, bits, group_size, num_embeddings, "none", out_dtype
     )
-    # Rows past num_embeddings exist as padding: an id that reads them must not pass unnoticed.
-    if ids.device.type == "cpu" and ids.numel():
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= num_embeddings:
-            raise IndexError(f"ids must be in 0..{num_embeddings - 1}, got {low}..{high}")
+    checks.check_position(position, (*ids.shape, embedding_dim))
     module = backends.choose("qembedding", ids.device.type, backend, strict, bits=bits).module
     return module.qembedding(
         ids,
@@ -421,9 +336,11 @@ def _(
 
 
 @_implement("layernorm_quantize")
-def _layernorm_quantize(x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
-    _check_activation(x, mode, act_scale)
-    _check_residual(residual, x.shape)
+def _layernorm_quantize(
+    x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False
+):
+    checks.check_activation(x, mode, act_scale, clip)
+    checks.check_residual(residual, x.shape)
     module = backends.choose("layernorm_quantize", x.device.type, backend, strict, mode=mode).module
     return module.layernorm_quantize(
         x, residual, weight, bias, eps=eps, mode=mode, clip=clip, act_scale=act_scale, want_sum=want_sum
@@ -432,24 +349,14 @@ def _layernorm_quantize(x, residual, weight, bias, eps, mode, clip=None, act_sca
 
 @_fake("layernorm_quantize")
 def _(
-    x,
-    residual,
-    weight,
-    bias,
-    eps,
-    mode,
-    clip=None,
-    act_scale=None,
-    want_sum=False,
-    backend="auto",
-    strict=False,
+    x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False
 ):
     return torch.empty_like(x, memory_format=torch.contiguous_format), *_fake_quantized(x, want_sum)
 
 
 @_implement("gelu_quantize")
 def _gelu_quantize(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
-    _check_activation(x, mode, act_scale)
+    checks.check_activation(x, mode, act_scale, clip)
     module = backends.choose("gelu_quantize", x.device.type, backend, strict, mode=mode).module
     return module.gelu_quantize(x, mode=mode, clip=clip, act_scale=act_scale, want_sum=want_sum)
 
@@ -460,35 +367,16 @@ def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict
 
 
 @_implement("qattention")
-def _qattention(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False):
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        _check_float(name, tensor)
-        if tensor.dim() != 4:
-            raise ValueError(f"{name} must be [batch, heads, length, head_dim], got {list(tensor.shape)}")
-    if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
-        raise ValueError(f"q, k, v do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
-    if mode not in ("per_token", "per_tensor"):
-        raise ValueError(f"mode must be 'per_token' or 'per_tensor', got {mode!r}")
+def _qattention(
+    q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False
+):
+    checks.check_attention(q, k, v, mode)
     module = backends.choose("qattention", q.device.type, backend, strict, mode=mode).module
-    return module.qattention(
-        q, k, v, mask, bias, causal=causal, softmax_scale=softmax_scale, mode=mode, clip=clip
-    )
+    return module.qattention(q, k, v, mask, bias, causal=causal, softmax_scale=softmax_scale, mode=mode, clip=clip)
 
 
 @_fake("qattention")
-def _(
-    q,
-    k,
-    v,
-    mask,
-    bias,
-    causal,
-    softmax_scale,
-    mode="per_token",
-    clip=None,
-    backend="auto",
-    strict=False,
-):
+def _(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -553,9 +441,7 @@ def _inference_only(name: str):
     return backward
 
 
-torch.library.register_autograd(
-    "dqkernels::qlinear", _qlinear_backward, setup_context=_qlinear_context, lib=_LIB
-)
+torch.library.register_autograd("dqkernels::qlinear", _qlinear_backward, setup_context=_qlinear_context, lib=_LIB)
 torch.library.register_autograd(
     "dqkernels::qembedding", _qembedding_backward, setup_context=_qembedding_context, lib=_LIB
 )

@@ -53,10 +53,10 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     if codes.dim() != 2 or codes.dtype != torch.int8:
         raise ValueError(f"codes must be int8 [N, K], got {codes.dtype} {list(codes.shape)}")
     n, k = codes.shape
-    planes, run = 8 // bits, BLOCK_K * bits // 8
+    planes, run, blocks = 8 // bits, BLOCK_K * bits // 8, padded_k(k) // BLOCK_K
     padded = codes.new_zeros(padded_n(n), padded_k(k))
     padded[:n, :k] = codes
-    fields = padded.view(torch.uint8).view(padded_n(n), -1, planes, run) & ((1 << bits) - 1)
+    fields = padded.view(torch.uint8).view(padded_n(n), blocks, planes, run) & ((1 << bits) - 1)
     packed = fields[:, :, 0].clone()
     for plane in range(1, planes):
         packed |= fields[:, :, plane] << (bits * plane)
@@ -71,7 +71,7 @@ def unpack(qweight: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor:
     """
     check_packed(qweight, n, k, bits)
     planes, run = 8 // bits, BLOCK_K * bits // 8
-    blocks = qweight[:n].reshape(n, -1, run)
+    blocks = qweight[:n].reshape(n, padded_k(k) // BLOCK_K, run)
     # Into the top bits and back: the arithmetic shift of int8 extends the sign.
     fields = [(blocks << (8 - bits - bits * plane)).view(torch.int8) >> (8 - bits) for plane in range(planes)]
     return torch.stack(fields, dim=2).reshape(n, padded_k(k))[:, :k].contiguous()

@@ -113,7 +113,7 @@ def quantize_activation(
         safe = torch.where(is_zero, 1.0, amax)
         inv = torch.where(is_zero, 0.0, divide(float(ACT_MAX), safe))
         scale = torch.where(is_zero, 1.0, divide_by(safe, float(ACT_MAX)))
-    q = round_half_even((values * inv.unsqueeze(-1)).clamp(-ACT_MAX, ACT_MAX)).to(torch.int8)
+    q = round_half_even((values * inv.unsqueeze(-1)).clamp(-ACT_MAX, ACT_MAX)).to(torch.int8).contiguous()
     scale = torch.where(finite, scale, float("nan")).contiguous()
     row_sum = q.sum(dim=-1, dtype=torch.int32) if want_sum else q.new_empty(0, dtype=torch.int32)
     return q, scale, row_sum
@@ -165,11 +165,7 @@ def dequantize_weight(quantized: QuantizedWeight, layer: LayerConfig) -> torch.T
 
 
 def dequantize_codes(
-    codes: torch.Tensor,
-    scale: torch.Tensor,
-    group_mult: torch.Tensor | None,
-    four_level: bool,
-    group_size: int,
+    codes: torch.Tensor, scale: torch.Tensor, group_mult: torch.Tensor | None, four_level: bool, group_size: int
 ) -> torch.Tensor:
     """fp32 [N, K] of int8 codes [N, K]; see `QuantizedWeight` for the other shapes."""
     level = levels(codes, four_level).float()
@@ -280,9 +276,7 @@ def _ternary_threshold(magnitude: torch.Tensor, group_size: int | None = None) -
 def _search(rows: torch.Tensor, base: torch.Tensor, ratios: tuple[float, ...], layer: LayerConfig) -> torch.Tensor:
     """Per row, the `ratio * base` with the least squared error (the first such ratio of the grid)."""
     chunk = max(1, _SEARCH_ELEMENTS // rows.shape[1])
-    parts = [
-        _search_rows(r, b, ratios, layer) for r, b in zip(rows.split(chunk), base.split(chunk), strict=True)
-    ]
+    parts = [_search_rows(r, b, ratios, layer) for r, b in zip(rows.split(chunk), base.split(chunk), strict=True)]
     return torch.cat(parts) if parts else base
 
 

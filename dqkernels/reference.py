@@ -26,7 +26,8 @@ def int_matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     n = b.shape[0]
     if m == 0 or n == 0:
         return a.new_zeros(m, n, dtype=torch.int32)
-    if a.device.type == "cpu" and _cpu_int_mm_is_exact():
+    # With K = 1 (the tail of a group) torch's matmul returns uninitialised memory.
+    if a.device.type == "cpu" and k > 1 and _cpu_int_mm_is_exact():
         return torch._int_mm(a, b.t())
     if a.device.type == "cuda" and m > 16 and k % 8 == 0 and n % 8 == 0:
         return torch._int_mm(a, b.t())
@@ -230,9 +231,9 @@ def layernorm_quantize(
     Returns y [..., K] in x's dtype, then q, scale and row_sum of `quantize_activation(y)`.
     """
     total = x.float() if residual is None else x.float() + residual.float()
-    y = F.layer_norm(
-        total, (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps
-    ).to(x.dtype)
+    y = F.layer_norm(total, (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps).to(
+        x.dtype
+    )
     return y, *qmath.quantize_activation(y, mode, clip, act_scale, want_sum)
 
 
@@ -240,7 +241,8 @@ def gelu_quantize(
     x: torch.Tensor, *, mode: str, clip: float | None, act_scale: torch.Tensor | None, want_sum: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """GELU (erf form) in fp32, rounded to x's dtype, then `quantize_activation`."""
-    y = F.gelu(x.float()).to(x.dtype)
+    # On CPU tensors torch has another GELU for strided ones, with other last bits.
+    y = F.gelu(x.float().contiguous()).to(x.dtype)
     return qmath.quantize_activation(y, mode, clip, act_scale, want_sum)
 
 
@@ -278,7 +280,7 @@ def qattention(
     k8, k_scale, _ = qmath.quantize_activation(k, mode, clip)
     v8, v_scale, _ = qmath.quantize_activation(v, mode, clip)
     if keys == 0 or q.numel() == 0:
-        return torch.zeros_like(q)
+        return torch.zeros_like(q, memory_format=torch.contiguous_format)
     # head_dim * 127 * 127 < 2^24 for head_dim <= 1040: fp32 products of codes are exact integers.
     score = q8.float() @ k8.float().transpose(-1, -2)
     score = score * q_scale.unsqueeze(-1) * k_scale.unsqueeze(-2)

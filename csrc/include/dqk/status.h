@@ -1,0 +1,70 @@
+// Status codes and their sentences. The core never throws, prints or exits: entry points return one of these.
+#pragma once
+#include <cstdint>
+
+namespace dqk {
+
+enum class Status : int32_t {
+    ok = 0,
+    bad_bits,
+    bad_dtype,
+    bad_mode,
+    bad_size,
+    size_overflow,
+    k_too_large,
+    bad_clip,
+    bad_act_scale,
+    code_out_of_range,
+    unknown_isa,
+    unsupported_isa,
+    cuda_no_driver,
+    cuda_no_device,
+    cuda_no_kernel_image,
+    cuda_bad_stream,
+    cuda_failed,
+};
+
+// One sentence, without the caller's values: those are added where they are known, in the binding.
+constexpr const char* sentence(Status status) {
+    switch (status) {
+        case Status::ok:
+            return "ok";
+        case Status::bad_bits:
+            return "bits must be 2, 4 or 8";
+        case Status::bad_dtype:
+            return "dtype code must be 0 (float32), 1 (float16) or 2 (bfloat16)";
+        case Status::bad_mode:
+            return "mode must be 0 (per_token), 1 (per_tensor) or 2 (static)";
+        case Status::bad_size:
+            return "rows must be >= 0, columns >= 1 and the row stride >= 0";
+        case Status::size_overflow:
+            return "the product of the sizes does not fit in 63 bits";
+        case Status::k_too_large:
+            return "K is so large that an int32 sum of int8 codes could overflow";
+        case Status::bad_clip:
+            return "clip must be positive and finite, or 0 for none";
+        case Status::bad_act_scale:
+            return "act_scale must lie between 2^-126 and 2^126, so that it and its reciprocal are normal "
+                   "numbers";
+        case Status::code_out_of_range:
+            return "a code lies outside the signed range of its width";
+        case Status::unknown_isa:
+            return "DQKERNELS_CPU must be one of scalar, avx2, avx_vnni, avx512_vnni, amx_int8, dotprod";
+        case Status::unsupported_isa:
+            return "DQKERNELS_CPU names an instruction set that this CPU or this build does not have";
+        case Status::cuda_no_driver:
+            return "no usable CUDA driver was found";
+        case Status::cuda_no_device:
+            return "no CUDA device was found";
+        case Status::cuda_no_kernel_image:
+            return "the extension was not built for this GPU's architecture (set DQKERNELS_CUDA_ARCHS and "
+                   "reinstall)";
+        case Status::cuda_bad_stream:
+            return "the stream does not belong to the current CUDA device";
+        case Status::cuda_failed:
+            return "the CUDA runtime refused the launch";
+    }
+    return "unknown status";
+}
+
+}  // namespace dqk

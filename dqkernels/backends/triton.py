@@ -1,0 +1,137 @@
+"""Triton on a CUDA device, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). Exact, per-channel."""
+
+from __future__ import annotations
+
+import functools
+import importlib.util
+import os
+import sys
+
+import torch
+
+_MIN_CAPABILITY = (8, 0)  # Turing's int8 dot does not compile
+
+
+def available(device_type: str) -> tuple[bool, str]:
+    """Whether this backend can take tensors of `device_type` here, and why (not). Imports no Triton."""
+    if sys.platform != "linux":
+        return False, f"Triton ships for Linux only, not {sys.platform}"
+    if importlib.util.find_spec("triton") is None:
+        return False, "triton is not installed"
+    if device_type not in ("cuda", "cpu"):
+        return False, f"takes cuda tensors, not {device_type}"
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return True, "Triton's interpreter (TRITON_INTERPRET=1)"
+    if device_type == "cpu":
+        return False, "takes cuda tensors, and cpu ones only in its interpreter (TRITON_INTERPRET=1)"
+    if not torch.cuda.is_available():
+        return False, "no CUDA device"
+    if torch.version.hip is not None:
+        return False, "tested on CUDA only, this torch is for ROCm"
+    capability = torch.cuda.get_device_capability()
+    if capability < _MIN_CAPABILITY:
+        return False, f"needs compute capability 8.0 or newer, the device has {capability[0]}.{capability[1]}"
+    return True, "Triton kernels"
+
+
+def supports(op: str, *, group_size: int = -1, **facts) -> str | None:
+    """Per-channel and per-tensor weights of every width; no groups yet."""
+    if group_size != -1:
+        return f"has no group-wise {op} (group_size={group_size}), only group_size=-1"
+    return None
+
+
+def quantize_activation(x, mode, clip=None, act_scale=None, want_sum=False):
+    """x [..., K] -> int8 codes [..., K], fp32 scale [...], int32 row sums [...] (or [0])."""
+    return _kernels()[0].quantize_activation(x, mode, clip, act_scale, want_sum)
+
+
+def qgemm(
+    xq,
+    act_scale,
+    row_sum,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    *,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    activation,
+    out_dtype,
+):
+    """int8 xq [..., K] times packed weights, with the epilogue -> [..., out_features].
+
+    Raises:
+        ValueError: for group_size other than -1.
+    """
+    if group_size != -1 or group_mult is not None:
+        raise ValueError(f"group_size must be -1 on the triton backend, got {group_size}")
+    lead, k = xq.shape[:-1], xq.shape[-1]
+    rows = xq.reshape(-1, k).contiguous()
+    if four_level and (row_sum is None or row_sum.numel() != rows.shape[0]):
+        row_sum = rows.sum(dim=1, dtype=torch.int32)
+    y = _kernels()[1].qgemm(
+        rows,
+        act_scale.reshape(-1).contiguous(),
+        row_sum.reshape(-1).contiguous() if four_level else None,
+        qweight.contiguous(),
+        weight_scale.contiguous(),
+        bits,
+        four_level,
+        out_features,
+        None if bias is None else bias.contiguous(),
+        activation,
+        None if residual is None else residual.reshape(-1, out_features),
+        out_dtype,
+    )
+    return y.reshape(*lead, out_features)
+
+
+def qlinear(
+    x,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    *,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    act_mode,
+    act_clip,
+    act_scale,
+    activation,
+    out_dtype,
+):
+    """Quantizes x [..., K], then `qgemm` -> [..., out_features]."""
+    xq, scale, row_sum = quantize_activation(x, act_mode, act_clip, act_scale, four_level)
+    return qgemm(
+        xq,
+        scale,
+        row_sum,
+        qweight,
+        weight_scale,
+        group_mult,
+        bias,
+        residual,
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        out_features=out_features,
+        activation=activation,
+        out_dtype=out_dtype,
+    )
+
+
+@functools.cache
+def _kernels():
+    """The launchers; importing them imports Triton, so this waits for the first call."""
+    from dqkernels.kernels import gemm, quantize
+
+    return quantize, gemm

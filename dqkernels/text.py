@@ -1,0 +1,485 @@
+"""Texts in, texts out: batches by length, prefixes and language codes, around a model's own `generate`.
+
+transformers 5 has no summarization or translation pipeline; `generate_texts` is the short form of one, for float
+and packed models alike. Floor: just above `hf`. It knows tokenizers and `generate`, no files of models.
+
+    texts = generate_texts(model, tokenizer, ["first", "second"], task="summarization", num_beams=4)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from tqdm.auto import tqdm
+
+logger = logging.getLogger("dqkernels")
+
+TASKS = ("summarization", "translation")
+#: Batches that are sorted by length together; a stream answers after at most so many.
+WINDOW_BATCHES = 64
+#: Tokenizers without a limit say 1e30.
+_NO_LIMIT = 1_000_000
+#: Tokens generated where neither the caller, nor the task, nor the model says how many.
+_DEFAULT_NEW_TOKENS = 128
+#: What a model with neither a tokenizer limit nor learned positions is cut at.
+_DEFAULT_SOURCE = 1024
+
+
+def generate_texts(model, tokenizer, texts: Iterable[str], **options: Any) -> list[str]:
+    """All outputs for `texts`, in their order. Arguments as `stream_texts`."""
+    return list(stream_texts(model, tokenizer, texts, **options))
+
+
+def stream_texts(
+    model,
+    tokenizer,
+    texts: Iterable[str],
+    *,
+    task: str | None = None,
+    batch_size: int = 16,
+    max_source_length: int | None = None,
+    source_prefix: str | None = None,
+    source_lang: str | None = None,
+    target_lang: str | None = None,
+    progress: bool | Callable[[int], Any] = False,
+    total: int | None = None,
+    warn_cut: bool = True,
+    **generate_options: Any,
+) -> Iterator[str]:
+    """Yields one output per text, in the order of `texts`, while it batches texts of like length.
+
+    Args:
+        model: a Hugging Face encoder-decoder, float or packed.
+        tokenizer: its tokenizer.
+        texts: any iterable; it is read in windows of `64 * batch_size`. A blank text gives an empty output.
+        task: `summarization` or `translation` takes the model's own parameters of that task
+            (`config.task_specific_params`), its prefix included; None takes `generation_config` alone.
+        batch_size: texts generated at once.
+        max_source_length: tokens a source is cut at; default what tokenizer and model allow.
+        source_prefix: put before every text; default the prefix of the task.
+        source_lang, target_lang: codes as the tokenizer spells them (`en_XX`, `eng_Latn`, `en`).
+        progress: show a bar on stderr, where that is a terminal; or a function that is told how many texts are done.
+        total: number of texts, for the bar, where `texts` has no length.
+        warn_cut: log how many sources were longer than `max_source_length`.
+        **generate_options: for `model.generate`; an option that is None is left to the model.
+
+    Raises:
+        ValueError: naming the argument, the value found and the value wanted, at the call and not at the first text.
+    """
+    if isinstance(texts, str):
+        raise ValueError("texts must be a list of strings, got one string")
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    prefix, options = task_options(model, tokenizer, task, source_lang, target_lang)
+    options = _merge(options, generate_options, model)
+    limit = source_limit(model, tokenizer, max_source_length)
+    prefix = prefix if source_prefix is None else source_prefix
+    if hasattr(texts, "__len__"):
+        total = len(texts)
+    model.eval()
+    # `disable=None` hides the bar where stderr is no terminal.
+    hidden = None if progress is True else True
+    bar = tqdm(total=total, desc="generate", unit="text", disable=hidden, leave=False)
+    done = progress if callable(progress) else bar.update
+    return _stream(model, tokenizer, iter(texts), batch_size, prefix, limit, options, bar, done, warn_cut)
+
+
+@torch.no_grad()
+def _stream(
+    model, tokenizer, source, batch_size, prefix, limit, options, bar, advance, warn_cut
+) -> Iterator[str]:
+    cut = 0
+    with bar:
+        while window := list(itertools.islice(source, WINDOW_BATCHES * batch_size)):
+            rows = _encode(tokenizer, window, prefix, limit)
+            cut += sum(row is not None and row[1] for row in rows)
+            # Longest first: what does not fit in memory fails at once, not after an hour.
+            order = sorted((i for i, row in enumerate(rows) if row), key=lambda i: (-len(rows[i][0]), i))
+            outputs = [None if row else "" for row in rows]
+            advance(outputs.count(""))
+            done = 0
+            for start in range(0, len(order), batch_size):
+                part = order[start : start + batch_size]
+                for i, text in zip(part, _run(model, tokenizer, [rows[i][0] for i in part], options), strict=True):
+                    outputs[i] = text
+                advance(len(part))
+                while done < len(outputs) and outputs[done] is not None:
+                    yield outputs[done]
+                    done += 1
+            yield from outputs[done:]
+    if cut and warn_cut:
+        logger.warning("%d source%s cut at %d tokens (max_source_length)", cut, "" if cut == 1 else "s", limit)
+
+
+def _encode(tokenizer, texts: list[str], prefix: str, limit: int) -> list[tuple[list[int], bool] | None]:
+    """Per text its ids and whether it was cut; None for a blank one."""
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"texts must hold strings, got {type(text).__name__}")
+    kept = [i for i, text in enumerate(texts) if text.strip()]
+    rows: list[tuple[list[int], bool] | None] = [None] * len(texts)
+    if not kept:
+        return rows
+    full = tokenizer([prefix + texts[i] for i in kept], truncation=False, verbose=False)["input_ids"]
+    if any(len(ids) > limit for ids in full):
+        short = tokenizer([prefix + texts[i] for i in kept], truncation=True, max_length=limit)["input_ids"]
+    else:
+        short = full
+    for i, ids, whole in zip(kept, short, full, strict=True):
+        rows[i] = (list(ids), len(whole) > limit)
+    return rows
+
+
+def _run(model, tokenizer, rows: list[list[int]], options: dict[str, Any]) -> list[str]:
+    """One batch through `generate`."""
+    batch = tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(model.device)
+    ids = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)
+    return [text.strip() for text in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+# ---- what the model and the task ask for --------------------------------------------------
+
+
+def source_limit(model, tokenizer, wanted: int | None = None) -> int:
+    """Tokens a source is cut at: `wanted`, or the least that tokenizer and positions allow.
+
+    Raises:
+        ValueError: if `wanted` is below 2 or above the model's learned positions.
+    """
+    positions = getattr(model.config, "max_position_embeddings", None)
+    if wanted is not None:
+        if wanted < 2:
+            raise ValueError(f"max_source_length must be at least 2, got {wanted}")
+        if positions is not None and wanted > positions:
+            raise ValueError(f"max_source_length must be at most {positions}, the model's positions, got {wanted}")
+        return wanted
+    limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and n < _NO_LIMIT]
+    return int(min(limits, default=_DEFAULT_SOURCE))
+
+
+def task_options(
+    model, tokenizer, task: str | None, source_lang: str | None = None, target_lang: str | None = None
+) -> tuple[str, dict[str, Any]]:
+    """The source prefix and the `generate` options that a model has for a task and a pair of languages.
+
+    Sets the tokenizer's source language.
+
+    Raises:
+        ValueError: for an unknown task or language, or a model that needs a language and got none.
+    """
+    if task is not None and task not in TASKS:
+        raise ValueError(f"task must be one of {list(TASKS)}, got {task!r}")
+    stored = getattr(model.config, "task_specific_params", None) or {}
+    key = f"translation_{source_lang}_to_{target_lang}" if task == "translation" else task
+    options = dict(stored.get(key) or {})
+    prefix = options.pop("prefix", "")
+    if hasattr(tokenizer, "src_lang"):
+        options.update(_languages(model, tokenizer, task, source_lang, target_lang))
+    elif key not in stored and (source_lang or target_lang):
+        prefix = _marian_prefix(tokenizer, stored, target_lang)
+    return prefix, options
+
+
+def _languages(model, tokenizer, task, source_lang, target_lang) -> dict[str, int]:
+    """Sets the source language of a multilingual tokenizer; the `generate` options of the target language."""
+    if source_lang is not None:
+        language_id(tokenizer, source_lang, "source_lang")
+        tokenizer.src_lang = source_lang
+    if target_lang is None:
+        settings = model.generation_config
+        chosen = settings.forced_bos_token_id
+        if task == "translation" and chosen is None:
+            raise ValueError(f"target_lang is needed by this model, one of {_known(tokenizer)}")
+        return {}
+    target = language_id(tokenizer, target_lang, "target_lang")
+    # mBART-50, NLLB and M2M100 write the language before the target and force it as first token; mBART-25 writes it
+    # behind, and its decoder starts from it.
+    tokenizer.tgt_lang = target_lang
+    labels = tokenizer(text_target="a")["input_ids"]
+    return {"forced_bos_token_id": target} if target in labels[:2] else {"decoder_start_token_id": target}
+
+
+def language_id(tokenizer, lang: str, argument: str) -> int:
+    """Token id of a language code.
+
+    Raises:
+        ValueError: naming `argument` and some codes that the tokenizer has.
+    """
+    if hasattr(tokenizer, "get_lang_id"):
+        known = getattr(tokenizer, "lang_code_to_token", {})
+        if lang in known:
+            return int(tokenizer.get_lang_id(lang))
+    else:
+        table = getattr(tokenizer, "lang_code_to_id", None) or {}
+        if lang in table:
+            return int(table[lang])
+        found = tokenizer.convert_tokens_to_ids(lang)
+        if not table and found is not None and found != tokenizer.unk_token_id and lang in tokenizer.all_special_tokens:
+            return int(found)
+    raise ValueError(f"{argument} must be one of {_known(tokenizer)}, got {lang!r}")
+
+
+def _known(tokenizer) -> str:
+    """Some language codes of a tokenizer, for a message."""
+    table = getattr(tokenizer, "lang_code_to_token", None) or getattr(tokenizer, "lang_code_to_id", None)
+    names = sorted(table) if table else [t for t in tokenizer.all_special_tokens if "_" in t and "<" not in t]
+    return ", ".join(names[:8]) + (f", ... ({len(names)} codes)" if len(names) > 8 else "")
+
+
+def _marian_prefix(tokenizer, stored: dict, target_lang: str | None) -> str:
+    """`>>fra<< ` for a Marian model of several targets.
+
+    Raises:
+        ValueError: for a model that knows no language codes, or not this one.
+    """
+    codes = getattr(tokenizer, "supported_language_codes", None) or []
+    token = f">>{target_lang}<<"
+    if token in codes:
+        return token + " "
+    pairs = [key.removeprefix("translation_") for key in stored if key.startswith("translation_")]
+    known = [code.strip("<>") for code in codes][:8] or pairs
+    if known:
+        raise ValueError(f"source_lang and target_lang must be one of {', '.join(known)}, got {target_lang!r}")
+    raise ValueError(
+        "source_lang and target_lang are for models with language codes and this one has none: leave them out, "
+        "or give source_prefix"
+    )
+
+
+def _merge(task: dict[str, Any], given: dict[str, Any], model) -> dict[str, Any]:
+    """Options of the task under those of the caller; a new length replaces the old one in either unit."""
+    given = {key: value for key, value in given.items() if value is not None}
+    length = given.get("max_new_tokens")
+    if length is not None:
+        if length < 1:
+            raise ValueError(f"max_new_tokens must be at least 1, got {length}")
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions is not None and length >= positions:
+            raise ValueError(f"max_new_tokens must be below {positions}, the model's positions, got {length}")
+        # A stored max_length or min_length would contradict what was asked for.
+        task = {key: value for key, value in task.items() if key not in ("max_length", "max_new_tokens")}
+        given.setdefault("max_length", None)
+        shortest = given.get("min_length", task.get("min_length", model.generation_config.min_length or 0)) or 0
+        if shortest > length:
+            given["min_length"] = 0
+    beams = given.get("num_beams")
+    if beams is not None and beams < 1:
+        raise ValueError(f"num_beams must be at least 1, got {beams}")
+    merged = {**task, **given}
+    settings = model.generation_config
+    if not any((merged.get("max_length"), merged.get("max_new_tokens"), settings.max_length, settings.max_new_tokens)):
+        # transformers would stop at 20 tokens, with a warning.
+        merged["max_new_tokens"] = min(_DEFAULT_NEW_TOKENS, getattr(model.config, "max_position_embeddings", 1024) - 1)
+    if merged.get("num_beams", settings.num_beams or 1) == 1:
+        # transformers warns about beam settings that greedy search ignores.
+        for key, off in (("early_stopping", None), ("length_penalty", None)):
+            merged.pop(key, None)
+            if beams == 1:
+                merged[key] = off
+    return merged
+
+
+@torch.no_grad()
+def calibration_batches(
+    model, tokenizer, texts: list[str], *, batch_size: int = 8, max_source_length: int | None = None
+) -> list[dict[str, torch.Tensor]]:
+    """Batches for `dqkernels.calibrate`: each text with what the float `model` writes for it, greedily.
+
+    The decoder's layers must see outputs of the model to be measured; call it before `quantize_`.
+
+    Raises:
+        ValueError: if no text is left that is not blank.
+    """
+    limit = source_limit(model, tokenizer, max_source_length)
+    rows = sorted((row[0] for row in _encode(tokenizer, texts, "", limit) if row), key=len)
+    if not rows:
+        raise ValueError("calibration_file must hold at least one text that is not blank")
+    options = _merge({}, {"num_beams": 1, "do_sample": False}, model)
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt").to(model.device)
+        batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
+        batches.append({**batch, "decoder_input_ids": model.generate(**batch, **options)[:, :-1]})
+    return batches
+
+
+# ---- opening a model ----------------------------------------------------------------------
+
+_HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+DTYPES = ("auto", "float32", "float16", "bfloat16")
+
+
+def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
+    """Model and tokenizer of a folder or a hub id, float or packed; safetensors only, no code from the folder.
+
+    Raises:
+        ValueError: in one sentence, where transformers would need a page: no such folder, no config, no weights,
+            no tokenizer, not an encoder-decoder, hub not reachable.
+    """
+    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+    name, dtype = str(name), check_dtype(dtype)
+    target = check_device(device)
+    config = _open_config(name)
+    if not config.is_encoder_decoder:
+        raise ValueError(f"MODEL must be an encoder-decoder such as BART or T5, {name!r} is a {config.model_type}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+    except Exception as error:
+        raise ValueError(f"MODEL {name!r} has no tokenizer that loads: {_first_line(error)}") from error
+    try:
+        model = AutoModelForSeq2SeqLM.from_pretrained(
+            name, dtype=dtype, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, SafetensorError) as error:
+        raise ValueError(f"MODEL {name!r} has no safetensors weights that load: {_first_line(error)}") from error
+    return model.to(target).eval(), tokenizer
+
+
+def check_dtype(dtype: str) -> str:
+    """`dtype` itself, or a ValueError with the choices."""
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype must be one of {list(DTYPES)}, got {dtype!r}")
+    return dtype
+
+
+def check_device(device: str) -> torch.device:
+    """The torch device of `auto`, `cpu`, `cuda` or `cuda:N`, or a ValueError that says what there is."""
+    count = torch.cuda.device_count()
+    if device == "auto":
+        return torch.device("cuda" if count else "cpu")
+    match = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if match is None:
+        raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
+    if device != "cpu" and int(match.group(1) or 0) >= count:
+        raise ValueError(f"device must be auto or cpu, or one of {count} GPUs that torch sees here, got {device!r}")
+    return torch.device(device)
+
+
+def _open_config(name: str):
+    """The config of a folder or hub id; every way in which there is none has its own sentence."""
+    from transformers import AutoConfig
+
+    folder = Path(name)
+    if folder.is_dir():
+        if not (folder / "config.json").is_file():
+            raise ValueError(f"MODEL must be a model folder, {name!r} has no config.json")
+    elif folder.exists():
+        raise ValueError(f"MODEL must be a folder or a hub id, {name!r} is a file")
+    elif not _HUB_ID.fullmatch(name) or name.startswith("."):
+        raise ValueError(f"MODEL must be a folder or a hub id, {name!r} is neither")
+    try:
+        return AutoConfig.from_pretrained(name, trust_remote_code=False)
+    except OSError as error:
+        if folder.is_dir():
+            raise ValueError(f"MODEL {name!r} has a config.json that does not load: {_first_line(error)}") from error
+        raise ValueError(
+            f"MODEL {name!r} is no folder here, and the hub has no such model, or it is offline or needs a login"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().split("\n", 1)[0]
+
+
+# ---- files of texts -----------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """A line of an input file that is not what it should be; the message names file and line."""
+
+
+def column_of(path: str | os.PathLike[str], column: str | None = None) -> str | None:
+    """The column to read from a file: the one asked for, `text` in a file that is named as JSON lines, or none."""
+    return column or ("text" if str(path).endswith((".jsonl", ".ndjson")) else None)
+
+
+def read_texts(path: str | os.PathLike[str], column: str | None = None) -> Iterator[str]:
+    """Texts of a UTF-8 file (`-` is stdin): one per line, or with `column` that field of each JSON line.
+
+    Raises:
+        InputError: naming the file and the line.
+    """
+    name = "stdin" if path == "-" else str(path)
+    # Only \n ends a line: a text may hold any other separator.
+    target = 0 if path == "-" else path
+    with open(target, encoding="utf-8-sig", newline="\n", closefd=path != "-") as stream:
+        number = 0
+        while True:
+            number += 1
+            try:
+                line = next(stream)
+            except StopIteration:
+                return
+            except UnicodeDecodeError as error:
+                raise InputError(f"{name} must be UTF-8 text, after line {number - 1}: {error.reason}") from None
+            if column is None:
+                yield line.rstrip("\r\n")
+            elif line.strip():
+                yield _column_of(line, column, f"{name} line {number}")
+
+
+def _column_of(line: str, column: str, where: str) -> str:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise InputError(f"{where} is not JSON: {error.msg} at character {error.pos}") from None
+    if not isinstance(record, dict):
+        raise InputError(f"{where} must be a JSON object, got {type(record).__name__}")
+    if column not in record:
+        raise InputError(f"{where} has no column {column!r}; it has {', '.join(map(repr, record)) or 'none'}")
+    if not isinstance(record[column], str):
+        raise InputError(f"{where}: column {column!r} must be a string, got {type(record[column]).__name__}")
+    return record[column]
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """A temporary path beside `path` that takes its place when the block ends well, and goes away when not.
+
+    What a kill leaves behind is named `.NAME.partial-*`, never `NAME`.
+    """
+    path = Path(path)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-", suffix=path.suffix)
+    os.close(handle)
+    try:
+        yield Path(name)
+        # mkstemp is private to its owner; a new file follows the umask.
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(name)
+
+
+def check_new_folder(path: str | os.PathLike[str], overwrite: bool, name: str = "OUT") -> None:
+    """Refuses, before the work and not after it, a folder that must not be written to.
+
+    Raises:
+        ValueError: if `path` has no parent, is there already (without `overwrite`), or is no model folder.
+    """
+    path = Path(path)
+    if not path.absolute().parent.is_dir():
+        raise ValueError(f"{name} must lie in a folder that exists, {str(path.parent)!r} does not")
+    if path.is_symlink() or (path.exists() and not path.is_dir()):
+        raise ValueError(f"{name} must be a folder, {str(path)!r} is something else")
+    if not path.exists() or not any(path.iterdir()):
+        return
+    if not overwrite:
+        raise ValueError(f"{name} {str(path)!r} is there already: give --overwrite to replace it")
+    if not (path / "config.json").is_file():
+        # A wrong word behind --overwrite must not cost a home folder.
+        raise ValueError(f"{name} {str(path)!r} has no config.json: only model folders are replaced")
