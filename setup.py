@@ -277,10 +277,8 @@ class BuildExt(build_ext):
                 raise BuildError(f"expected one extension module, the build made {len(built)}")
             stream([sys.executable, "-c", LOAD, str(built[0])])
             target.parent.mkdir(parents=True, exist_ok=True)
-            # Not a plain copy: a process that has the old file mapped must keep it.
-            fresh = target.with_name(target.name + ".new")
-            shutil.copy2(built[0], fresh)
-            os.replace(fresh, target)
+            target.unlink(missing_ok=True)  # a process that has an old one mapped keeps it
+            shutil.copy2(built[0], target)
 
 
 # An extension that links but does not load (an undefined symbol, a missing library) is a failed build.

@@ -1,4 +1,5 @@
-// Pack and unpack planar codes (format.h). The inner loops run over contiguous bytes, so that compilers vectorise.
+// Pack and unpack planar codes (format.h). Inner loops run over contiguous bytes, so that compilers
+// vectorise.
 #include <algorithm>
 #include <cstring>
 

@@ -15,10 +15,9 @@
 
 namespace dqk {
 
-constexpr float kQuantMax = 127.0f;         // codes are -127..127; -128 is never produced
-constexpr uint32_t kInfBits = 0x7F800000u;  // magnitudes from here on are Inf or NaN
-constexpr uint32_t kTinyBits =
-    0x0D800000u;  // 2^-100: a row below it counts as zero, so 127 / amax cannot overflow
+constexpr float kQuantMax = 127.0f;              // codes are -127..127; -128 is never produced
+constexpr uint32_t kInfBits = 0x7F800000u;       // magnitudes from here on are Inf or NaN
+constexpr uint32_t kTinyBits = 0x0D800000u;      // 2^-100: rows below count as zero, so 127 / amax is finite
 constexpr uint32_t kMinScaleBits = 0x00800000u;  // 2^-126
 constexpr uint32_t kMaxScaleBits = 0x7E800000u;  // 2^126
 constexpr float kNoClip = std::numeric_limits<float>::max();
