@@ -4,8 +4,8 @@
     dqkernels.quantize_(model, dqkernels.DQConfig(weight_bits=4))
     print(dqkernels.report(model))
 
-Importing this package makes transformers read and write packed models, and loads nothing: torch, transformers and
-the kernels come with the first use.
+Importing this package makes transformers read and write packed models, and loads nothing: torch,
+transformers and the kernels come with the first use.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import logging
 import sys
 from typing import TYPE_CHECKING
 
-from dqkernels.config import DQConfig
+from dqkernels.config import VERSION, DQConfig
 
 if TYPE_CHECKING:
     from dqkernels.convert import calibrate, quantize_
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from dqkernels.nn import QLinear
     from dqkernels.reporting import info, report
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = ["DQConfig", "QLinear", "calibrate", "info", "load", "quantize_", "report"]
 
 _HOME = {

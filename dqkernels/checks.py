@@ -37,7 +37,8 @@ def check_weight(
         raise ValueError(f"group_size must be one of {list(GROUP_SIZES)}, got {group_size!r}")
     if group_size != -1 and (bits == 8 or granularity != "per_channel"):
         raise ValueError(
-            f"group_size={group_size} needs 2 or 4 bits and granularity='per_channel', got {bits} and {granularity!r}"
+            f"group_size={group_size} needs 2 or 4 bits and granularity='per_channel', "
+            f"got {bits} and {granularity!r}"
         )
     check_clip(clip)
 
@@ -72,8 +73,7 @@ def check_codes(q: torch.Tensor, act_scale: torch.Tensor, row_sum: torch.Tensor 
     if row_sum is not None and tuple(row_sum.shape) != (0,):
         if row_sum.dtype != torch.int32 or tuple(row_sum.shape) != rows:
             raise ValueError(
-                f"row_sum must be int32 {list(rows)}, one per row of q, "
-                f"got {row_sum.dtype} {list(row_sum.shape)}"
+                f"row_sum must be int32 {list(rows)}, one per row of q, got {row_sum.dtype} {list(row_sum.shape)}"
             )
 
 

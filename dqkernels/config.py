@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+#: The one place that states it besides pyproject.toml (a test compares them).
+VERSION = "0.1.0"
 QUANT_METHOD = "dqkernels"
 FORMAT_VERSION = 1
 

@@ -22,6 +22,8 @@ logger = logging.getLogger("dqkernels")
 
 #: Lookups that add to hidden states rather than name tokens: small, sensitive, and never tied to a head.
 _POSITION = re.compile(r"position|relative_attention|token_type|segment|(^|\.)wpe$", re.IGNORECASE)
+#: Linears that their owner never calls; TransformerEncoderLayer does so in eval mode, on its fast path.
+_READ_DIRECTLY = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
 #: Called after a model was converted; `dqkernels.hf` adds what save_pretrained needs to know.
 after_convert: list[Callable[[nn.Module, DQConfig], None]] = []
 
@@ -91,11 +93,7 @@ def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
         target.removesuffix(".weight"): source.removesuffix(".weight")
         for target, source in (getattr(model, "all_tied_weights_keys", None) or {}).items()
     }
-    inside_attention = {
-        f"{name}.out_proj"
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, nn.MultiheadAttention)
-    }
+    read_directly = _read_directly(model)
     modules = list(model.named_modules(remove_duplicate=False))
     # Embeddings first: a table shared with a head is packed at the embedding's bits.
     modules.sort(key=lambda item: not isinstance(item[1], nn.Embedding))
@@ -103,7 +101,7 @@ def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
         if not isinstance(module, nn.Linear | nn.Embedding):
             continue
         is_embedding = isinstance(module, nn.Embedding)
-        reason = _why_not(name, module, inside_attention)
+        reason = _why_not(name, module, read_directly)
         if reason is None and module is head:
             reason = "head='float'"
         if reason is not None:
@@ -166,15 +164,15 @@ def build(decision: Decision, tied: PackedModule | None) -> PackedModule:
     return QLinear.from_linear(decision.module, decision.layer, tied)
 
 
-def _why_not(name: str, module: nn.Module, inside_attention: set[str]) -> str | None:
+def _why_not(name: str, module: nn.Module, read_directly: dict[str, str]) -> str | None:
     """Why this linear or embedding cannot be packed; None when it can."""
     if "weight" not in module._parameters or parametrize.is_parametrized(module):
         return "its weight is computed (parametrization or weight norm)"
     if module.weight.dtype not in checks.FLOAT_DTYPES:
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}"
     if isinstance(module, nn.Linear):
-        if name in inside_attention:
-            return "nn.MultiheadAttention reads its weight directly"
+        if name in read_directly:
+            return f"{read_directly[name]} reads its weight directly"
         if type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} has a forward of its own"
         if not 0 < module.in_features <= qmath.MAX_K or module.out_features == 0:
@@ -188,6 +186,16 @@ def _why_not(name: str, module: nn.Module, inside_attention: set[str]) -> str | 
     if module.max_norm is not None:
         return "max_norm changes its weight at every lookup"
     return None
+
+
+def _read_directly(model: nn.Module) -> dict[str, str]:
+    """Linears whose owner takes their weight and never calls them: full name -> the owner's class."""
+    found = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        for owner, leaves in _READ_DIRECTLY.items():
+            if isinstance(module, owner):
+                found.update({f"{name}.{leaf}".removeprefix("."): f"nn.{owner.__name__}" for leaf in leaves})
+    return found
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -4,8 +4,9 @@
     model.save_pretrained("folder")                               # packed, the tied table once
     model = AutoModelForSeq2SeqLM.from_pretrained("folder")       # equal bits, files checked first
 
-Only hooks of `HfQuantizer` that did not change between transformers 5.0 and 5.23 are used. `dqkernels/__init__`
-imports this module when transformers loads its quantizers, so nothing here may need a finished `transformers`.
+Only hooks of `HfQuantizer` that did not change between transformers 5.0 and 5.23 are used.
+`dqkernels/__init__` imports this module when transformers loads its quantizers, so nothing here may need a
+finished `transformers`.
 """
 
 from __future__ import annotations
@@ -13,24 +14,21 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-import dqkernels
 from dqkernels import config as plain
-from dqkernels import convert, serialize
+from dqkernels import convert, serialize, tying
 from dqkernels.checks import FLOAT_DTYPES
-from dqkernels.config import FORMAT_VERSION, QUANT_METHOD
+from dqkernels.config import FORMAT_VERSION, QUANT_METHOD, VERSION
 from dqkernels.nn import PackedModule, QEmbedding, QLinear, take_over
 
 _PACKED_TENSORS = ("qweight", "weight_scale", "group_mult", "act_scale")
@@ -40,8 +38,8 @@ _PACKED_TENSORS = ("qweight", "weight_scale", "group_mult", "act_scale")
 class DQConfig(plain.DQConfig, QuantizationConfigMixin):
     """`dqkernels.DQConfig` as transformers wants to see it: what `model.config.quantization_config` holds.
 
-    Same name as the plain one: transformers compares class names when a config meets a packed checkpoint, and then
-    warns that the checkpoint's own config is used.
+    Same name as the plain one: where a config meets a packed checkpoint, transformers compares class names,
+    and warns that the checkpoint's own config is used.
     """
 
     @classmethod
@@ -64,7 +62,7 @@ def stored_config(config: plain.DQConfig) -> DQConfig:
 
 @dataclass
 class _Table:
-    """One packed table while a float checkpoint is loaded: its owner, and who else reads the same float weight."""
+    """A packed table while a float checkpoint is loaded: its owner, and who else reads the same float."""
 
     owner: str
     module: PackedModule
@@ -101,7 +99,7 @@ class DQHfQuantizer(HfQuantizer):
         """Puts empty packed modules into a model on the meta device, after the files passed their checks."""
         files = list(checkpoint_files or ())
         tensors = serialize.check_files(files, self.quantization_config) if self.pre_quantized else {}
-        _untie(model, _untied_targets(model, files, set(tensors)))
+        tying.untie(model, tying.untied_targets(model, files, set(tensors)))
         decisions = convert.plan(model, self.quantization_config)
         if all(decision.layer is None for decision in decisions):
             raise ValueError(f"nothing to quantize in {type(model).__name__}")
@@ -125,14 +123,14 @@ class DQHfQuantizer(HfQuantizer):
         old_names = dict(model.all_tied_weights_keys)
         for name, module in by_name.items():
             convert.set_submodule(model, name, module)
-        _set_tied_names(model, old_names)
+        tying.set_tied_names(model, old_names)
         if self.pre_quantized:
             serialize.check_shapes(model, tensors, model.base_model_prefix)
 
     def _expect_floats(
         self, model, decisions: list[convert.Decision], by_name: Mapping[str, PackedModule]
     ) -> None:
-        """Gives packed modules a float `weight` slot to load into, and notes which table each float belongs to."""
+        """Gives packed modules a float `weight` slot to load into; notes which table each float belongs to."""
         owners = {d.name: d.tied_to or d.name for d in decisions if d.layer is not None}
         for name, owner in owners.items():
             table = self._tables.setdefault(f"{owner}.weight", _Table(owner, by_name[owner]))
@@ -210,7 +208,7 @@ class DQHfQuantizer(HfQuantizer):
         _finish(model, self._skipped)
         return model
 
-    # ------------------------------------------------------------------------------------------- saving and more
+    # ---------------------------------------------------------------------------------------- saving and more
 
     def get_state_dict_and_metadata(self, model):
         """What save_pretrained writes: every storage once, and the format's version.
@@ -224,7 +222,7 @@ class DQHfQuantizer(HfQuantizer):
         for target, source in model.all_tied_weights_keys.items():
             if target in state and source in state:
                 del state[target]
-        return state, {"format_version": str(FORMAT_VERSION), "dqkernels_version": dqkernels.__version__}
+        return state, {"format_version": str(FORMAT_VERSION), "dqkernels_version": VERSION}
 
     def is_serializable(self, *args, **kwargs) -> bool:
         return True
@@ -235,7 +233,7 @@ class DQHfQuantizer(HfQuantizer):
 
     @property
     def is_qat_trainable(self) -> bool:
-        # Read by Trainer, whose own sentence would send the user to adapters, which packed layers do not train.
+        # Trainer reads it. Its own sentence would send users to adapters, which packed layers do not train.
         raise ValueError(
             "a packed model cannot be trained: train the float model with dqkernels.train.prepare_qat, then "
             "dqkernels.train.export it"
@@ -259,7 +257,7 @@ class DQHfQuantizer(HfQuantizer):
             if id(module.qweight) not in weights:
                 weights[id(module.qweight)] = nn.Parameter(module.dequantize().to(wide))
             convert.set_submodule(model, name, _float_module(module, weights[id(module.qweight)]))
-        for inner in _hf_models(model):
+        for inner in tying.hf_models(model):
             names = {**inner._tied_weights_keys}
             inner._tied_weights_keys = {
                 target.replace(".qweight", ".weight"): source.replace(".qweight", ".weight")
@@ -277,8 +275,8 @@ def load(folder: str | os.PathLike, dtype: str | torch.dtype | None = None, devi
 
     Args:
         folder: written by `save_pretrained`, `dqkernels.train.export` or the command line.
-        dtype: of everything that is not packed: float32, float16 or bfloat16; default what the folder records.
-        device: where to; default the CPU.
+        dtype: of all that is not packed: float32, float16 or bfloat16; default: what the folder records.
+        device: where to; default: the CPU.
 
     Returns:
         The model, in eval mode, of the class that the folder's config.json names.
@@ -289,8 +287,8 @@ def load(folder: str | os.PathLike, dtype: str | torch.dtype | None = None, devi
     """
     if not Path(folder).is_dir():
         raise ValueError(
-            f"folder must be a local folder, got {os.fspath(folder)!r}; for a model on the Hugging Face hub use "
-            "from_pretrained of its Auto class"
+            f"folder must be a local folder, got {os.fspath(folder)!r}; for a model on the Hugging Face hub "
+            "use from_pretrained of its Auto class"
         )
     manifest = serialize.check_folder(folder)
     import transformers
@@ -311,7 +309,7 @@ def load(folder: str | os.PathLike, dtype: str | torch.dtype | None = None, devi
     return model if device is None else model.to(device)
 
 
-# ------------------------------------------------------------------------------------------------ empty modules
+# ---------------------------------------------------------------------------------------------- empty modules
 
 
 def _empty(decision: convert.Decision, kept_dtype: torch.dtype | None) -> PackedModule:
@@ -377,110 +375,7 @@ def _pack_op() -> type:
     return PackWeights
 
 
-# ----------------------------------------------------------------------------------------------------- tied names
-
-
-def _untied_targets(model, files: list[str], packed: set[str]) -> list[str]:
-    """Names that `model` ties but the files hold with values of their own (T5 v1.1's lm_head).
-
-    Args:
-        model: on the meta device, still float.
-        files: of the checkpoint.
-        packed: names in a packed checkpoint, which holds a tied table once; empty for a float one, where weights
-            that are stored twice are compared.
-    """
-    prefix = model.base_model_prefix
-    groups: dict[str, list[str]] = {}
-    for target, source in model.all_tied_weights_keys.items():
-        if target.endswith(".weight"):
-            groups.setdefault(source, []).append(target)
-    if not groups:
-        return []
-
-    def stored(name: str, names) -> str | None:
-        return next(
-            (n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in names), None
-        )
-
-    if packed:
-        own = {
-            n.removesuffix(s) + ".weight" for n in packed for s in (".qweight", ".weight") if n.endswith(s)
-        }
-        return [
-            t for source, targets in groups.items() if stored(source, own) for t in targets if stored(t, own)
-        ]
-    found = []
-    safe = [safe_open(file, framework="pt") for file in files if os.fspath(file).endswith(".safetensors")]
-    where = {name: file for file in safe for name in file.keys()}  # noqa: SIM118, safe_open is no dict
-    for source, targets in groups.items():
-        present = [(n, stored(n, where)) for n in (source, *targets) if stored(n, where)]
-        for name, key in present[1:]:
-            first = present[0][1]
-            if key != first and not _equal(where[first].get_slice(first), where[key].get_slice(key)):
-                found.append(name)
-    return found
-
-
-def _equal(a, b, rows: int = 4096) -> bool:
-    """Whether two lazy slices hold the same numbers, a few rows at a time."""
-    shape = a.get_shape()
-    if shape != b.get_shape():
-        return False
-    with torch.device("cpu"):  # called while transformers builds on the meta device
-        return all(torch.equal(a[i : i + rows], b[i : i + rows]) for i in range(0, shape[0], rows))
-
-
-def _untie(model, targets: list[str]) -> None:
-    for target in targets:
-        module = model.get_submodule(target.rpartition(".")[0])
-        module.weight = nn.Parameter(torch.empty_like(module.weight), requires_grad=False)
-        for inner in _hf_models(model):
-            inner.all_tied_weights_keys = {
-                t: s for t, s in inner.all_tied_weights_keys.items() if not f".{target}".endswith(f".{t}")
-            }
-
-
-def _set_tied_names(model, old_names: Mapping[str, str]) -> None:
-    """Makes `tie_weights`, `save_pretrained` and `from_pretrained` see the packed names of what is shared.
-
-    On every model inside, and on the instance: `tie_weights()` computes its mapping anew from `_tied_weights_keys`
-    of each, whose class attribute names float weights that are gone. Scales are buffers, shared by object.
-    """
-    names: dict[str, str] = {}
-    first: dict[int, str] = {}
-    packed = {n: m for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedModule)}
-    for name, module in packed.items():
-        owner = first.setdefault(id(module.qweight), name)
-        if owner != name:
-            names[f"{name}.qweight"] = f"{owner}.qweight"
-            if module.group_mult is not None:
-                names[f"{name}.group_mult"] = f"{owner}.group_mult"
-    for target, source in old_names.items():
-        gone = [n for n in (target, source) if n.endswith(".weight") and n.removesuffix(".weight") in packed]
-        if not gone:
-            names[target] = source
-    for prefix, inner in model.named_modules():
-        if _is_hf_model(inner):
-            start = f"{prefix}." if prefix else ""
-            own = {
-                target.removeprefix(start): source.removeprefix(start)
-                for target, source in names.items()
-                if target.startswith(start) and source.startswith(start)
-            }
-            inner._tied_weights_keys = own
-            inner.all_tied_weights_keys = dict(own)
-
-
-def _is_hf_model(module: nn.Module) -> bool:
-    modeling = sys.modules.get("transformers.modeling_utils")
-    return modeling is not None and isinstance(module, modeling.PreTrainedModel)
-
-
-def _hf_models(model: nn.Module) -> list[nn.Module]:
-    return [module for module in model.modules() if _is_hf_model(module)]
-
-
-# -------------------------------------------------------------------------------------------- a finished model
+# ------------------------------------------------------------------------------------------- a finished model
 
 
 def _finish(model, skipped: Mapping[str, str]) -> None:
@@ -497,7 +392,7 @@ def _refuse_resize(*args, **kwargs):
 
 def _attach(model: nn.Module, config: plain.DQConfig) -> None:
     """After `quantize_` in memory: the same state as after `from_pretrained(quantization_config=config)`."""
-    if not _is_hf_model(model):
+    if not tying.is_hf_model(model):
         return
     stored = stored_config(config)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -507,13 +402,13 @@ def _attach(model: nn.Module, config: plain.DQConfig) -> None:
         return  # another method's model, of which we packed the rest: saving it is that method's business
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
     model.config.quantization_config = model.hf_quantizer.quantization_config
-    for inner in _hf_models(model):
+    for inner in tying.hf_models(model):
         inner.config._is_quantized = True
     for target, source in model.all_tied_weights_keys.items():
         if target.endswith(".bias"):  # BERT's decoder.bias: the packed module came with a copy
             module, _, name = target.rpartition(".")
             setattr(model.get_submodule(module), name, model.get_parameter(source))
-    _set_tied_names(model, model.all_tied_weights_keys)
+    tying.set_tied_names(model, model.all_tied_weights_keys)
     _finish(model, model.dqkernels_skipped)
 
 
@@ -521,7 +416,7 @@ convert.after_convert.append(_attach)
 
 
 def _check_all_loaded(model) -> None:
-    """Refuses a packed model of which a tensor kept its initial value: transformers itself would only report it."""
+    """Refuses a packed model of which a tensor was not loaded: transformers itself only reports it."""
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):
             continue
@@ -554,8 +449,8 @@ def _check_config_describes(model, config: plain.DQConfig) -> None:
 
 def _refuse_save(name: str, found: Any, wanted: Any) -> None:
     raise ValueError(
-        f"the model cannot be saved: {name} is {found}, but the model's DQConfig gives {wanted}. Quantize the float "
-        "model once, with exceptions in overrides"
+        f"the model cannot be saved: {name} is {found}, but the model's DQConfig gives {wanted}. Quantize the "
+        "float model once, with exceptions in overrides"
     )
 
 

@@ -143,8 +143,9 @@ def read_header(path: Path) -> dict[str, Entry]:
     """The tensors a safetensors file declares, checked against its size; its data is not read.
 
     Raises:
-        FileFormatError: for a header that is too long, is no JSON, repeats a name or lacks format_version; for a
-            tensor of unknown dtype, rank above 3, size beyond 64 bits, or bytes not exactly where they belong.
+        FileFormatError: for a header that is too long, is no JSON, repeats a name or lacks format_version;
+            for a tensor of unknown dtype, rank above 3, size beyond 64 bits, or bytes not exactly where they
+            belong.
     """
     size = _regular_size(path)
     with open(path, "rb") as file:

@@ -20,6 +20,9 @@ _HOOKS = (
     "_is_full_backward_hook",
 )
 
+#: Elements of a float matrix that are quantized at once.
+_PACK_ELEMENTS = 1 << 19
+
 
 class PackedModule(nn.Module):
     """A packed weight matrix: `qweight`, `weight_scale`, and `group_mult` when group-wise.
@@ -56,15 +59,18 @@ class PackedModule(nn.Module):
     def weight(self) -> torch.Tensor:
         """For code that asks a linear for `weight.dtype` or `.device` (T5's `wo`, `_init_weights`).
 
-        An empty tensor in the compute dtype; the floats themselves are `dequantize()`. While transformers loads a
-        float checkpoint it is the float parameter that is about to be packed.
+        One NaN seen through the right shape and dtype, so that it takes no memory and no computation with it goes
+        unnoticed; the floats themselves are `dequantize()`. While transformers loads a float checkpoint it is the
+        float parameter that is about to be packed.
         """
         slot = self._parameters.get("weight")
         if slot is not None:
             return slot
-        empty = torch.empty(0, dtype=self.compute_dtype, device=self.qweight.device)
-        empty._is_hf_initialized = True
-        return empty
+        # The shape matters: transformers pads or cuts the bias of a tied head to `weight.shape[0]`.
+        stand_in = torch.full((1,), float("nan"), dtype=self.compute_dtype, device=self.qweight.device)
+        stand_in = stand_in.expand(self._rows, self._columns)
+        stand_in._is_hf_initialized = True
+        return stand_in
 
     def dequantize(self) -> torch.Tensor:
         """The float matrix these codes stand for: fp32 [rows, columns]."""
@@ -79,11 +85,21 @@ class PackedModule(nn.Module):
         if tuple(weight.shape) != (self._rows, self._columns):
             raise ValueError(f"weight must be [{self._rows}, {self._columns}], got {list(weight.shape)}")
         layer = self.layer
-        qweight, scale, group_mult = ops.quantize_weight(
-            weight.detach(), layer.bits, layer.quantizer, layer.granularity, layer.group_size, layer.weight_clip
-        )
-        if not torch.isfinite(scale).all():
-            raise ValueError("weight has NaN or Inf values and cannot be quantized")
+        # Rows are quantized on their own, so a few at a time give the same bits and no temporaries of the size of a
+        # 250,000-word table. A scale per tensor needs the whole matrix at once.
+        rows = self._rows
+        if layer.granularity == "per_channel":
+            rows = max(_PACK_ELEMENTS // self._columns // packing.BLOCK_N, 1) * packing.BLOCK_N
+        parts = []
+        for chunk in weight.detach().split(max(rows, 1)):
+            parts.append(
+                ops.quantize_weight(
+                    chunk, layer.bits, layer.quantizer, layer.granularity, layer.group_size, layer.weight_clip
+                )
+            )
+            if not torch.isfinite(parts[-1][1]).all():
+                raise ValueError("weight has NaN or Inf values and cannot be quantized")
+        qweight, scale, group_mult = (torch.cat(part) for part in zip(*parts, strict=True))
         self.qweight = _frozen(qweight)
         self.weight_scale = scale
         if layer.group_size != -1:

@@ -1,4 +1,4 @@
-"""What a model became (`report`) and what this machine offers (`info`): facts, a table for people, JSON for programs."""
+"""What a model became (`report`) and what this machine offers (`info`): a table for people, JSON for programs."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import os
 import platform
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import nn
 
 from dqkernels import backends
-from dqkernels.config import FORMAT_VERSION
+from dqkernels.config import FORMAT_VERSION, VERSION
 from dqkernels.kernels import native
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
@@ -30,6 +30,7 @@ ENVIRONMENT = {
 _PACKAGES = ("dqkernels", "torch", "transformers", "triton", "safetensors", "numpy")
 _WIDTH = 80
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
+_DIGIT = re.compile(r"\.\d")
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,14 @@ class Row:
     """One module, or a group of alike modules with a common name like `layers.0-5.fc1`.
 
     Attributes:
-        name: full name; `0-5` or `0,2` stands for the numbers of a group.
+        name: full name; `0-5` or `0,2` stands for the numbers of a group, `{q,k}_proj` for its last parts.
         count: modules in the group.
         kind: `linear`, `embedding`, or `float` for one that was left as it is.
         bits: of the codes, or of the floats.
         quantizer: `absmax`, `ternary`, ..., or `none`.
         shape: [out_features, in_features], or [num_embeddings, embedding_dim].
-        packed_bytes: of the group: codes, scales and multipliers (of a float one: its weight). 0 where another
-            module holds the table.
+        packed_bytes: of the group: codes, scales and multipliers (of a float one: its weight). 0 where
+            another module holds the table.
         float32_bytes: of the same weights in fp32, 0 where another module holds them.
         kernel: which backend runs it here, and why.
         note: `tied to NAME`, or why it was skipped.
@@ -100,29 +101,25 @@ class Report:
         return body
 
     def __str__(self) -> str:
-        table = _table(
-            ("module", None), ("bits", "right"), ("quantizer", None), ("shape", "right"), ("KB", "right")
-        )
-        notes: dict[str, list[str]] = {}
+        table = _table(("module", None), ("weights", None), ("shape", "right"), ("KB", "right"))
         for row in self.rows:
+            weights = f"{row.bits} float" if row.kind == "float" else f"{row.bits} {row.quantizer}"
             size = f"{row.packed_bytes / 1000:,.1f}" if row.packed_bytes else "-"
-            table.add_row(_short(row.name), str(row.bits), row.quantizer, "x".join(map(str, row.shape)), size)
-            text = f"runs on {row.kernel}" if row.kind != "float" else f"left in float: {row.note}"
-            notes.setdefault(text, []).append(row.name)
-            if row.kind != "float" and row.note:
-                notes.setdefault(row.note, []).append(row.name)
+            table.add_row(_broken(row.name), weights, "x".join(map(str, row.shape)), size)
         lines = [_render(table)]
-        for text, names in notes.items():
-            lines.append(_wrap(f"{_list(names, len(self.rows))}: {text}"))
+        for kind in ("linear", "embedding"):
+            kernels = _names_by((r.kernel, r.name) for r in self.rows if r.kind == kind)
+            for kernel, names in kernels.items():
+                who = f"every packed {kind}" if len(kernels) == 1 else _list(names)
+                lines.append(_wrap(f"Runs on {kernel}: {who}"))
+        tied = _names_by((r.note, r.name) for r in self.rows if r.kind != "float" and r.note)
+        lines += [_wrap(f"{note[0].upper()}{note[1:]}: {_list(names)}") for note, names in tied.items()]
+        left = _names_by((r.note, r.name) for r in self.rows if r.kind == "float")
+        lines += [_wrap(f"Left in float ({note}): {_list(names)}") for note, names in left.items()]
         parts = (("codes", self.codes_bytes), ("scales", self.scales_bytes), ("other", self.other_bytes))
         sizes = ", ".join(f"{name} {_megabytes(value)}" for name, value in parts)
-        lines.append(
-            _wrap(
-                f"{self.model}: {_megabytes(self.total_bytes)} ({sizes}), "
-                f"{self.ratio:.2f}x smaller than fp32 ({_megabytes(self.float32_bytes)})"
-            )
-        )
-        return "\n".join(lines)
+        total = f"{self.model}: {_megabytes(self.total_bytes)} ({sizes}); in fp32 {_megabytes(self.float32_bytes)}"
+        return "\n".join([*lines, _wrap(f"{total}, {self.ratio:.2f} times as much")])
 
 
 @dataclass(frozen=True)
@@ -162,19 +159,19 @@ class Info:
             table.add_row(f"device {name}", description)
         for device, found in self.backends.items():
             for name, (usable, reason) in found.items():
-                table.add_row(f"{name} for {device}", f"{'yes' if usable else 'no'}: {reason}")
-        core = self.core.get("reason") or ", ".join(
-            f"{key} {value}"
-            for key, value in self.core.items()
-            if key in ("mode", "cpu_isa", "cuda", "archs")
-        )
-        table.add_row(
-            "compiled core", f"{'yes' if self.core['present'] else 'no'}: {core}" if core else "yes"
-        )
+                table.add_row(f"{name} on {device}", f"{'yes' if usable else 'no'}: {reason}")
+        table.add_row("compiled core", self._core())
         for name, value in self.environment.items():
             table.add_row(name, value)
         table.add_row("file format", f"version {self.format_version}")
         return _render(table)
+
+    def _core(self) -> str:
+        if not self.core["present"]:
+            return f"no: {self.core['reason']}"
+        archs = " ".join(map(str, self.core.get("archs") or ()))
+        cuda = f"CUDA for {archs or 'no card'}" if self.core.get("cuda") else "no CUDA"
+        return f"yes: CPU {self.core.get('cpu_isa', 'kernels')}, {cuda}"
 
 
 def report(model: nn.Module) -> Report:
@@ -244,7 +241,7 @@ def rows_columns(module: PackedModule) -> tuple[int, int]:
 
 
 def teacher_bytes(model: nn.Module) -> int:
-    """Bytes of all parameters of the float model at 4 bytes each, tied ones once; packed ones count unpacked."""
+    """Bytes of the float model's parameters at 4 bytes each, tied ones once; packed ones count unpacked."""
     seen, count = set(), 0
     for module in model.modules():
         for name, parameter in module._parameters.items():
@@ -299,34 +296,47 @@ def _packed_row(name: str, module: PackedModule, owner: str) -> Row:
 
 
 def _grouped(rows: Iterable[Row]) -> list[Row]:
-    """Rows that differ only in the numbers of their names become one; order of first appearance."""
-    groups: dict[tuple, list[Row]] = {}
+    """Rows that differ only in the numbers of their names, then in the last part, become one."""
+    numbered: dict[tuple, list[Row]] = {}
     for row in rows:
-        shape = (row.kind, row.bits, row.quantizer, row.shape, row.packed_bytes, row.kernel, row.note)
-        groups.setdefault((_NUMBER.sub("#", row.name), shape), []).append(row)
-    result = []
-    for members in groups.values():
-        first = members[0]
-        if len(members) == 1:
-            result.append(first)
-            continue
-        numbers = zip(*(_NUMBER.findall(row.name) for row in members), strict=True)
-        spans = iter([_span(sorted({int(n) for n in column})) for column in numbers])
-        result.append(
-            Row(
-                _NUMBER.sub(lambda _, spans=spans: next(spans), first.name),
-                len(members),
-                first.kind,
-                first.bits,
-                first.quantizer,
-                first.shape,
-                sum(row.packed_bytes for row in members),
-                sum(row.float32_bytes for row in members),
-                first.kernel,
-                first.note,
-            )
-        )
-    return result
+        numbered.setdefault((_NUMBER.sub("#", row.name), _facts(row)), []).append(row)
+    merged = []
+    for members in numbered.values():
+        columns = zip(*(_NUMBER.findall(row.name) for row in members), strict=True)
+        spans = iter([_span(sorted({int(number) for number in column})) for column in columns])
+        merged.append(_merged(members, _NUMBER.sub(lambda _, spans=spans: next(spans), members[0].name)))
+    siblings: dict[Any, list[Row]] = {}
+    for row in merged:
+        # Only inside a numbered block: elsewhere alike modules (three embeddings) are worth a line each.
+        parent = row.name.rpartition(".")[0]
+        key = (parent, row.count, _facts(row)) if _DIGIT.search(parent) else row.name
+        siblings.setdefault(key, []).append(row)
+    return [_merged(members, _braced([row.name for row in members])) for members in siblings.values()]
+
+
+def _facts(row: Row) -> tuple:
+    return (row.kind, row.bits, row.quantizer, row.shape, row.packed_bytes, row.kernel, row.note)
+
+
+def _merged(rows: list[Row], name: str) -> Row:
+    return replace(
+        rows[0],
+        name=name,
+        count=sum(row.count for row in rows),
+        packed_bytes=sum(row.packed_bytes for row in rows),
+        float32_bytes=sum(row.float32_bytes for row in rows),
+    )
+
+
+def _braced(names: list[str]) -> str:
+    """`a.{q,k}_proj` for `a.q_proj` and `a.k_proj`."""
+    if len(names) == 1:
+        return names[0]
+    parent = names[0].rpartition(".")[0]
+    leaves = [name.rpartition(".")[2] for name in names]
+    suffix = os.path.commonprefix([leaf[::-1] for leaf in leaves])[::-1]
+    suffix = suffix if suffix.startswith("_") else ""
+    return f"{parent}.{{{','.join(leaf.removesuffix(suffix) for leaf in leaves)}}}{suffix}"
 
 
 def _span(numbers: list[int]) -> str:
@@ -335,7 +345,7 @@ def _span(numbers: list[int]) -> str:
     return ",".join(map(str, numbers))
 
 
-# ------------------------------------------------------------------------------------------------------- words
+# ------------------------------------------------------------------------------------------------------ words
 
 
 def _table(*columns: tuple[str, str | None]):
@@ -363,14 +373,21 @@ def _wrap(text: str) -> str:
     return textwrap.fill(text, _WIDTH, subsequent_indent="  ", break_on_hyphens=False)
 
 
-def _short(name: str) -> str:
-    return name.replace("self_attn", "self_attn").removeprefix("model.") if len(name) > 30 else name
+def _broken(name: str, width: int = 44) -> str:
+    """A long name in two lines, broken at its last dot."""
+    parent, dot, leaf = name.rpartition(".")
+    return name if len(name) <= width or not dot else f"{parent}.\n  {leaf}"
 
 
-def _list(names: list[str], total: int) -> str:
-    if len(names) == total and total > 1:
-        return "all"
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more rows" if len(names) > 3 else "")
+def _names_by(pairs: Iterable[tuple[str, str]]) -> dict[str, list[str]]:
+    found: dict[str, list[str]] = {}
+    for key, name in pairs:
+        found.setdefault(key, []).append(name)
+    return found
+
+
+def _list(names: list[str]) -> str:
+    return ", ".join(names[:4]) + (f" and {len(names) - 4} more rows" if len(names) > 4 else "")
 
 
 def _megabytes(value: int) -> str:
@@ -382,7 +399,5 @@ def _version(package: str) -> str:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         if package == "dqkernels":
-            import dqkernels
-
-            return f"{dqkernels.__version__} (not installed)"
+            return f"{VERSION} (not installed)"
         return "absent"

@@ -1,9 +1,9 @@
 """Folders of packed models: read as untrusted, written all or nothing.
 
 `check_folder` (in `manifest`) reads names, types and sizes, and refuses before anything is allocated;
-`check_shapes` holds a file against the model it is for; `check_values` looks at the numbers once they are loaded.
-`save` never leaves a half-written folder. One format (safetensors), no pickle, no path inside a file, no fallback
-loader.
+`check_shapes` holds a file against the model it is for; `check_values` looks at the numbers once they are
+loaded. `save` never leaves a half-written folder. One format (safetensors), no pickle, no path inside a
+file, no fallback loader.
 """
 
 from __future__ import annotations
@@ -93,8 +93,8 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
 
     Raises:
         FileFormatError: for a shape that does not fit its module, a weight_scale that is negative or not
-            finite, an act_scale that is not finite and above 0, a group_mult outside 1..mult_max, or a ternary
-            code -2.
+            finite, an act_scale that is not finite and above 0, a group_mult outside 1..mult_max, or a
+            ternary code -2.
     """
     seen = set()
     for name, module in model.named_modules():
@@ -156,9 +156,9 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
     """Writes a packed model and its model card; the folder appears whole or not at all.
 
     Everything goes into a hidden folder beside the target, is checked as `load` would check it, flushed, and
-    put in place by one rename (an exchange when the target exists), so a kill leaves the old folder or the new
-    one, and perhaps a `.NAME.*.tmp` beside it. Saving over the folder that `model` was loaded from is safe: its
-    mapped file lives on until it is closed. Other files of an existing target are kept.
+    put in place by one rename (an exchange when the target exists), so a kill leaves the old folder or the
+    new one, and perhaps a `.NAME.*.tmp` beside it. Saving over the folder that `model` was loaded from is
+    safe: its mapped file lives on until it is closed. Other files of an existing target are kept.
 
     Args:
         model: a Hugging Face model converted by `quantize_` or loaded packed.
