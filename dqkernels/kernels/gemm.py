@@ -31,8 +31,8 @@ def _top_bits(packed, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.const
     if BITS == 8:
         return packed.to(tl.int8, bitcast=True)
     elif USE_ASM:
-        # Four bytes per 32-bit register. Bits shifted over from the byte below land under the mask. Plain operators
-        # mean the same, but cost up to 10 PRMT per IMMA, since the compiler widens each byte.
+        # Four bytes per 32-bit register: bits shifted over from the byte below land under the mask. Plain
+        # operators mean the same, but cost up to 10 PRMT per IMMA, since the compiler widens each byte.
         return tl.inline_asm_elementwise(
             f"shl.b32 $0, $1, {SHIFT}; and.b32 $0, $0, {MASK * 0x01010101};",
             "=r,r",
@@ -49,8 +49,8 @@ def _top_bits(packed, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.const
 def _add(a, b, USE_ASM: tl.constexpr):
     """a + b, rounded on its own.
 
-    Spelled as an instruction because LLVM pairs plain adds and multiplies into f32x2 on sm_100 and sm_120, and ptxas
-    12.9 (Triton 3.6) then contracts the pairs into FFMA2 in spite of `.rn` and `--fmad=false`.
+    Spelled as an instruction because LLVM pairs plain adds and multiplies into f32x2 on sm_100 and sm_120, and
+    ptxas 12.9 (Triton 3.6) then contracts the pairs into FFMA2 in spite of `.rn` and `--fmad=false`.
     """
     if USE_ASM:
         a, b = tl.broadcast(a, b)
@@ -97,8 +97,8 @@ def _gemm_kernel(
     USE_ASM: tl.constexpr,  # False in the interpreter, which has no inline assembly
 ):
     """Y = act(float(acc) * act_scale[m] * weight_scale[n] + bias[n]) + residual, each step rounded on its own."""
-    # 8-bit codes have one plane; two half-K dots keep two dots per loop body. With a single one, Triton 3.8 and 3.9
-    # split the int8 fragments into bytes on sm_80 and spill.
+    # 8-bit codes have one plane; two half-K dots keep two dots per loop body. With a single one, Triton 3.8 and
+    # 3.9 split the int8 fragments into bytes on sm_80 and spill.
     PLANES: tl.constexpr = 8 // BITS
     DOTS: tl.constexpr = 2 if BITS == 8 else PLANES
     RUN: tl.constexpr = 64 if BITS == 8 else 128 // PLANES  # consecutive codes that one dot takes from a 128-block
@@ -110,7 +110,7 @@ def _gemm_kernel(
     rows_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
-    # Dot d takes, of each 128-block, the codes at d * RUN + 0..RUN-1: one plane of RUN bytes (one half of 128 at W8).
+    # Of each 128-block, dot d takes the codes at d * RUN + 0..RUN-1: a plane of RUN bytes (at W8 a half of 128).
     span = tl.arange(0, SPAN)
     in_block = (span // RUN) * 128 + span % RUN
     x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * k + in_block[:, None]
@@ -131,7 +131,8 @@ def _gemm_kernel(
                 if EVEN_K:
                     packed = tl.load(w_ptrs + d * RUN)
                 else:
-                    packed = tl.load(w_ptrs + d * RUN, mask=(k_start + d * RUN + in_block < row_bytes)[None, :], other=0)
+                    in_row = (k_start + d * RUN + in_block < row_bytes)[None, :]
+                    packed = tl.load(w_ptrs + d * RUN, mask=in_row, other=0)
                 w = _top_bits(packed, 0, BITS, USE_ASM)
             else:
                 w = _top_bits(packed, d, BITS, USE_ASM)
@@ -178,9 +179,9 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# Rows: the largest M of the bucket. One table per instruction family: mma.sync on sm_80..89 and sm_120, wgmma and its
-# successors elsewhere. Every entry is compiled, and its registers, spills and byte permutes checked, by
-# tests/test_triton_compile.py. Shared memory stays under the 99 KB of the small parts on "sm80".
+# By the largest M of the bucket. One table per instruction family: mma.sync on sm_80..89 and sm_120, wgmma and its
+# successors elsewhere. tests/test_triton_compile.py compiles every entry and checks spills, byte permutes, shared
+# memory ("sm80" fits the 99 KB of sm_86) and multiply instructions (64 x 64 on 8 warps would do each twice).
 _ANY = 1 << 62
 _BUSY_TILES = 128  # about one tile per multiprocessor
 CONFIGS = {
@@ -195,14 +196,14 @@ CONFIGS = {
         16: Config(16, 64, 256, 4, 4),
         32: Config(32, 64, 256, 4, 4),
         64: Config(64, 64, 128, 4, 4),
-        256: Config(128, 64, 128, 4, 3),
+        256: Config(64, 128, 128, 4, 3),
         _ANY: Config(128, 128, 128, 8, 3),
     },
     ("sm80", 2): {
         16: Config(16, 64, 512, 4, 4),
         32: Config(32, 64, 256, 4, 4),
-        64: Config(64, 64, 256, 8, 3),
-        256: Config(128, 64, 256, 4, 2),
+        64: Config(64, 64, 256, 4, 2),
+        256: Config(64, 128, 256, 4, 3),
         _ANY: Config(128, 128, 128, 8, 3),
     },
     ("sm90", 8): {
@@ -243,10 +244,11 @@ def config(m: int, n: int, bits: int, arch: str) -> Config:
     M picks the bucket; above 64 tokens a smaller bucket serves where the larger tiles would leave most of the
     machine idle.
     """
-    entries = [entry for limit, entry in CONFIGS[arch, bits].items() if limit < _bucket(m)]
-    choice = CONFIGS[arch, bits][_bucket(m)]
-    while choice.block_m > 64 and _tiles(m, n, choice) < _BUSY_TILES and entries:
-        choice = entries.pop()
+    table = CONFIGS[arch, bits]
+    choice = table[_bucket(m)]
+    for smaller in (256, 64):
+        if m > smaller and _tiles(m, n, choice) < _BUSY_TILES:
+            choice = table[smaller]
     return choice
 
 
@@ -297,7 +299,9 @@ def qgemm(
     if k > _MAX_K:
         raise ValueError(f"in_features must be at most {_MAX_K} for an exact int32 sum, got {k}")
     if qweight.shape[0] < n or row_bytes * 8 < k * bits:
-        raise ValueError(f"qweight {list(qweight.shape)} is too small for out_features={n}, in_features={k}, bits={bits}")
+        raise ValueError(
+            f"qweight {list(qweight.shape)} is too small for out_features={n}, in_features={k}, bits={bits}"
+        )
     y = torch.empty(m, n, dtype=out_dtype, device=xq.device)
     if m == 0 or n == 0:
         return y

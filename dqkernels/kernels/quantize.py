@@ -12,12 +12,12 @@ import torch
 import triton
 import triton.language as tl
 
-# The bit pattern of +inf. A non-negative fp32 orders like its bits, so one integer max finds amax, and a maximum at or
-# above this one says that the row holds an Inf or a NaN (a float max would drop the NaN).
+# The bit pattern of +inf. Non-negative floats order like their bits, so one integer max finds amax, and a maximum
+# at or above this one says that the row holds an Inf or a NaN (a float max would drop the NaN).
 _INF_BITS = tl.constexpr(0x7F800000)
 # The bit pattern of 2^-100. A row below it counts as zero, so 127 / amax never overflows.
 _TINY_BITS = tl.constexpr(27 << 23)
-# 1.5 * 2^23: adding it rounds |x| < 2^22 to an integer, half to even, and leaves that integer in the low mantissa bits.
+# 1.5 * 2^23: adding it rounds |x| < 2^22 to an integer, half to even, and leaves it in the low mantissa bits.
 _MAGIC = tl.constexpr(12582912.0)
 _MAGIC_BITS = tl.constexpr(0x4B400000)
 
@@ -57,7 +57,7 @@ def _tensor_amax_kernel(
     stride_x,
     BLOCK: tl.constexpr,
 ):
-    """amax_bits = max over the tensor of the bits of |x|; an integer max has no order, so any schedule gives the same."""
+    """amax_bits = max of the bits of |x| over the tensor; an integer max has no order, so runs agree."""
     best = tl.zeros([BLOCK], tl.int32)
     x_row = x_ptr + tl.program_id(0).to(tl.int64) * stride_x
     for _ in range(tl.program_id(0), m, tl.num_programs(0)):
@@ -82,7 +82,7 @@ def _quantize_kernel(
     BLOCK: tl.constexpr,
     ONE_BLOCK: tl.constexpr,
 ):
-    """q = round_half_even(clamp(x * inv, -127, 127)) with inv = 127 / amax and scale = amax / 127, one row per program."""
+    """q = round_half_even(clamp(x * inv, -127, 127)), inv = 127 / amax, scale = amax / 127; a row per program."""
     row = tl.program_id(0).to(tl.int64)
     x_row = x_ptr + row * stride_x
     q_row = q_ptr + row * k
@@ -178,7 +178,13 @@ def quantize_activation(
         if mode == "per_tensor":
             amax_bits = torch.zeros(1, dtype=torch.int32, device=x.device)
             _tensor_amax_kernel[(min(m, 512),)](
-                rows, amax_bits, m, k, rows.stride(0), BLOCK=min(shape["BLOCK"], 4096), num_warps=shape["num_warps"]
+                rows,
+                amax_bits,
+                m,
+                k,
+                rows.stride(0),
+                BLOCK=min(shape["BLOCK"], _MANY_BLOCKS),
+                num_warps=shape["num_warps"],
             )
         _quantize_kernel[(m,)](
             rows,

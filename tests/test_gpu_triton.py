@@ -1,0 +1,130 @@
+"""The Triton kernels on a GPU: the interpreter's checks again, the shapes of BART, graphs, streams, the CPU."""
+
+import pytest
+import torch
+import triton_checks
+
+pytestmark = pytest.mark.gpu
+
+# (N, K): projections and FFN of BART-base and BART-large, and the head, whose odd N defeats wide stores
+BART_SHAPES = [(768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096), (50265, 768)]
+TOKENS = [0, 1, 7, 16, 17, 64, 129, 1024]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def backend():
+    pytest.importorskip("triton", reason="triton is not installed")
+    from dqkernels.backends import triton as backend
+
+    usable, reason = backend.available("cuda")
+    if not usable:
+        pytest.skip(reason)
+    return backend
+
+
+@pytest.mark.parametrize("name", list(triton_checks.CHECKS))
+def test_check(name):
+    triton_checks.CHECKS[name]("cuda")
+
+
+def layer(n, k, form, seed=0, dtype=torch.float16):
+    """Arguments of qlinear after x, on the CPU."""
+    bits, four_level = form
+    g = torch.Generator().manual_seed(seed)
+    packed = triton_checks.pack(triton_checks.random_codes(g, n, k, bits, four_level), bits, "cpu")
+    weight = [packed, torch.rand(n, generator=g) * 0.02, None, torch.randn(n, generator=g).to(dtype), None]
+    facts = {"bits": bits, "four_level": four_level, "group_size": -1, "out_features": n, "activation": "none",
+             "out_dtype": dtype, "act_mode": "per_token", "act_clip": None, "act_scale": None}  # fmt: skip
+    return weight, facts
+
+
+def cuda(weight):
+    return [None if tensor is None else tensor.cuda() for tensor in weight]
+
+
+def reference_qlinear(x, weight, act_mode, act_clip, act_scale, **facts):
+    from dqkernels import qmath, reference
+
+    quantized = qmath.quantize_activation(x, act_mode, act_clip, act_scale, facts["four_level"])
+    return reference.qgemm(*quantized, *weight, **facts)
+
+
+@pytest.mark.parametrize("form", triton_checks.FORMS, ids=lambda form: f"W{form[0]}{'f' if form[1] else ''}")
+@pytest.mark.parametrize("n, k", BART_SHAPES)
+def test_bart_shapes_equal_the_reference_on_the_cpu(backend, n, k, form):
+    """Also batch invariance: every M is the start of the same batch, so one reference serves all of them."""
+    weight, facts = layer(n, k, form)
+    x = torch.randn(max(TOKENS), k, generator=torch.Generator().manual_seed(1)).to(torch.float16)
+    rows = 129 if n > 10_000 else max(TOKENS)  # the head's product is the CPU's slowest
+    want = reference_qlinear(x[:rows], weight, **facts)
+    x, there = x.cuda(), cuda(weight)
+    for m in [m for m in TOKENS if m <= rows]:
+        triton_checks.assert_same(backend.qlinear(x[:m], *there, **facts), want[:m], f"{m}x{n}x{k} {form}")
+
+
+def test_y_larger_than_2_to_31_elements(backend):
+    """The last rows of an output whose offsets need 64 bits equal the same rows computed alone."""
+    if torch.cuda.mem_get_info()[0] < 12 << 30:
+        pytest.skip("needs 12 GB of free GPU memory")
+    weight, facts = layer(50265, 128, (2, False))
+    there = cuda(weight)
+    m = 2**31 // 50265 + 300
+    x = torch.randn(m, 128, device="cuda", dtype=torch.float16)
+    y = backend.qlinear(x, *there, **facts)
+    for rows in (slice(0, 5), slice(m - 5, m)):
+        assert torch.equal(y[rows], backend.qlinear(x[rows], *there, **facts))
+
+
+@pytest.mark.parametrize("act_mode", ["per_token", "per_tensor"])
+def test_graph_capture_and_replay(backend, act_mode):
+    """No allocation outside the pool, no synchronisation: captured once, replayed on new inputs in place."""
+    weight, facts = layer(768, 768, (2, True))
+    facts["act_mode"], there = act_mode, cuda(weight)
+    x = torch.randn(16, 768, device="cuda", dtype=torch.float16)
+    backend.qlinear(x, *there, **facts)  # compiles; a first call inside a capture could not
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = backend.qlinear(x, *there, **facts)
+    for scale in (0.1, 1.0, 100.0):
+        x.copy_(torch.randn_like(x) * scale)
+        graph.replay()
+        assert torch.equal(y, backend.qlinear(x, *there, **facts)) and y.any()
+
+
+def test_side_stream(backend):
+    """Work goes to the current stream: a slow producer on it is waited for."""
+    weight, facts = layer(1024, 1024, (4, False))
+    there = cuda(weight)
+    final = torch.randn(64, 1024, device="cuda", dtype=torch.float16)
+    want = backend.qlinear(final, *there, **facts)
+    x = torch.zeros_like(final)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        x.copy_(final)
+        y = backend.qlinear(x, *there, **facts)
+    stream.synchronize()
+    assert torch.equal(y, want)
+
+
+def test_repeats_and_tiles_give_the_same_bits(backend):
+    from dqkernels.kernels import gemm
+
+    weight, facts = layer(1000, 1040, (4, False))
+    there = cuda(weight)
+    q, scale, _ = backend.quantize_activation(torch.randn(300, 1040, device="cuda"), "per_token")
+    arguments = (q, scale, None, there[0], there[1], 4, False, 1000)
+    first = gemm.qgemm(*arguments)
+    for tile in gemm.CONFIGS[gemm.family(q.device), 4].values():
+        for _ in range(20):
+            assert torch.equal(gemm.qgemm(*arguments, tile=tile), first)
+
+
+def test_second_device(backend):
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two GPUs")
+    weight, facts = layer(64, 64, (8, False))
+    x = torch.randn(5, 64, dtype=torch.float16)
+    y = backend.qlinear(x.to("cuda:1"), *(None if t is None else t.to("cuda:1") for t in weight), **facts)
+    triton_checks.assert_same(y, backend.qlinear(x.cuda(), *cuda(weight), **facts).cpu(), "cuda:1")

@@ -1,0 +1,55 @@
+"""The Triton kernels in Triton's interpreter, on the CPU: every check of triton_checks.py, 0 mismatches.
+
+TRITON_INTERPRET must be set before Triton is imported, so the checks run in one subprocess and each reports here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import triton_checks
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def subprocess_env(**extra):
+    """This environment, with the package of this tree first and one thread for numpy."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
+
+
+@pytest.fixture(scope="module")
+def outcome():
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = subprocess.run(
+        [sys.executable, triton_checks.__file__],
+        env=subprocess_env(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("name", list(triton_checks.CHECKS))
+def test_in_the_interpreter(name, outcome):
+    assert outcome[name] == "ok", outcome[name]
+
+
+def test_import_stays_away_from_triton():
+    """The package and the backend's answers need no Triton; only the kernels do."""
+    program = (
+        "import sys, dqkernels\nfrom dqkernels.backends import triton as backend\n"
+        "backend.available('cpu'), backend.supports('qgemm', group_size=-1)\n"
+        "assert not [name for name in sys.modules if name.split('.')[0] == 'triton'], 'triton was imported'\n"
+        "sys.modules['triton'] = None\n"
+        "try:\n    import dqkernels.kernels.gemm\n"
+        "except ImportError:\n    print('refused')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", program], env=subprocess_env(), capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.strip() == "refused", done.stdout + done.stderr

@@ -1,0 +1,140 @@
+"""Compiles the shipped Triton kernels for GPUs that need not be there, and counts what the machine code holds.
+
+Uses the ptxas, cuobjdump and nvdisasm inside Triton's wheel. test_triton_compile.py holds the budgets. By hand:
+`python tests/triton_sass.py 80 90` prints one line per kernel.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from dqkernels.kernels import gemm, quantize
+
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+# name: (output, bias, residual, activation, K a multiple of BLOCK_K)
+EPILOGUES = {
+    "half": ("*fp16", "*fp16", None, 0, True),
+    "full": ("*fp32", "*fp32", "*fp32", 1, False),
+    "gelu": ("*bf16", "*bf16", "*bf16", 2, True),
+}
+
+
+def compiled(kernel, signature, constants, unaligned, num_warps, num_stages, capability):
+    """The kernel as a launch on aligned tensors would compile it; parameters absent from `signature` are None."""
+    names = kernel.arg_names
+    constants = {name: constants.get(name) for name in names if name not in signature}
+    source = ASTSource(
+        kernel,
+        {name: signature.get(name, "constexpr") for name in names},
+        {(names.index(name),): value for name, value in constants.items()},
+        {(names.index(name),): [["tt.divisibility", 16]] for name in signature if name not in unaligned},
+    )
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": False}
+    return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def gemm_kernel(capability, bits, four_level, tile, epilogue):
+    out, bias, residual, activation, even_k = EPILOGUES[epilogue]
+    signature = {"x_ptr": "*i8", "act_scale_ptr": "*fp32", "w_ptr": "*u8", "weight_scale_ptr": "*fp32"}
+    signature |= {"bias_ptr": bias, "y_ptr": out, "m": "i32", "n": "i32", "k": "i32", "row_bytes": "i32"}
+    if four_level:
+        signature["row_sum_ptr"] = "*i32"
+    if residual:
+        signature["residual_ptr"] = residual
+    constants = {"BITS": bits, "FOUR_LEVEL": four_level, "TENSOR_SCALE": False, "ACTIVATION": activation,
+                 "EVEN_K": even_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
+                 "USE_ASM": True}  # fmt: skip
+    return compiled(gemm._gemm_kernel, signature, constants, {"m"}, tile.num_warps, tile.num_stages, capability)
+
+
+def quantize_kernel(capability, dtype, mode, k):
+    shape = quantize.launch_shape(k)
+    signature = {"x_ptr": dtype, "q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32", "clip": "fp32",
+                 "k": "i32", "stride_x": "i32"}  # fmt: skip
+    extra = {"per_tensor": "amax_bits_ptr", "static": "act_scale_ptr"}.get(mode)
+    if extra:
+        signature[extra] = "*i32" if mode == "per_tensor" else "*fp32"
+    constants = {"MODE": quantize._MODES[mode], "BLOCK": shape["BLOCK"], "ONE_BLOCK": shape["ONE_BLOCK"]}
+    return compiled(quantize._quantize_kernel, signature, constants, {"clip"}, shape["num_warps"], 3, capability)
+
+
+def amax_kernel(capability, dtype, k):
+    shape = quantize.launch_shape(k)
+    signature = {"x_ptr": dtype, "amax_bits_ptr": "*i32", "m": "i32", "k": "i32", "stride_x": "i32"}
+    constants = {"BLOCK": min(shape["BLOCK"], 4096)}
+    return compiled(quantize._tensor_amax_kernel, signature, constants, {"m"}, shape["num_warps"], 3, capability)
+
+
+def counts(kernel):
+    """Registers, stack, spills and instruction counts of the machine code, and what the PTX says of rounding."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
+        cubin.write(kernel.asm["cubin"])
+        cubin.flush()
+
+        def read(tool, *flags):
+            command = [TOOLS / tool, *flags, cubin.name]
+            return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+        usage = read("cuobjdump", "--dump-resource-usage")
+        code = read("nvdisasm", "-c")
+    opcodes = re.findall(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]+)", code, re.M)
+    by_name = Counter(opcode.split(".")[0] for opcode in opcodes)
+    assert len(opcodes) > 50, "the disassembly was not understood"
+    ptx = kernel.asm["ptx"]
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "spills": by_name["STL"] + by_name["LDL"],
+        "shared": kernel.metadata.shared,
+        **{name: by_name[name] for name in ("IMMA", "IGMMA", "UTCIMMA", "PRMT", "LOP3")},
+        # The packed forms of Blackwell do two.
+        "FFMA": by_name["FFMA"] + 2 * by_name["FFMA2"],
+        "FMUL": by_name["FMUL"] + 2 * by_name["FMUL2"],
+        "FADD": by_name["FADD"] + 2 * by_name["FADD2"],
+        "wide_stores": sum(opcode.startswith("STG") and opcode.endswith("128") for opcode in opcodes),
+        "ptx_fma": len(re.findall(r"\bfma\.", ptx)),
+        "ptx_div_rn": len(re.findall(r"\bdiv\.rn\.f32", ptx)),
+        "ptx_div_fast": len(re.findall(r"\bdiv\.(?:full|approx)", ptx)),
+        "ptx_ftz": ptx.count(".ftz"),
+        "ptx_magic": ptx.count("0f4B400000"),
+    }
+
+
+def every_kernel(capabilities):
+    """(name, counts): on sm_80 and sm_90 each tile with two epilogues and the quantizers, elsewhere a sample."""
+    for capability in capabilities:
+        arch, main_line = "sm90" if capability in (90, 100) else "sm80", capability in (80, 90)
+        for bits in (8, 4, 2):
+            tiles = list(dict.fromkeys(gemm.CONFIGS[arch, bits].values()))
+            for tile in tiles if main_line else tiles[1:2]:
+                for epilogue in ("half", "full", "gelu") if bits == 4 and tile == tiles[-1] else ("half", "full"):
+                    kernel = gemm_kernel(capability, bits, bits == 2, tile, epilogue)
+                    name = f"gemm sm_{capability} W{bits} {'x'.join(map(str, tile))} {epilogue}"
+                    yield name, {"bits": bits, "tile": tile, "epilogue": epilogue, **counts(kernel)}
+        cases = [("*fp16", "per_token", 1024), ("*bf16", "per_token", 65536)]
+        if capability == 80:
+            cases += [("*fp32", "per_token", 8192), ("*fp16", "static", 768), ("*fp16", "per_tensor", 768)]
+        for dtype, mode, k in cases if main_line else cases[:1]:
+            name = f"quantize sm_{capability} {dtype[1:]} {mode} {k}"
+            yield name, counts(quantize_kernel(capability, dtype, mode, k))
+        if main_line:
+            yield f"amax sm_{capability} fp16 768", counts(amax_kernel(capability, "*fp16", 768))
+
+
+def main():
+    assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
+    for name, found in every_kernel([int(capability) for capability in sys.argv[1:]]):
+        print(json.dumps([name, found]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
