@@ -1,0 +1,1 @@
+"""Scores of generated text. Nothing heavy is imported here; see `dqkernels.metrics.rouge`."""
