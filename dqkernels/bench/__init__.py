@@ -1,0 +1,3 @@
+"""Timing protocol, records and tables. Nothing is imported here: `from dqkernels.bench import linear`."""
+
+__all__ = ["linear", "model", "protocol", "record", "size"]

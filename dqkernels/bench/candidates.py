@@ -1,0 +1,280 @@
+"""What can compute a linear layer here, and the proof each candidate owes before it is timed.
+
+A candidate of ours has to be bit-equal to the reference on the data it is timed on. A float peer has to stay
+within a rounding bound of the float64 layer, an int8 peer within the error of 8-bit codes.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from dqkernels import backends as registry
+from dqkernels import ops, qmath, reference
+from dqkernels.bench import protocol
+from dqkernels.config import DQConfig
+from dqkernels.nn import QLinear
+
+#: Rows a CPU recomputes when the device under test proved itself against its own reference.
+_CPU_ROWS = 16
+#: Relative error to the float64 layer. Float peers: one rounding of the output is 2^-9 (bf16), 2^-12
+#: (fp16), 2^-25; a factor for inner roundings of their sums. int8 peers: codes of one scale per tensor stay
+#: below 3% on such data.
+_FLOAT_BOUND = {torch.bfloat16: 2.0**-7, torch.float16: 2.0**-10, torch.float32: 2.0**-18}
+_INT8_BOUND = 0.03
+#: The worst output column may exceed the whole by this much: a single wrong column must not hide in the mean.
+_COLUMN_FACTOR = 8.0
+PEERS = ("gemlite", "humming", "bitblas", "torchao")
+
+
+@dataclass
+class Candidate:
+    """One way to compute the layer.
+
+    Attributes:
+        name: as printed.
+        module: x -> y.
+        bits: of its weights.
+        weight_bytes: of one copy.
+        prove: (x, y) -> reason why it does not compute the layer, or None.
+        kernel: what runs, in words.
+        backend: ours: the backend forced; else None.
+    """
+
+    name: str
+    module: Callable[[torch.Tensor], torch.Tensor]
+    bits: int
+    weight_bytes: int
+    prove: Callable[[torch.Tensor, torch.Tensor], str | None]
+    kernel: str
+    backend: str | None = None
+
+
+class IntMM(nn.Module):
+    """What one writes by hand today: per-token int8, `torch._int_mm`, the two scales, the bias."""
+
+    def __init__(self, linear: nn.Linear):
+        super().__init__()
+        quantized = qmath.quantize_weight(linear.weight, DQConfig(weight_bits=8).for_linear(""))
+        self.codes, self.scale = nn.Parameter(quantized.codes.t(), requires_grad=False), quantized.scale
+        self.bias = linear.bias.detach()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale = (x.abs().amax(dim=-1, keepdim=True) / 127).float()
+        q = torch.round(x / scale).clamp_(-127, 127).to(torch.int8)
+        return (torch._int_mm(q, self.codes) * scale * self.scale + self.bias).to(x.dtype)
+
+
+# ------------------------------------------------------------------------------------------- proofs
+
+
+def exact(module: QLinear) -> Callable[[torch.Tensor, torch.Tensor], str | None]:
+    """A proof that y is bit for bit what the reference computes from the module's own packed weights."""
+
+    def expected(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+        layer = module.layer
+        move = [
+            None if t is None else t.to(device) for t in (module.qweight, module.weight_scale, module.bias)
+        ]
+        q, scale, row_sum = qmath.quantize_activation(x.to(device), layer.act_granularity, want_sum=True)
+        return reference.qgemm(
+            q,
+            scale,
+            row_sum,
+            move[0],
+            move[1],
+            None,
+            move[2],
+            None,
+            bits=layer.bits,
+            four_level=layer.four_level,
+            group_size=-1,
+            out_features=module.out_features,
+            activation="none",
+            out_dtype=x.dtype,
+        )
+
+    def prove(x: torch.Tensor, y: torch.Tensor) -> str | None:
+        wrong = _differences(y, expected(x, x.device))
+        if wrong is None and x.device.type != "cpu":
+            # Rows are independent of each other, so a few of them on the CPU check the device's reference
+            # too.
+            rows = torch.linspace(0, x.shape[0] - 1, min(_CPU_ROWS, x.shape[0])).long().to(x.device)
+            wrong = _differences(y[rows].cpu(), expected(x[rows], torch.device("cpu")))
+        return wrong
+
+    return prove
+
+
+def _differences(found: torch.Tensor, wanted: torch.Tensor) -> str | None:
+    if found.shape != wanted.shape or found.dtype != wanted.dtype:
+        return f"gives {found.dtype} {list(found.shape)}, the reference {wanted.dtype} {list(wanted.shape)}"
+    if torch.equal(found, wanted):
+        return None
+    return f"{int((found != wanted).sum())} of {wanted.numel()} values differ from the reference"
+
+
+def bounded(linear: nn.Linear, bound: float) -> Callable[[torch.Tensor, torch.Tensor], str | None]:
+    """A proof that y is the float layer's output within a relative error, as a whole and in every column."""
+
+    def prove(x: torch.Tensor, y: torch.Tensor) -> str | None:
+        wanted = float64_layer(linear, x)
+        if y.shape != wanted.shape:
+            return f"gives shape {list(y.shape)}, the float layer {list(wanted.shape)}"
+        error = y.double() - wanted
+        whole = float(error.norm() / wanted.norm())
+        if not whole <= bound:  # also catches NaN
+            return f"relative error {whole:.2g} to the float64 layer, bound {bound:.2g}"
+        column = float(error.norm(dim=0).max() / (wanted.norm() / wanted.shape[1] ** 0.5))
+        if not column <= bound * _COLUMN_FACTOR:
+            return f"relative error {column:.2g} in one output column, bound {bound * _COLUMN_FACTOR:.2g}"
+        return None
+
+    return prove
+
+
+def float64_layer(linear: nn.Linear, x: torch.Tensor) -> torch.Tensor:
+    """The layer in float64."""
+    return x.double() @ linear.weight.detach().double().t() + linear.bias.detach().double()
+
+
+# --------------------------------------------------------------------------------------- candidates
+
+
+def make_linear(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: int = 0) -> nn.Linear:
+    """A random float layer, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    linear = nn.Linear(k, n, device="meta", dtype=dtype).to_empty(device="cpu")
+    with torch.no_grad():
+        linear.weight.copy_(torch.randn(n, k, generator=generator) * k**-0.5)
+        linear.bias.copy_(torch.randn(n, generator=generator) * 0.1)
+    return linear.requires_grad_(False).to(device)
+
+
+class Layer:
+    """One float layer and everything here that can compute it, the float layer itself first.
+
+    Attributes:
+        key: ((out_features, in_features), dtype).
+        found: what can be timed.
+        absent: what cannot, with its reason.
+    """
+
+    def __init__(
+        self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None
+    ):
+        self.key = ((n, k), dtype)
+        self.linear = make_linear(n, k, dtype, device)
+        self.found: list[Candidate] = []
+        self.absent: dict[str, str] = {}
+        self._copies: dict[str, list] = {}
+        width = self.linear.weight.element_size()
+        proof = bounded(self.linear, _FLOAT_BOUND[dtype])
+        self._add(
+            Candidate(
+                f"torch {short(dtype)}", self.linear, 8 * width, n * k * width, proof, "torch.nn.Linear"
+            )
+        )
+        for one in bits:
+            self._add_ours(one, names)
+        self._add_int_mm()
+        self._add_dynamic_int8()
+        for name in PEERS:
+            here = importlib.util.find_spec(name) is not None
+            self.absent[name] = "installed, but this bench has no adapter for it" if here else "not installed"
+
+    def copies(self, one: Candidate) -> list:
+        """The candidate's module and as many clones as a cold rotation needs."""
+        if one.name not in self._copies:
+            count = protocol.copies_for(one.weight_bytes, self.linear.weight.device)
+            self._copies[one.name] = [one.module] + [_clone(one.module) for _ in range(count - 1)]
+        return self._copies[one.name]
+
+    def _add(self, one: Candidate) -> None:
+        self.found.append(one)
+
+    def _add_ours(self, bits: int, names: Sequence[str] | None) -> None:
+        device = self.linear.weight.device
+        # The ternary rule at 2 bits: it packs fastest, and the kernels do the same work for any codes.
+        # Packed on the CPU: the same codes on every machine, whatever order its sums take.
+        config = DQConfig(weight_bits=bits, weight_quantizer="ternary").for_linear("linear")
+        packed = QLinear.from_linear(copy.deepcopy(self.linear).cpu(), config).to(device)
+        asked = names
+        if asked is None:
+            order = registry.ORDER.get(device.type, ("eager",))
+            asked = [name for name in order if name not in registry.SLOW]
+        count = len(self.found)
+        for name in asked:
+            self._add_backend(packed, name)
+        if names is None and len(self.found) == count:
+            for name in registry.SLOW:  # nothing faster runs here, and something must
+                self._add_backend(packed, name)
+
+    def _add_backend(self, packed: QLinear, backend: str) -> None:
+        name = f"dqkernels W{packed.layer.bits} {backend}"
+        device = self.linear.weight.device.type
+        try:
+            choices = ops.choose_qlinear(device, packed.layer.bits, -1, "per_token", backend)
+        except registry.BackendError as error:
+            self.absent[name] = str(error)
+            return
+        kernel = "+".join(dict.fromkeys(c.backend for c in choices if c is not None))
+        module = copy.copy(packed)
+        module.backend = backend
+        proof = exact(module)
+        self._add(Candidate(name, module, packed.layer.bits, packed.packed_bytes(), proof, kernel, backend))
+
+    def _add_int_mm(self) -> None:
+        n, k = self.linear.weight.shape
+        if self.linear.weight.is_cuda and (n % 8 or k % 8):
+            self.absent["torch _int_mm"] = "on CUDA it takes N and K divisible by 8"
+            return
+        proof = bounded(self.linear, _INT8_BOUND)
+        self._add(
+            Candidate("torch _int_mm", IntMM(self.linear), 8, n * k, proof, "eager quantizer, torch._int_mm")
+        )
+
+    def _add_dynamic_int8(self) -> None:
+        name, weight = "torch dynamic int8", self.linear.weight
+        quantize = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
+        if weight.is_cuda:
+            self.absent[name] = "runs on a CPU only"
+        elif weight.dtype != torch.float32:
+            self.absent[f"{name} {short(weight.dtype)}"] = "takes float32 only"
+        elif quantize is None:
+            self.absent[name] = f"torch {torch.__version__} has no torch.ao.quantization.quantize_dynamic"
+        else:
+            try:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # torch announces that torchao will replace it
+                    holder = nn.Sequential(copy.deepcopy(self.linear))
+                    module = quantize(holder, {nn.Linear}, dtype=torch.qint8)[0]
+            except (RuntimeError, NotImplementedError) as error:
+                self.absent[name] = f"torch.ao: {str(error).splitlines()[0]}"
+                return
+            proof, kernel = bounded(self.linear, _INT8_BOUND), f"torch.ao, {torch.backends.quantized.engine}"
+            self._add(Candidate(name, module, 8, weight.numel(), proof, kernel))
+
+
+def _clone(module: nn.Module) -> nn.Module:
+    """A copy with its own weights: what the cold rows walk through. Cheap: there may be a thousand."""
+    if next(module.children(), None) is not None:
+        return copy.deepcopy(module)
+    new = copy.copy(module)
+    new._parameters = {
+        name: p if p is None else nn.Parameter(p.detach().clone(), requires_grad=False)
+        for name, p in module._parameters.items()
+    }
+    new._buffers = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
+    return new
+
+
+def short(dtype: torch.dtype) -> str:
+    """`fp32`, `fp16`, `bf16`."""
+    return {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
