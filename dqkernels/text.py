@@ -1,20 +1,16 @@
 """Texts in, texts out: batches by length, prefixes and language codes, around a model's own `generate`.
 
-transformers 5 has no summarization or translation pipeline; `generate_texts` is the short form of one, for float
-and packed models alike. Floor: just above `hf`. It knows tokenizers and `generate`, no files of models.
+transformers 5 has no summarization or translation pipeline; `generate_texts` is the short form of one, for
+float and packed models alike. Floor: just above `hf`. It knows tokenizers and `generate`, no files of models.
 
     texts = generate_texts(model, tokenizer, ["first", "second"], task="summarization", num_beams=4)
 """
 
 from __future__ import annotations
 
-import contextlib
 import itertools
-import json
 import logging
-import os
 import re
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,13 +65,13 @@ def stream_texts(
         max_source_length: tokens a source is cut at; default what tokenizer and model allow.
         source_prefix: put before every text; default the prefix of the task.
         source_lang, target_lang: codes as the tokenizer spells them (`en_XX`, `eng_Latn`, `en`).
-        progress: show a bar on stderr, where that is a terminal; or a function that is told how many texts are done.
+        progress: show a bar where stderr is a terminal; or a function that is told how many are done.
         total: number of texts, for the bar, where `texts` has no length.
         warn_cut: log how many sources were longer than `max_source_length`.
         **generate_options: for `model.generate`; an option that is None is left to the model.
 
     Raises:
-        ValueError: naming the argument, the value found and the value wanted, at the call and not at the first text.
+        ValueError: naming argument, value found and value wanted; at the call, not at the first text.
     """
     if isinstance(texts, str):
         raise ValueError("texts must be a list of strings, got one string")
@@ -111,7 +107,9 @@ def _stream(
             done = 0
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                for i, text in zip(part, _run(model, tokenizer, [rows[i][0] for i in part], options), strict=True):
+                for i, text in zip(
+                    part, _run(model, tokenizer, [rows[i][0] for i in part], options), strict=True
+                ):
                     outputs[i] = text
                 advance(len(part))
                 while done < len(outputs) and outputs[done] is not None:
@@ -119,7 +117,9 @@ def _stream(
                     done += 1
             yield from outputs[done:]
     if cut and warn_cut:
-        logger.warning("%d source%s cut at %d tokens (max_source_length)", cut, "" if cut == 1 else "s", limit)
+        logger.warning(
+            "%d source%s cut at %d tokens (max_source_length)", cut, "" if cut == 1 else "s", limit
+        )
 
 
 def _encode(tokenizer, texts: list[str], prefix: str, limit: int) -> list[tuple[list[int], bool] | None]:
@@ -162,7 +162,9 @@ def source_limit(model, tokenizer, wanted: int | None = None) -> int:
         if wanted < 2:
             raise ValueError(f"max_source_length must be at least 2, got {wanted}")
         if positions is not None and wanted > positions:
-            raise ValueError(f"max_source_length must be at most {positions}, the model's positions, got {wanted}")
+            raise ValueError(
+                f"max_source_length must be at most {positions}, the model's positions, got {wanted}"
+            )
         return wanted
     limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and n < _NO_LIMIT]
     return int(min(limits, default=_DEFAULT_SOURCE))
@@ -203,8 +205,8 @@ def _languages(model, tokenizer, task, source_lang, target_lang) -> dict[str, in
             raise ValueError(f"target_lang is needed by this model, one of {_known(tokenizer)}")
         return {}
     target = language_id(tokenizer, target_lang, "target_lang")
-    # mBART-50, NLLB and M2M100 write the language before the target and force it as first token; mBART-25 writes it
-    # behind, and its decoder starts from it.
+    # mBART-50, NLLB and M2M100 write the language before the target and force it as first token; mBART-25
+    # writes it behind, and its decoder starts from it.
     tokenizer.tgt_lang = target_lang
     labels = tokenizer(text_target="a")["input_ids"]
     return {"forced_bos_token_id": target} if target in labels[:2] else {"decoder_start_token_id": target}
@@ -216,17 +218,14 @@ def language_id(tokenizer, lang: str, argument: str) -> int:
     Raises:
         ValueError: naming `argument` and some codes that the tokenizer has.
     """
-    if hasattr(tokenizer, "get_lang_id"):
-        known = getattr(tokenizer, "lang_code_to_token", {})
-        if lang in known:
+    table = getattr(tokenizer, "lang_code_to_id", None) or {}
+    if hasattr(tokenizer, "get_lang_id"):  # M2M100, whose tokens are __en__
+        if lang in getattr(tokenizer, "lang_code_to_token", {}):
             return int(tokenizer.get_lang_id(lang))
-    else:
-        table = getattr(tokenizer, "lang_code_to_id", None) or {}
-        if lang in table:
-            return int(table[lang])
-        found = tokenizer.convert_tokens_to_ids(lang)
-        if not table and found is not None and found != tokenizer.unk_token_id and lang in tokenizer.all_special_tokens:
-            return int(found)
+    elif lang in table:
+        return int(table[lang])
+    elif not table and lang in tokenizer.all_special_tokens:  # NLLB
+        return int(tokenizer.convert_tokens_to_ids(lang))
     raise ValueError(f"{argument} must be one of {_known(tokenizer)}, got {lang!r}")
 
 
@@ -250,10 +249,12 @@ def _marian_prefix(tokenizer, stored: dict, target_lang: str | None) -> str:
     pairs = [key.removeprefix("translation_") for key in stored if key.startswith("translation_")]
     known = [code.strip("<>") for code in codes][:8] or pairs
     if known:
-        raise ValueError(f"source_lang and target_lang must be one of {', '.join(known)}, got {target_lang!r}")
+        raise ValueError(
+            f"source_lang and target_lang must be one of {', '.join(known)}, got {target_lang!r}"
+        )
     raise ValueError(
-        "source_lang and target_lang are for models with language codes and this one has none: leave them out, "
-        "or give source_prefix"
+        "source_lang and target_lang are for models with language codes and this one has none: leave them "
+        "out, or give source_prefix"
     )
 
 
@@ -270,7 +271,9 @@ def _merge(task: dict[str, Any], given: dict[str, Any], model) -> dict[str, Any]
         # A stored max_length or min_length would contradict what was asked for.
         task = {key: value for key, value in task.items() if key not in ("max_length", "max_new_tokens")}
         given.setdefault("max_length", None)
-        shortest = given.get("min_length", task.get("min_length", model.generation_config.min_length or 0)) or 0
+        shortest = (
+            given.get("min_length", task.get("min_length", model.generation_config.min_length or 0)) or 0
+        )
         if shortest > length:
             given["min_length"] = 0
     beams = given.get("num_beams")
@@ -278,9 +281,13 @@ def _merge(task: dict[str, Any], given: dict[str, Any], model) -> dict[str, Any]
         raise ValueError(f"num_beams must be at least 1, got {beams}")
     merged = {**task, **given}
     settings = model.generation_config
-    if not any((merged.get("max_length"), merged.get("max_new_tokens"), settings.max_length, settings.max_new_tokens)):
+    if not any(
+        (merged.get("max_length"), merged.get("max_new_tokens"), settings.max_length, settings.max_new_tokens)
+    ):
         # transformers would stop at 20 tokens, with a warning.
-        merged["max_new_tokens"] = min(_DEFAULT_NEW_TOKENS, getattr(model.config, "max_position_embeddings", 1024) - 1)
+        merged["max_new_tokens"] = min(
+            _DEFAULT_NEW_TOKENS, getattr(model.config, "max_position_embeddings", 1024) - 1
+        )
     if merged.get("num_beams", settings.num_beams or 1) == 1:
         # transformers warns about beam settings that greedy search ignores.
         for key, off in (("early_stopping", None), ("length_penalty", None)):
@@ -308,7 +315,9 @@ def calibration_batches(
     options = _merge({}, {"num_beams": 1, "do_sample": False}, model)
     batches = []
     for start in range(0, len(rows), batch_size):
-        batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt").to(model.device)
+        batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt").to(
+            model.device
+        )
         batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
         batches.append({**batch, "decoder_input_ids": model.generate(**batch, **options)[:, :-1]})
     return batches
@@ -317,14 +326,17 @@ def calibration_batches(
 # ---- opening a model ----------------------------------------------------------------------
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_TOKENIZER_FILES = ("tokenizer.json", "vocab.*", "*.model", "*.spm")
 DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or a hub id, float or packed; safetensors only, no code from the folder.
+    """Model and tokenizer of a folder or a hub id, float or packed; safetensors only, no code from the
+    folder.
 
     Raises:
-        ValueError: in one sentence, where transformers would need a page: no such folder, no config, no weights,
+        ValueError: in one sentence, where transformers would need a page: no such folder, no config, no
+        weights,
             no tokenizer, not an encoder-decoder, hub not reachable.
     """
     from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
@@ -333,7 +345,17 @@ def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     target = check_device(device)
     config = _open_config(name)
     if not config.is_encoder_decoder:
-        raise ValueError(f"MODEL must be an encoder-decoder such as BART or T5, {name!r} is a {config.model_type}")
+        raise ValueError(
+            f"MODEL must be an encoder-decoder such as BART or T5, {name!r} is a {config.model_type}"
+        )
+    if Path(name).is_dir() and not any(
+        path for pattern in _TOKENIZER_FILES for path in Path(name).glob(pattern)
+    ):
+        # transformers would make an empty tokenizer of the model's type, and every text would be unknown
+        # words.
+        raise ValueError(
+            f"MODEL {name!r} has no tokenizer: copy tokenizer.json and its like from the float model"
+        )
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
@@ -343,7 +365,9 @@ def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
             name, dtype=dtype, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"MODEL {name!r} has no safetensors weights that load: {_first_line(error)}") from error
+        raise ValueError(
+            f"MODEL {name!r} has no safetensors weights that load: {_first_line(error)}"
+        ) from error
     return model.to(target).eval(), tokenizer
 
 
@@ -363,7 +387,9 @@ def check_device(device: str) -> torch.device:
     if match is None:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if device != "cpu" and int(match.group(1) or 0) >= count:
-        raise ValueError(f"device must be auto or cpu, or one of {count} GPUs that torch sees here, got {device!r}")
+        raise ValueError(
+            f"device must be auto or cpu, or one of {count} GPUs that torch sees here, got {device!r}"
+        )
     return torch.device(device)
 
 
@@ -383,103 +409,13 @@ def _open_config(name: str):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if folder.is_dir():
-            raise ValueError(f"MODEL {name!r} has a config.json that does not load: {_first_line(error)}") from error
+            raise ValueError(
+                f"MODEL {name!r} has a config.json that does not load: {_first_line(error)}"
+            ) from error
         raise ValueError(
-            f"MODEL {name!r} is no folder here, and the hub has no such model, or it is offline or needs a login"
+            f"MODEL {name!r} is no folder here, and the hub has no such model, is offline or needs a login"
         ) from error
 
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n", 1)[0]
-
-
-# ---- files of texts -----------------------------------------------------------------------
-
-
-class InputError(ValueError):
-    """A line of an input file that is not what it should be; the message names file and line."""
-
-
-def column_of(path: str | os.PathLike[str], column: str | None = None) -> str | None:
-    """The column to read from a file: the one asked for, `text` in a file that is named as JSON lines, or none."""
-    return column or ("text" if str(path).endswith((".jsonl", ".ndjson")) else None)
-
-
-def read_texts(path: str | os.PathLike[str], column: str | None = None) -> Iterator[str]:
-    """Texts of a UTF-8 file (`-` is stdin): one per line, or with `column` that field of each JSON line.
-
-    Raises:
-        InputError: naming the file and the line.
-    """
-    name = "stdin" if path == "-" else str(path)
-    # Only \n ends a line: a text may hold any other separator.
-    target = 0 if path == "-" else path
-    with open(target, encoding="utf-8-sig", newline="\n", closefd=path != "-") as stream:
-        number = 0
-        while True:
-            number += 1
-            try:
-                line = next(stream)
-            except StopIteration:
-                return
-            except UnicodeDecodeError as error:
-                raise InputError(f"{name} must be UTF-8 text, after line {number - 1}: {error.reason}") from None
-            if column is None:
-                yield line.rstrip("\r\n")
-            elif line.strip():
-                yield _column_of(line, column, f"{name} line {number}")
-
-
-def _column_of(line: str, column: str, where: str) -> str:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where} is not JSON: {error.msg} at character {error.pos}") from None
-    if not isinstance(record, dict):
-        raise InputError(f"{where} must be a JSON object, got {type(record).__name__}")
-    if column not in record:
-        raise InputError(f"{where} has no column {column!r}; it has {', '.join(map(repr, record)) or 'none'}")
-    if not isinstance(record[column], str):
-        raise InputError(f"{where}: column {column!r} must be a string, got {type(record[column]).__name__}")
-    return record[column]
-
-
-@contextlib.contextmanager
-def atomic_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and goes away when not.
-
-    What a kill leaves behind is named `.NAME.partial-*`, never `NAME`.
-    """
-    path = Path(path)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.partial-", suffix=path.suffix)
-    os.close(handle)
-    try:
-        yield Path(name)
-        # mkstemp is private to its owner; a new file follows the umask.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def check_new_folder(path: str | os.PathLike[str], overwrite: bool, name: str = "OUT") -> None:
-    """Refuses, before the work and not after it, a folder that must not be written to.
-
-    Raises:
-        ValueError: if `path` has no parent, is there already (without `overwrite`), or is no model folder.
-    """
-    path = Path(path)
-    if not path.absolute().parent.is_dir():
-        raise ValueError(f"{name} must lie in a folder that exists, {str(path.parent)!r} does not")
-    if path.is_symlink() or (path.exists() and not path.is_dir()):
-        raise ValueError(f"{name} must be a folder, {str(path)!r} is something else")
-    if not path.exists() or not any(path.iterdir()):
-        return
-    if not overwrite:
-        raise ValueError(f"{name} {str(path)!r} is there already: give --overwrite to replace it")
-    if not (path / "config.json").is_file():
-        # A wrong word behind --overwrite must not cost a home folder.
-        raise ValueError(f"{name} {str(path)!r} has no config.json: only model folders are replaced")

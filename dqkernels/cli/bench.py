@@ -1,0 +1,224 @@
+"""`dqkernels bench linear|model|size`: measured tables of this machine, as text and as a JSON record."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from dqkernels.cli import common
+
+_GROUP = """Measure layers, whole models and file sizes on this machine.
+
+Every run prints a table; --out writes the record: rows, protocol, machine and versions.
+
+\b
+Examples:
+  dqkernels bench linear
+  dqkernels bench model tiny --seconds 20
+  dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
+"""
+_LINEAR = """One linear layer at every bit width on every kernel that runs here, against torch's own layer.
+
+A candidate is timed only after it was proven: ours bit-equal to the reference, others within a bound. Times
+are medians of interleaved rounds, with the weights cold (from memory) and warm (from the cache).
+
+\b
+Examples:
+  dqkernels bench linear
+  dqkernels bench linear --shapes 1x768x768,128x3072x768 --bits 4,2 --seconds 10
+  dqkernels bench linear --backends cpu,eager --out linear.json
+"""
+_MODEL = """A whole model through transformers' generate: float, and ours at every bit width, taking turns.
+
+MODEL is a shape with random weights (tiny, bart-base, bart-large, mbart-large; nothing is downloaded) or the
+folder of a float model. Every candidate generates the same number of tokens.
+
+\b
+Examples:
+  dqkernels bench model tiny --seconds 10
+  dqkernels bench model bart-base --bits 4 --batch_size 8 --source_tokens 256 --new_tokens 64
+  dqkernels bench model ./bart-cnn --num_beams 4 --out model.json
+"""
+_SIZE = """The file of a packed student against its fp32 teacher's, really written, with random weights.
+
+Layers are encoder-decoder, bits are weights-embeddings: 6-3 at 2-2 is the paper's smallest BART-base.
+
+\b
+Examples:
+  dqkernels bench size
+  dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2,4-4,8-8
+"""
+
+Seconds = Annotated[float, typer.Option("--seconds", help="About what the timing may take.")]
+Out = Annotated[str | None, typer.Option("--out", help="File for the JSON record.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an --out that is there.")]
+
+
+def register(app: typer.Typer) -> None:
+    group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
+    group.command("linear", help=_LINEAR, short_help="One layer, every width and kernel.")(linear)
+    group.command("model", help=_MODEL, short_help="A whole model's generate.")(model)
+    group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
+    app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, models and sizes here.")
+
+
+def linear(
+    shapes: Annotated[
+        str | None, typer.Option("--shapes", help="TOKENSxOUTxIN, comma-separated; default: BART's own.")
+    ] = None,
+    bits: Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")] = "8,4,2",
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device."),
+    ] = None,
+    device: common.Device = "auto",
+    backends: Annotated[
+        str | None, typer.Option("--backends", help="Kernels, comma-separated; default: all that run here.")
+    ] = None,
+    seconds: Seconds = 20.0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json_output: common.Json = False,
+) -> None:
+    triples = None if shapes is None else [_numbers("--shapes", part, "x", 3) for part in shapes.split(",")]
+    widths = _widths("--bits", bits)
+    _check_seconds(seconds)
+    common.check_new_file("--out", out, overwrite)
+    from dqkernels import text
+    from dqkernels.bench import linear as library
+
+    with common.checking_input():
+        place = str(text.check_device(device))
+        dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
+        _check_backends(backends)
+    result = library.run(
+        triples,
+        bits=widths,
+        dtype=dtype,
+        device=place,
+        backends=None if backends is None else backends.split(","),
+        seconds=seconds,
+        out=out,
+    )
+    _finish(library, result, out, json_output)
+
+
+def model(
+    preset_or_path: Annotated[
+        str, typer.Argument(help="Shape, or folder of a float model.", metavar="MODEL")
+    ] = ("bart-base"),
+    bits: Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")] = "8,4,2",
+    embedding_bits: Annotated[
+        int | None, typer.Option("--embedding_bits", help="2, 4, 8 or 16; default: the weights' own.")
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device."),
+    ] = None,
+    device: common.Device = "auto",
+    backend: Annotated[str, typer.Option("--backend", help="auto, or the kernels to force.")] = "auto",
+    batch_size: Annotated[int, typer.Option("--batch_size", help="Texts at once.")] = 1,
+    source_tokens: Annotated[int, typer.Option("--source_tokens", help="Length of each source.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new_tokens", help="Tokens each text gets, exactly.")] = 32,
+    num_beams: Annotated[int, typer.Option("--num_beams", help="1 is greedy.")] = 1,
+    seconds: Seconds = 60.0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json_output: common.Json = False,
+) -> None:
+    widths = _widths("--bits", bits)
+    _check_seconds(seconds)
+    if embedding_bits not in (None, 2, 4, 8, 16):
+        raise common.WrongUsage(f"--embedding_bits must be 2, 4, 8 or 16, got {embedding_bits}")
+    common.check_new_file("--out", out, overwrite)
+    from dqkernels import text
+    from dqkernels.bench import model as library
+
+    common.quiet_transformers()
+    # The library refuses what it cannot measure with a ValueError, before it measures.
+    with common.checking_input():
+        place = str(text.check_device(device))
+        dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
+        _check_backends(None if backend == "auto" else backend)
+        result = library.run(
+            preset_or_path,
+            widths,
+            embedding_bits=embedding_bits,
+            dtype=dtype,
+            device=place,
+            backend=backend,
+            batch_size=batch_size,
+            source_tokens=source_tokens,
+            new_tokens=new_tokens,
+            num_beams=num_beams,
+            seconds=seconds,
+            out=out,
+        )
+    _finish(library, result, out, json_output)
+
+
+def size(
+    shape: Annotated[
+        str, typer.Option("--shape", help="tiny, bart-base, bart-large or mbart-large.")
+    ] = "bart-base",
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Of the student, encoder-decoder; default: the teacher's.")
+    ] = None,
+    bits: Annotated[
+        str, typer.Option("--bits", help="Weights-embeddings, comma-separated: each of 2, 4, 8.")
+    ] = "8-8,4-4,2-2",
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json_output: common.Json = False,
+) -> None:
+    pairs = [_numbers("--bits", part, "-", 2) for part in bits.split(",")]
+    if bad := [part for part in pairs if any(width not in (2, 4, 8) for width in part)]:
+        raise common.WrongUsage(f"--bits must be pairs of 2, 4 or 8 such as 4-8, got {bad[0][0]}-{bad[0][1]}")
+    common.check_new_file("--out", out, overwrite)
+    from dqkernels.bench import size as library
+
+    if shape not in library.SHAPES:
+        raise common.WrongUsage(f"--shape must be one of {', '.join(library.SHAPES)}, got {shape!r}")
+    teacher = library.SHAPES[shape]
+    depth = (teacher.encoder, teacher.decoder) if layers is None else _numbers("--layers", layers, "-", 2)
+    common.quiet_transformers()
+    result = library.run([library.Case(shape, *depth, *pair) for pair in pairs], teachers=[shape], out=out)
+    _finish(library, result, out, json_output)
+
+
+def _finish(library, result: dict, out: str | None, json_output: bool) -> None:
+    if json_output:
+        common.print_json(result)
+    else:
+        common.console().print(library.render(result))
+    if out is not None:
+        common.say(f"wrote {out}")
+
+
+def _numbers(flag: str, text: str, separator: str, count: int) -> tuple[int, ...]:
+    parts = text.strip().split(separator)
+    if len(parts) != count or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        form = separator.join("N" * count)
+        raise common.WrongUsage(f"{flag} must be {form} with numbers above 0, comma-separated, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def _widths(flag: str, text: str) -> tuple[int, ...]:
+    parts = tuple(part.strip() for part in text.split(","))
+    if bad := [part for part in parts if part not in ("2", "4", "8")]:
+        raise common.WrongUsage(f"{flag} must be 2, 4 or 8, comma-separated, got {bad[0]!r}")
+    return tuple(map(int, parts))
+
+
+def _check_seconds(seconds: float) -> None:
+    if not 0 < seconds < 86400:
+        raise common.WrongUsage(f"--seconds must be above 0, got {seconds:g}")
+
+
+def _check_backends(backends: str | None) -> None:
+    from dqkernels.backends import NAMES
+
+    for name in () if backends is None else backends.split(","):
+        if name not in NAMES:
+            raise common.WrongUsage(f"--backends must be of {', '.join(NAMES)}, got {name!r}")

@@ -1,0 +1,111 @@
+"""What the verbs share: the two kinds of failure, how messages are spelled, and how results are printed."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+# Newer typers carry their own copy of click: its classes are found through the one that typer always exports.
+CLICK_ERRORS = next(base for base in typer.BadParameter.__mro__ if base.__name__ == "ClickException")
+Abort = typer.Abort
+
+#: Options that every verb has.
+Json = Annotated[
+    bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")
+]
+Dtype = Annotated[
+    str,
+    typer.Option("--dtype", help="Float type of all that is not packed: auto, float32, float16 or bfloat16."),
+]
+Device = Annotated[
+    str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")
+]
+
+
+class WrongUsage(Exception):
+    """The caller can put it right: exit code 2."""
+
+
+class Failed(Exception):
+    """It was asked for rightly and did not work: exit code 1, the message alone."""
+
+
+@contextlib.contextmanager
+def checking_input() -> Iterator[None]:
+    """What the library refuses in this block is wrong usage: its ValueErrors say what it wants."""
+    try:
+        yield
+    except (ValueError, OSError) as error:
+        raise WrongUsage(str(error)) from error
+
+
+def check_new_file(flag: str, path: str | None, overwrite: bool) -> None:
+    """A file that is to be written must not be there, and its folder must."""
+    if path is None:
+        return
+    if not Path(path).parent.is_dir():
+        raise WrongUsage(f"{flag} must lie in a folder that exists, {str(Path(path).parent)!r} does not")
+    if Path(path).is_dir():
+        raise WrongUsage(f"{flag} must be a file, {path!r} is a folder")
+    if Path(path).exists() and not overwrite:
+        raise WrongUsage(f"{flag} {path!r} is there already: give --overwrite to replace it")
+
+
+def spelled_as_flags(message: str, command) -> str:
+    """`weight_bits must be ...` as the command line spells it: `--weight_bits must be ...`."""
+    flags = set()
+    todo = [command]
+    while todo:
+        one = todo.pop()
+        todo += getattr(one, "commands", {}).values()
+        flags.update(name for p in one.params for name in p.opts if name.startswith("--"))
+    def flag(match: re.Match[str]) -> str:
+        return ("--" if "--" + match[1] in flags else "") + match[1]
+
+    # A name with an underscore is no English word; one without is a name where it opens the sentence.
+    message = re.sub(r"^([a-z]+)(?= must )", flag, message)
+    return re.sub(r"(?<![\w/.-])([a-z]+(?:_[a-z]+)+)\b", flag, message)
+
+
+def say(*lines: str) -> None:
+    """A line for people, on stderr: stdout belongs to results."""
+    print(*lines, sep="\n", file=sys.stderr, flush=True)
+
+
+def print_json(result: Any) -> None:
+    """The machine's copy of a result, on stdout."""
+    print(json.dumps(result, indent=1, ensure_ascii=False))
+
+
+def quiet_transformers() -> None:
+    """Turns off the loading bars of transformers; its warnings stay."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def console(stderr: bool = False):
+    """A rich console: no colour and no cursor movement where its stream is no terminal."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False)
+
+
+def plain(found: Any) -> Any:
+    """A result as JSON takes it."""
+    return found.to_dict() if hasattr(found, "to_dict") else found
+
+
+def show(found: Any, json_output: bool) -> None:
+    """A result as JSON, or as it prints itself."""
+    if json_output:
+        print_json(plain(found))
+    else:
+        print(found)
