@@ -11,9 +11,7 @@ from rich.console import Console
 from dqkernels.bench import model
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("preset_or_path", nargs="?", default="bart-base")
     parser.add_argument("--device")
     for name, default in (("batch_size", 1), ("source_tokens", 128), ("new_tokens", 32), ("num_beams", 1)):

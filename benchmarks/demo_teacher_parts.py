@@ -75,8 +75,7 @@ def keep_memory() -> None:
 def versions_in(folder: str | None) -> list[str]:
     found = metadata.distributions() if folder is None else metadata.distributions(path=[folder])
     return sorted(
-        {f"{d.metadata['Name']}=={d.version.partition('+')[0]}" for d in found if d.metadata["Name"]},
-        key=str.lower,
+        {f"{d.metadata['Name']}=={d.version.partition('+')[0]}" for d in found if d.metadata["Name"]}, key=str.lower
     )
 
 
@@ -132,9 +131,7 @@ def make_tokenizer(pairs, args: argparse.Namespace) -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str], limit: int) -> list[np.ndarray]:
-    rows = tokenizer([" ".join(text.split()[:limit]) for text in texts], truncation=True, max_length=limit)[
-        "input_ids"
-    ]
+    rows = tokenizer([" ".join(text.split()[:limit]) for text in texts], truncation=True, max_length=limit)["input_ids"]
     return [np.asarray(row, dtype=np.int64) for row in rows]
 
 
@@ -226,9 +223,7 @@ class PooledDropout:
     def __init__(self, rng: np.random.Generator, size: int = 1 << 23) -> None:
         self.rng, self.size, self.pools = rng, size, {}
 
-    def __call__(
-        self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
-    ) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
         if not training or p == 0:
             return x
         pool, used = self.pools.get((p, x.dtype), (None, 0))
@@ -244,9 +239,7 @@ class FourBit:
 
     def __init__(self, model) -> None:
         self.weights = [m.weight for m in model.modules() if isinstance(m, torch.nn.Linear)]
-        self.weights = list(
-            {id(w): w for w in self.weights if w is not model.get_input_embeddings().weight}.values()
-        )
+        self.weights = list({id(w): w for w in self.weights if w is not model.get_input_embeddings().weight}.values())
 
     def __enter__(self) -> None:
         self.kept = [weight.data for weight in self.weights]

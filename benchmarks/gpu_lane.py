@@ -90,12 +90,7 @@ class Lane:
             log.flush()
             start = log.tell()
             process = subprocess.Popen(
-                command,
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, start_new_session=True
             )
             timed_out = False
             try:
@@ -434,11 +429,7 @@ def earlier(lane: Lane, old: dict | None) -> dict[str, dict]:
     for name in old["protocol"]:
         rows = [row for row in old["rows"] if row["stage"] == f"bench {name}" and "outcome" not in row]
         rows = [{key: value for key, value in row.items() if key != "stage"} for row in rows]
-        lane.figures[name] = {
-            "protocol": old["protocol"][name],
-            "settings": old["settings"][name],
-            "rows": rows,
-        }
+        lane.figures[name] = {"protocol": old["protocol"][name], "settings": old["settings"][name], "rows": rows}
     return {row["stage"]: row for row in old["rows"] if "outcome" in row}
 
 
@@ -457,9 +448,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=8)
     parser.add_argument("--out", type=Path, default=Path("gpu_lane_out"))
     parser.add_argument("--fresh", action="store_true", help="forget what an earlier run in --out has done")

@@ -71,25 +71,14 @@ TUNED = [
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add(
-        "--corpus",
-        action="append",
-        default=[],
-        metavar="DIR",
-        help="a folder of more packages to read; repeatable",
-    )
+    add("--corpus", action="append", default=[], metavar="DIR", help="a folder of more packages to read; repeatable")
     add("--minutes", type=float, default=85.0, help="wall time of training; the schedule follows it (default 85)")
     add("--steps", type=int, default=0, help="train so many steps instead of --minutes")
     add("--resume", action="store_true", help="go on from the checkpoint in --checkpoints, if there is one")
     add("--checkpoints", default="teacher_checkpoints", metavar="DIR", help="where the run's state is kept")
     add("--checkpoint_minutes", type=float, default=5.0, help="minutes between checkpoints (default 5)")
     add("--eval_minutes", type=float, default=10.0, help="minutes between validations (default 10)")
-    add(
-        "--export",
-        default=str(HERE / "dqkernels/data/docstring_teacher"),
-        metavar="DIR",
-        help="'' writes no model",
-    )
+    add("--export", default=str(HERE / "dqkernels/data/docstring_teacher"), metavar="DIR", help="'' writes no model")
     add("--train_body_words", type=int, default=12, help="fewest words of a TRAINING body (scored ones: 30)")
     add("--vocab_size", type=int, default=4096, help="byte-level BPE entries")
     add("--d_model", type=int, default=256)
@@ -109,9 +98,7 @@ def parse() -> argparse.Namespace:
     add("--label_smoothing", type=float, default=0.1)
     add("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones shipped")
     add("--copy_phase", type=float, default=0.12, help="fraction of the run; see splice()")
-    add(
-        "--quant_phase", type=float, default=0.2, help="last fraction in which half of the steps see 4-bit weights"
-    )
+    add("--quant_phase", type=float, default=0.2, help="last fraction in which half of the steps see 4-bit weights")
     add("--threads", type=int, default=2)
     add("--seed", type=int, default=0)
     return parser.parse_args()
@@ -273,9 +260,7 @@ def main() -> None:
     best, decoding = -1.0, GREEDY
     for choice in TUNED:
         started = time.monotonic()
-        score = rouge(
-            summarize(model, tokenizer, [p.body for p in tuning], args, choice), [p.head for p in tuning]
-        )
+        score = rouge(summarize(model, tokenizer, [p.body for p in tuning], args, choice), [p.head for p in tuning])
         say(decoding=json.dumps(choice), rougeL=score["rougeL"], seconds=time.monotonic() - started)
         if score["rougeL"] > best:
             best, decoding = score["rougeL"], choice

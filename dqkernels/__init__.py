@@ -55,9 +55,7 @@ def __dir__() -> list[str]:
 def _register_plugin() -> None:
     try:
         importlib.import_module("dqkernels.hf")
-    except (
-        Exception
-    ) as error:  # `import transformers` of a program that never meets a packed model must go on
+    except Exception as error:  # `import transformers` of a program that never meets a packed model must go on
         logging.getLogger("dqkernels").warning(
             "transformers cannot read or write packed models here: %s: %s", type(error).__name__, error
         )

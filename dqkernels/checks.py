@@ -28,24 +28,19 @@ def check_weight(
     if bits not in QUANTIZERS_BY_BITS:
         raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
     if quantizer not in QUANTIZERS_BY_BITS[bits]:
-        raise ValueError(
-            f"quantizer must be one of {list(QUANTIZERS_BY_BITS[bits])} at {bits} bits, got {quantizer!r}"
-        )
+        raise ValueError(f"quantizer must be one of {list(QUANTIZERS_BY_BITS[bits])} at {bits} bits, got {quantizer!r}")
     if granularity not in WEIGHT_GRANULARITIES:
         raise ValueError(f"granularity must be one of {list(WEIGHT_GRANULARITIES)}, got {granularity!r}")
     if group_size not in GROUP_SIZES:
         raise ValueError(f"group_size must be one of {list(GROUP_SIZES)}, got {group_size!r}")
     if group_size != -1 and (bits == 8 or granularity != "per_channel"):
         raise ValueError(
-            f"group_size={group_size} needs 2 or 4 bits and granularity='per_channel', "
-            f"got {bits} and {granularity!r}"
+            f"group_size={group_size} needs 2 or 4 bits and granularity='per_channel', got {bits} and {granularity!r}"
         )
     check_clip(clip)
 
 
-def check_activation(
-    x: torch.Tensor, mode: str, act_scale: torch.Tensor | None, clip: float | None = None
-) -> None:
+def check_activation(x: torch.Tensor, mode: str, act_scale: torch.Tensor | None, clip: float | None = None) -> None:
     check_float("x", x)
     check_clip(clip)
     if x.dim() < 1 or not 0 < x.shape[-1] <= qmath.MAX_K:
@@ -66,8 +61,7 @@ def check_codes(q: torch.Tensor, act_scale: torch.Tensor, row_sum: torch.Tensor 
     rows = tuple(q.shape[:-1])
     if act_scale.dtype != torch.float32 or tuple(act_scale.shape) != rows:
         raise ValueError(
-            f"act_scale must be float32 {list(rows)}, one per row of q, "
-            f"got {act_scale.dtype} {list(act_scale.shape)}"
+            f"act_scale must be float32 {list(rows)}, one per row of q, got {act_scale.dtype} {list(act_scale.shape)}"
         )
     # [0] is what quantize_activation returns where no sum was wanted.
     if row_sum is not None and tuple(row_sum.shape) != (0,):

@@ -146,9 +146,7 @@ class DQConfig:
                 raise ValueError(f"overrides[{pattern!r}] must be a dict, got {type(entry).__name__}")
             unknown = sorted(set(entry) - set(OVERRIDE_KEYS))
             if unknown:
-                raise ValueError(
-                    f"overrides[{pattern!r}] has unknown keys {unknown}; known are {list(OVERRIDE_KEYS)}"
-                )
+                raise ValueError(f"overrides[{pattern!r}] has unknown keys {unknown}; known are {list(OVERRIDE_KEYS)}")
             if not isinstance(entry.get("skip", False), bool):
                 raise ValueError(f"overrides[{pattern!r}]['skip'] must be true or false, got {entry['skip']!r}")
             # Checked here, so that a bad value is refused when written and not when a module first matches.
@@ -156,9 +154,7 @@ class DQConfig:
         # Plain dicts inside: the config must be JSON and must not change when the caller's dict does.
         object.__setattr__(self, "overrides", {p: dict(e) for p, e in self.overrides.items()})
         if self.weight_granularity == "per_tensor" and self.group_size != -1:
-            raise ValueError(
-                f"group_size={self.group_size} needs weight_granularity='per_channel', got 'per_tensor'"
-            )
+            raise ValueError(f"group_size={self.group_size} needs weight_granularity='per_channel', got 'per_tensor'")
 
     @classmethod
     def preset(cls, name: str) -> DQConfig:
@@ -172,9 +168,7 @@ class DQConfig:
         """
         match = _PRESET.fullmatch(name)
         if match is None:
-            raise ValueError(
-                f"preset must look like 'dq-bart-2-2-8' (weights-embeddings-activations), got {name!r}"
-            )
+            raise ValueError(f"preset must look like 'dq-bart-2-2-8' (weights-embeddings-activations), got {name!r}")
         weight_bits, embedding_bits, act_bits = (int(bits) for bits in match.groups())
         return cls(
             weight_bits=weight_bits,
@@ -206,9 +200,7 @@ class DQConfig:
             if re.search(pattern, module_name):
                 if entry.get("skip"):
                     return None
-                config = dataclasses.replace(
-                    config, overrides={}, **{k: v for k, v in entry.items() if k != "skip"}
-                )
+                config = dataclasses.replace(config, overrides={}, **{k: v for k, v in entry.items() if k != "skip"})
         bits = config.embedding_bits if is_embedding else config.weight_bits
         if bits == 16:
             return None

@@ -84,9 +84,7 @@ class DQHfQuantizer(HfQuantizer):
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         if isinstance(device_map, dict) and "disk" in device_map.values():
-            raise ValueError(
-                "device_map offloads to disk, which packed models cannot do: they are small, use 'cpu'"
-            )
+            raise ValueError("device_map offloads to disk, which packed models cannot do: they are small, use 'cpu'")
 
     def update_dtype(self, dtype: torch.dtype) -> torch.dtype:
         if dtype not in FLOAT_DTYPES:
@@ -110,9 +108,7 @@ class DQHfQuantizer(HfQuantizer):
         for decision in (d for d in decisions if d.layer is not None):
             new = by_module.get(id(decision.module))
             if new is None:
-                new = _empty(
-                    decision, next((t for p, t in kept.items() if re.search(p, decision.name)), None)
-                )
+                new = _empty(decision, next((t for p, t in kept.items() if re.search(p, decision.name)), None))
                 if decision.tied_to is not None:
                     new.share_(by_name[decision.tied_to])
                 new.backend, new.strict = self.quantization_config.backend, self.quantization_config.strict
@@ -127,9 +123,7 @@ class DQHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             serialize.check_shapes(model, tensors, model.base_model_prefix)
 
-    def _expect_floats(
-        self, model, decisions: list[convert.Decision], by_name: Mapping[str, PackedModule]
-    ) -> None:
+    def _expect_floats(self, model, decisions: list[convert.Decision], by_name: Mapping[str, PackedModule]) -> None:
         """Gives packed modules a float `weight` slot to load into; notes which table each float belongs to."""
         owners = {d.name: d.tied_to or d.name for d in decisions if d.layer is not None}
         for name, owner in owners.items():
@@ -163,9 +157,7 @@ class DQHfQuantizer(HfQuantizer):
         modules = [table.owner, *table.tied]
         for module in modules:
             missing_keys.difference_update((f"{module}.weight", f"{module}.act_scale"))
-        if (
-            table.loaded
-        ):  # the file holds a tied weight twice, with equal values (else it would not count as tied)
+        if table.loaded:  # the file holds a tied weight twice, with equal values (else it would not count as tied)
             return {}
         table.loaded = True
         try:
@@ -175,18 +167,13 @@ class DQHfQuantizer(HfQuantizer):
         packed = {"qweight": table.module.qweight, "weight_scale": table.module.weight_scale}
         if table.module.group_mult is not None:
             packed["group_mult"] = table.module.group_mult
-        return {
-            **{f"{table.owner}.{key}": t for key, t in packed.items()},
-            **dict.fromkeys(table.floats, value),
-        }
+        return {**{f"{table.owner}.{key}": t for key, t in packed.items()}, **dict.fromkeys(table.floats, value)}
 
     def _process_model_after_weight_loading(self, model, **kwargs):
         """Drops the float slots, shares what is tied, checks what came from a file."""
         deviation = getattr(model.config, "initializer_range", None) or 0.02
         for table in {id(t): t for t in self._tables.values()}.values():
-            if (
-                not table.loaded
-            ):  # transformers named it MISSING in its report and would initialise it at random
+            if not table.loaded:  # transformers named it MISSING in its report and would initialise it at random
                 shape = serialize.rows_columns(table.module)
                 table.module.pack_(torch.randn(shape, device=_device(model)) * deviation)
         self._tables = {}
@@ -248,9 +235,7 @@ class DQHfQuantizer(HfQuantizer):
         """Float linears and embeddings in place of the packed ones; tied ones stay tied."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         weights: dict[int, nn.Parameter] = {}
-        modules = [
-            (n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedModule)
-        ]
+        modules = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedModule)]
         for name, module in modules:
             # T5 keeps `wo` in float32 beside float16: the wider of the two.
             wide = torch.float32 if module.compute_dtype == torch.float32 else dtype
@@ -429,9 +414,7 @@ def _check_all_loaded(model) -> None:
 
 def _check_config_describes(model, config: plain.DQConfig) -> None:
     """Refuses to save a model that its config would rebuild differently (quantized twice, edited by hand)."""
-    tied = {
-        t.removesuffix(".qweight"): s.removesuffix(".qweight") for t, s in model.all_tied_weights_keys.items()
-    }
+    tied = {t.removesuffix(".qweight"): s.removesuffix(".qweight") for t, s in model.all_tied_weights_keys.items()}
     for name, module in model.named_modules():
         if not isinstance(module, PackedModule):
             continue

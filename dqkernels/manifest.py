@@ -113,9 +113,7 @@ def check_files(files: Iterable[str | os.PathLike], quantization: DQConfig) -> d
     folder = None
     for path in map(Path, files):
         if path.name != WEIGHTS_FILE and _SHARD.fullmatch(path.name) is None:
-            refuse(
-                path, "its name", path.name, f"{WEIGHTS_FILE} or model-00001-of-00002.safetensors; no pickle"
-            )
+            refuse(path, "its name", path.name, f"{WEIGHTS_FILE} or model-00001-of-00002.safetensors; no pickle")
         if folder is not None and path.parent != folder:
             refuse(path, "its folder", path.parent, folder)
         folder = path.parent
@@ -152,18 +150,14 @@ def read_header(path: Path) -> dict[str, Entry]:
         prefix = file.read(8)
         length = int.from_bytes(prefix, "little")
         if len(prefix) < 8 or length > size - 8:
-            refuse(
-                path, "the header length", length, f"at most the file's {max(size - 8, 0)} remaining bytes"
-            )
+            refuse(path, "the header length", length, f"at most the file's {max(size - 8, 0)} remaining bytes")
         if length > MAX_HEADER_BYTES:
             refuse(path, "the header length", length, f"at most {MAX_HEADER_BYTES}")
         header = _parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     version = metadata.get("format_version") if isinstance(metadata, dict) else None
     if version != str(FORMAT_VERSION):
-        refuse(
-            path, "format_version in its metadata", version, f"{FORMAT_VERSION}, which this dqkernels reads"
-        )
+        refuse(path, "format_version in its metadata", version, f"{FORMAT_VERSION}, which this dqkernels reads")
     entries, spans = {}, []
     for name, declared in header.items():
         entries[name], span = _check_entry(path, name, declared)
@@ -171,9 +165,7 @@ def read_header(path: Path) -> dict[str, Entry]:
     end = 0
     for begin, stop, name in sorted(spans):
         if begin != end:
-            refuse(
-                path, f"tensor {name!r}: its first byte", begin, f"{end}, right after the tensor before it"
-            )
+            refuse(path, f"tensor {name!r}: its first byte", begin, f"{end}, right after the tensor before it")
         end = stop
     if end != size - 8 - length:
         refuse(path, "the bytes after the header", size - 8 - length, f"{end}, the sum of its tensors")
@@ -245,11 +237,7 @@ def _check_entry(path: Path, name: str, declared: Any) -> tuple[Entry, tuple[int
     for value in shape:
         if type(value) is not int or not 0 <= value <= _INT32_MAX:
             refuse(path, f"tensor {name!r}: its shape", shape, f"whole numbers in 0..{_INT32_MAX}")
-    if (
-        not isinstance(offsets, list)
-        or len(offsets) != 2
-        or any(type(v) is not int or v < 0 for v in offsets)
-    ):
+    if not isinstance(offsets, list) or len(offsets) != 2 or any(type(v) is not int or v < 0 for v in offsets):
         refuse(path, f"tensor {name!r}: data_offsets", offsets, "[first byte, byte after the last]")
     size = math.prod(shape) * _BYTES[dtype]
     if size >= 1 << 63 or offsets[1] - offsets[0] != size:
@@ -259,7 +247,8 @@ def _check_entry(path: Path, name: str, declared: Any) -> tuple[Entry, tuple[int
 
 
 def _check_packed_entries(tensors: Mapping[str, Entry], quantization: DQConfig) -> None:
-    for name, entry in tensors.items():
+    # Codes first: the checks of what stands beside them rely on their shape.
+    for name, entry in sorted(tensors.items(), key=lambda item: not item[0].endswith(".qweight")):
         module, _, kind = name.rpartition(".")
         where = f"tensor {name!r}"
         found = f"{entry.dtype} {list(entry.shape)}"
@@ -271,9 +260,7 @@ def _check_packed_entries(tensors: Mapping[str, Entry], quantization: DQConfig) 
             if entry.dtype != "U8" or len(shape) != 2 or shape[0] % packing.BLOCK_N or shape[0] == 0:
                 refuse(entry.file, where, found, f"U8 [a multiple of {packing.BLOCK_N}, bytes per row]")
             if shape[1] == 0 or all(shape[1] % unit for unit in units):
-                refuse(
-                    entry.file, where, found, f"bytes per row a multiple of {' or '.join(map(str, units))}"
-                )
+                refuse(entry.file, where, found, f"bytes per row a multiple of {' or '.join(map(str, units))}")
             if f"{module}.weight_scale" not in tensors:
                 refuse(entry.file, where, "without its scale", f"a tensor '{module}.weight_scale' beside it")
         elif kind == "weight_scale":
@@ -281,9 +268,7 @@ def _check_packed_entries(tensors: Mapping[str, Entry], quantization: DQConfig) 
                 refuse(entry.file, where, "without its codes", f"a tensor '{module}.qweight' beside it")
             rows = entry.shape[0] if len(entry.shape) == 1 else -1
             if entry.dtype != "F32" or (rows != 1 and packing.padded_n(rows) != packed.shape[0]):
-                refuse(
-                    entry.file, where, found, f"F32 [1] or [out_features] of {packed.shape[0]} padded rows"
-                )
+                refuse(entry.file, where, found, f"F32 [1] or [out_features] of {packed.shape[0]} padded rows")
         elif kind == "group_mult":
             rows = entry.shape[0] if len(entry.shape) == 2 else -1
             if entry.dtype != "U8" or packed is None or packing.padded_n(rows) != packed.shape[0]:
@@ -297,9 +282,7 @@ def _weight_files(folder: Path) -> list[Path]:
     if os.path.lexists(folder / WEIGHTS_FILE):
         return [folder / WEIGHTS_FILE]
     if not os.path.lexists(folder / INDEX_FILE):
-        others = sorted(
-            p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-        )
+        others = sorted(p.name for p in folder.glob("*") if p.suffix in (".bin", ".pt", ".pth", ".ckpt", ".pkl"))
         found = ", ".join(others[:3]) or "nothing"
         refuse(folder, "its weight file", found, f"{WEIGHTS_FILE} (pickle files are never read)")
     names = _index(folder / INDEX_FILE).values()

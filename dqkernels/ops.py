@@ -348,9 +348,7 @@ def _layernorm_quantize(
 
 
 @_fake("layernorm_quantize")
-def _(
-    x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False
-):
+def _(x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
     return torch.empty_like(x, memory_format=torch.contiguous_format), *_fake_quantized(x, want_sum)
 
 
@@ -367,9 +365,7 @@ def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict
 
 
 @_implement("qattention")
-def _qattention(
-    q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False
-):
+def _qattention(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False):
     checks.check_attention(q, k, v, mode)
     module = backends.choose("qattention", q.device.type, backend, strict, mode=mode).module
     return module.qattention(q, k, v, mask, bias, causal=causal, softmax_scale=softmax_scale, mode=mode, clip=clip)
@@ -384,9 +380,7 @@ def _(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, b
 
 
 def _qlinear_context(ctx, inputs, output):
-    (x, qweight, weight_scale, group_mult, bias, residual, bits, four_level, group_size, out_features) = inputs[
-        :10
-    ]
+    (x, qweight, weight_scale, group_mult, bias, residual, bits, four_level, group_size, out_features) = inputs[:10]
     act_clip, activation = inputs[11], inputs[13]
     ctx.save_for_backward(x, qweight, weight_scale, group_mult, bias)
     ctx.format = (bits, four_level, group_size, out_features, x.shape[-1])

@@ -73,11 +73,7 @@ def divide_by(numerator: torch.Tensor, denominator: float) -> torch.Tensor:
 
 
 def quantize_activation(
-    x: torch.Tensor,
-    mode: str,
-    clip: float | None = None,
-    act_scale: torch.Tensor | None = None,
-    want_sum: bool = False,
+    x: torch.Tensor, mode: str, clip: float | None = None, act_scale: torch.Tensor | None = None, want_sum: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantizes activations to int8.
 
@@ -159,9 +155,7 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
 
 def dequantize_weight(quantized: QuantizedWeight, layer: LayerConfig) -> torch.Tensor:
     """Floats of the codes: fp32 [N, K], `level * (scale * group multiplier)`."""
-    return dequantize_codes(
-        quantized.codes, quantized.scale, quantized.group_mult, layer.four_level, layer.group_size
-    )
+    return dequantize_codes(quantized.codes, quantized.scale, quantized.group_mult, layer.four_level, layer.group_size)
 
 
 def dequantize_codes(
@@ -239,9 +233,7 @@ def _step(rows: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
     return torch.where(finite, step, float("nan"))
 
 
-def _codes(
-    rows: torch.Tensor, step: torch.Tensor, layer: LayerConfig, group_size: int | None = None
-) -> torch.Tensor:
+def _codes(rows: torch.Tensor, step: torch.Tensor, layer: LayerConfig, group_size: int | None = None) -> torch.Tensor:
     """int8 codes of `rows` for a step of shape [rows] or of the shape of `rows`."""
     step = step.unsqueeze(1) if step.dim() == 1 else step
     live = step >= ZERO_AMAX / ACT_MAX  # false for 0 and for NaN
@@ -280,9 +272,7 @@ def _search(rows: torch.Tensor, base: torch.Tensor, ratios: tuple[float, ...], l
     return torch.cat(parts) if parts else base
 
 
-def _search_rows(
-    rows: torch.Tensor, base: torch.Tensor, ratios: tuple[float, ...], layer: LayerConfig
-) -> torch.Tensor:
+def _search_rows(rows: torch.Tensor, base: torch.Tensor, ratios: tuple[float, ...], layer: LayerConfig) -> torch.Tensor:
     divisor = 1.0 if layer.four_level else float(quant_max(layer.bits, layer.quantizer))
     best = base
     least = torch.full_like(base, float("inf"), dtype=torch.float64)

@@ -47,8 +47,7 @@ def _cpu_int_mm_is_exact() -> bool:
     b[2::3, ::2] = -128
     try:
         return all(
-            torch.equal(torch._int_mm(a[:m], b.t()), (a[:m].double() @ b.double().t()).to(torch.int32))
-            for m in (1, 20)
+            torch.equal(torch._int_mm(a[:m], b.t()), (a[:m].double() @ b.double().t()).to(torch.int32)) for m in (1, 20)
         )
     except RuntimeError:
         return False
@@ -77,9 +76,7 @@ def accumulate(
     acc = q.new_zeros(q.shape[0], codes.shape[0], dtype=torch.int32)
     for group, start in enumerate(range(0, codes.shape[1], group_size)):
         stop = start + group_size
-        part = accumulate(
-            q[:, start:stop].contiguous(), None, codes[:, start:stop].contiguous(), None, four_level, -1
-        )
+        part = accumulate(q[:, start:stop].contiguous(), None, codes[:, start:stop].contiguous(), None, four_level, -1)
         acc += part * group_mult[:, group].to(torch.int32)
     return acc
 
@@ -231,9 +228,7 @@ def layernorm_quantize(
     Returns y [..., K] in x's dtype, then q, scale and row_sum of `quantize_activation(y)`.
     """
     total = x.float() if residual is None else x.float() + residual.float()
-    y = F.layer_norm(total, (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps).to(
-        x.dtype
-    )
+    y = F.layer_norm(total, (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps).to(x.dtype)
     return y, *qmath.quantize_activation(y, mode, clip, act_scale, want_sum)
 
 

@@ -219,10 +219,7 @@ def info() -> Info:
         properties = torch.cuda.get_device_properties(0)
         memory = properties.total_memory / 2**30
         devices["cuda"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
-    usable = {
-        device: {name: backends.available(name, device) for name in backends.ORDER[device]}
-        for device in devices
-    }
+    usable = {device: {name: backends.available(name, device) for name in backends.ORDER[device]} for device in devices}
     if "cuda" not in devices:
         usable["cuda"] = {name: backends.available(name, "cuda") for name in ("cuda", "triton")}
     core = native.native()
@@ -257,11 +254,7 @@ def teacher_bytes(model: nn.Module) -> int:
 def _stored_bytes(model: nn.Module) -> tuple[int, int, int]:
     """Bytes of codes, scales and the rest of the state dict, each storage once."""
     parts, seen = {"codes": 0, "scales": 0, "other": 0}, set()
-    packed = {
-        name
-        for name, module in model.named_modules(remove_duplicate=False)
-        if isinstance(module, PackedModule)
-    }
+    packed = {name for name, module in model.named_modules(remove_duplicate=False) if isinstance(module, PackedModule)}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if id(tensor) in seen or not isinstance(tensor, torch.Tensor):
             continue

@@ -75,9 +75,7 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, Entry], prefix: str = "
     wanted = model.state_dict()
     found = set()
     for name, entry in tensors.items():
-        key = next(
-            (k for k in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if k in wanted), None
-        )
+        key = next((k for k in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if k in wanted), None)
         if key is None:
             continue
         if entry.shape != tuple(wanted[key].shape):
@@ -104,9 +102,7 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
         if isinstance(module, QLinear) and module.act_scale is not None:
             value = float(module.act_scale) if module.act_scale.numel() == 1 else math.nan
             if not 0 < value < math.inf:
-                refuse(
-                    file, f"tensor '{name}.act_scale'", value, "one finite number above 0 (calibrate first)"
-                )
+                refuse(file, f"tensor '{name}.act_scale'", value, "one finite number above 0 (calibrate first)")
         if id(module.qweight) in seen:
             continue
         seen.add(id(module.qweight))
@@ -117,9 +113,7 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
             raise FileFormatError(f"{os.fspath(file)}: tensor '{name}.qweight': {error}") from error
         count = 1 if layer.granularity == "per_tensor" else rows
         if scale.dtype != torch.float32 or tuple(scale.shape) != (count,):
-            refuse(
-                file, f"tensor '{name}.weight_scale'", f"{scale.dtype} {list(scale.shape)}", f"F32 [{count}]"
-            )
+            refuse(file, f"tensor '{name}.weight_scale'", f"{scale.dtype} {list(scale.shape)}", f"F32 [{count}]")
         if not bool((torch.isfinite(scale) & (scale >= 0)).all()):
             bad = scale[~(torch.isfinite(scale) & (scale >= 0))][0].item()
             refuse(file, f"tensor '{name}.weight_scale'", bad, "finite and not below 0")
@@ -173,9 +167,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
         FileFormatError: if a value could not be loaded again (an uncalibrated static layer).
     """
     if not any(isinstance(module, PackedModule) for module in model.modules()):
-        raise ValueError(
-            "model has no packed module: convert it with dqkernels.quantize_(model, config) first"
-        )
+        raise ValueError("model has no packed module: convert it with dqkernels.quantize_(model, config) first")
     if not hasattr(model, "save_pretrained"):
         raise ValueError(
             f"{type(model).__name__} is not a Hugging Face model: save model.state_dict() with safetensors, "
@@ -206,10 +198,7 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
 
 
 def write_model_card(
-    folder: str | os.PathLike,
-    config: DQConfig,
-    ratio: float | None = None,
-    architectures: list[str] | None = None,
+    folder: str | os.PathLike, config: DQConfig, ratio: float | None = None, architectures: list[str] | None = None
 ) -> None:
     """Writes README.md: how to load the model, and what it looks like when `import dqkernels` is forgotten.
 
@@ -226,9 +215,7 @@ def write_model_card(
     auto = "AutoModelForSeq2SeqLM"
     if not architecture.endswith(("ForConditionalGeneration", "MTModel")):
         auto = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else "AutoModel"
-    size = (
-        "" if ratio is None else f" Its weight file is {ratio:.1f} times smaller than the same model in fp32."
-    )
+    size = "" if ratio is None else f" Its weight file is {ratio:.1f} times smaller than the same model in fp32."
     settings = "\n".join(
         f"| `{key}` | `{json.dumps(value)}` |"
         for key, value in config.to_dict().items()

@@ -92,9 +92,7 @@ def stream_texts(
 
 
 @torch.no_grad()
-def _stream(
-    model, tokenizer, source, batch_size, prefix, limit, options, bar, advance, warn_cut
-) -> Iterator[str]:
+def _stream(model, tokenizer, source, batch_size, prefix, limit, options, bar, advance, warn_cut) -> Iterator[str]:
     cut = 0
     with bar:
         while window := list(itertools.islice(source, WINDOW_BATCHES * batch_size)):
@@ -107,9 +105,7 @@ def _stream(
             done = 0
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                for i, text in zip(
-                    part, _run(model, tokenizer, [rows[i][0] for i in part], options), strict=True
-                ):
+                for i, text in zip(part, _run(model, tokenizer, [rows[i][0] for i in part], options), strict=True):
                     outputs[i] = text
                 advance(len(part))
                 while done < len(outputs) and outputs[done] is not None:
@@ -117,9 +113,7 @@ def _stream(
                     done += 1
             yield from outputs[done:]
     if cut and warn_cut:
-        logger.warning(
-            "%d source%s cut at %d tokens (max_source_length)", cut, "" if cut == 1 else "s", limit
-        )
+        logger.warning("%d source%s cut at %d tokens (max_source_length)", cut, "" if cut == 1 else "s", limit)
 
 
 def _encode(tokenizer, texts: list[str], prefix: str, limit: int) -> list[tuple[list[int], bool] | None]:
@@ -162,9 +156,7 @@ def source_limit(model, tokenizer, wanted: int | None = None) -> int:
         if wanted < 2:
             raise ValueError(f"max_source_length must be at least 2, got {wanted}")
         if positions is not None and wanted > positions:
-            raise ValueError(
-                f"max_source_length must be at most {positions}, the model's positions, got {wanted}"
-            )
+            raise ValueError(f"max_source_length must be at most {positions}, the model's positions, got {wanted}")
         return wanted
     limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and n < _NO_LIMIT]
     return int(min(limits, default=_DEFAULT_SOURCE))
@@ -249,9 +241,7 @@ def _marian_prefix(tokenizer, stored: dict, target_lang: str | None) -> str:
     pairs = [key.removeprefix("translation_") for key in stored if key.startswith("translation_")]
     known = [code.strip("<>") for code in codes][:8] or pairs
     if known:
-        raise ValueError(
-            f"source_lang and target_lang must be one of {', '.join(known)}, got {target_lang!r}"
-        )
+        raise ValueError(f"source_lang and target_lang must be one of {', '.join(known)}, got {target_lang!r}")
     raise ValueError(
         "source_lang and target_lang are for models with language codes and this one has none: leave them "
         "out, or give source_prefix"
@@ -271,9 +261,7 @@ def _merge(task: dict[str, Any], given: dict[str, Any], model) -> dict[str, Any]
         # A stored max_length or min_length would contradict what was asked for.
         task = {key: value for key, value in task.items() if key not in ("max_length", "max_new_tokens")}
         given.setdefault("max_length", None)
-        shortest = (
-            given.get("min_length", task.get("min_length", model.generation_config.min_length or 0)) or 0
-        )
+        shortest = given.get("min_length", task.get("min_length", model.generation_config.min_length or 0)) or 0
         if shortest > length:
             given["min_length"] = 0
     beams = given.get("num_beams")
@@ -281,13 +269,9 @@ def _merge(task: dict[str, Any], given: dict[str, Any], model) -> dict[str, Any]
         raise ValueError(f"num_beams must be at least 1, got {beams}")
     merged = {**task, **given}
     settings = model.generation_config
-    if not any(
-        (merged.get("max_length"), merged.get("max_new_tokens"), settings.max_length, settings.max_new_tokens)
-    ):
+    if not any((merged.get("max_length"), merged.get("max_new_tokens"), settings.max_length, settings.max_new_tokens)):
         # transformers would stop at 20 tokens, with a warning.
-        merged["max_new_tokens"] = min(
-            _DEFAULT_NEW_TOKENS, getattr(model.config, "max_position_embeddings", 1024) - 1
-        )
+        merged["max_new_tokens"] = min(_DEFAULT_NEW_TOKENS, getattr(model.config, "max_position_embeddings", 1024) - 1)
     if merged.get("num_beams", settings.num_beams or 1) == 1:
         # transformers warns about beam settings that greedy search ignores.
         for key, off in (("early_stopping", None), ("length_penalty", None)):
@@ -315,9 +299,7 @@ def calibration_batches(
     options = _merge({}, {"num_beams": 1, "do_sample": False}, model)
     batches = []
     for start in range(0, len(rows), batch_size):
-        batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt").to(
-            model.device
-        )
+        batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt").to(model.device)
         batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
         batches.append({**batch, "decoder_input_ids": model.generate(**batch, **options)[:, :-1]})
     return batches
@@ -345,29 +327,19 @@ def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[An
     target = check_device(device)
     config = _open_config(name)
     if not config.is_encoder_decoder:
-        raise ValueError(
-            f"MODEL must be an encoder-decoder such as BART or T5, {name!r} is a {config.model_type}"
-        )
-    if Path(name).is_dir() and not any(
-        path for pattern in _TOKENIZER_FILES for path in Path(name).glob(pattern)
-    ):
+        raise ValueError(f"MODEL must be an encoder-decoder such as BART or T5, {name!r} is a {config.model_type}")
+    if Path(name).is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in Path(name).glob(pattern)):
         # transformers would make an empty tokenizer of the model's type, and every text would be unknown
         # words.
-        raise ValueError(
-            f"MODEL {name!r} has no tokenizer: copy tokenizer.json and its like from the float model"
-        )
+        raise ValueError(f"MODEL {name!r} has no tokenizer: copy tokenizer.json and its like from the float model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"MODEL {name!r} has no tokenizer that loads: {_first_line(error)}") from error
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(
-            name, dtype=dtype, trust_remote_code=False, use_safetensors=True
-        )
+        model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, SafetensorError) as error:
-        raise ValueError(
-            f"MODEL {name!r} has no safetensors weights that load: {_first_line(error)}"
-        ) from error
+        raise ValueError(f"MODEL {name!r} has no safetensors weights that load: {_first_line(error)}") from error
     return model.to(target).eval(), tokenizer
 
 
@@ -387,9 +359,7 @@ def check_device(device: str) -> torch.device:
     if match is None:
         raise ValueError(f"device must be auto, cpu, cuda or cuda:N, got {device!r}")
     if device != "cpu" and int(match.group(1) or 0) >= count:
-        raise ValueError(
-            f"device must be auto or cpu, or one of {count} GPUs that torch sees here, got {device!r}"
-        )
+        raise ValueError(f"device must be auto or cpu, or one of {count} GPUs that torch sees here, got {device!r}")
     return torch.device(device)
 
 
@@ -409,9 +379,7 @@ def _open_config(name: str):
         return AutoConfig.from_pretrained(name, trust_remote_code=False)
     except OSError as error:
         if folder.is_dir():
-            raise ValueError(
-                f"MODEL {name!r} has a config.json that does not load: {_first_line(error)}"
-            ) from error
+            raise ValueError(f"MODEL {name!r} has a config.json that does not load: {_first_line(error)}") from error
         raise ValueError(
             f"MODEL {name!r} is no folder here, and the hub has no such model, is offline or needs a login"
         ) from error

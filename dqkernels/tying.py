@@ -35,17 +35,11 @@ def untied_targets(model, files: list[str], packed: set[str]) -> list[str]:
         return []
 
     def stored(name: str, names) -> str | None:
-        return next(
-            (n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in names), None
-        )
+        return next((n for n in (name, f"{prefix}.{name}", name.removeprefix(f"{prefix}.")) if n in names), None)
 
     if packed:
-        own = {
-            n.removesuffix(s) + ".weight" for n in packed for s in (".qweight", ".weight") if n.endswith(s)
-        }
-        return [
-            t for source, targets in groups.items() if stored(source, own) for t in targets if stored(t, own)
-        ]
+        own = {n.removesuffix(s) + ".weight" for n in packed for s in (".qweight", ".weight") if n.endswith(s)}
+        return [t for source, targets in groups.items() if stored(source, own) for t in targets if stored(t, own)]
     found = []
     safe = [safe_open(file, framework="pt") for file in files if os.fspath(file).endswith(".safetensors")]
     where = {name: file for file in safe for name in file.keys()}  # noqa: SIM118, safe_open is no dict

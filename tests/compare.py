@@ -28,9 +28,7 @@ def assert_equal(got, expected, what: str = "", *, may_be_zero: bool = False) ->
     )
     if not may_be_zero:
         for side, tensor in (("got", got), ("expected", expected)):
-            assert tensor.numel() and bool((tensor != 0).any()), (
-                f"{what}: {side} is all zero: the case proves nothing"
-            )
+            assert tensor.numel() and bool((tensor != 0).any()), f"{what}: {side} is all zero: the case proves nothing"
     wide = torch.float64 if got.is_floating_point() or expected.is_floating_point() else torch.int64
     a, b = got.to(wide), expected.to(wide)
     wrong = a != b
@@ -45,9 +43,7 @@ def assert_equal(got, expected, what: str = "", *, may_be_zero: bool = False) ->
         raise AssertionError(f"{what}: {count} of {a.numel()} elements differ\n" + "\n".join(lines))
 
 
-def assert_same_bits(
-    got: torch.Tensor, expected: torch.Tensor, what: str = "", *, may_be_zero: bool = False
-) -> None:
+def assert_same_bits(got: torch.Tensor, expected: torch.Tensor, what: str = "", *, may_be_zero: bool = False) -> None:
     """`assert_equal` for two results of the package itself: the dtype must agree as well."""
     assert got.dtype == expected.dtype, f"{what}: dtype {got.dtype}, expected {expected.dtype}"
     if torch.equal(got, expected) and (may_be_zero or bool((expected != 0).any())):

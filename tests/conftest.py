@@ -20,9 +20,7 @@ def pytest_report_header(config):
     import dqkernels
 
     # Which tree is under test: the one next to this folder, or an installed one (tests/README.md).
-    return (
-        f"dqkernels {dqkernels.__version__} from {os.path.dirname(dqkernels.__file__)}; torch {torch.__version__}"
-    )
+    return f"dqkernels {dqkernels.__version__} from {os.path.dirname(dqkernels.__file__)}; torch {torch.__version__}"
 
 
 def pytest_collection_modifyitems(items):

@@ -42,11 +42,7 @@ def widen(raw, dtype):
     """Storage (float32, or the bits of a 16-bit float) -> the same numbers as float32."""
     if dtype == FP32:
         return raw
-    return (
-        raw.view(np.float16).astype(np.float32)
-        if dtype == FP16
-        else (raw.astype(np.uint32) << 16).view(np.float32)
-    )
+    return raw.view(np.float16).astype(np.float32) if dtype == FP16 else (raw.astype(np.uint32) << 16).view(np.float32)
 
 
 def narrow(values, dtype):
@@ -228,9 +224,7 @@ def guarded(array, at_end):
 def check_guard_pages(core):
     rng = np.random.default_rng(3)
     checked = 0
-    for at_end, (n, k) in itertools.product(
-        (True, False), [(1, 1), (3, 17), (5, 31), (16, 128), (2, 129), (1, 255)]
-    ):
+    for at_end, (n, k) in itertools.product((True, False), [(1, 1), (3, 17), (5, 31), (16, 128), (2, 129), (1, 255)]):
         for bits in BITS:
             codes = rng.integers(-1, 2, (n, k)).astype(np.int8)
             want = pack_oracle(codes, bits)

@@ -139,9 +139,9 @@ def epilogue(
 
 def gelu64(x: np.ndarray) -> np.ndarray:
     """The erf form of GELU in float64."""
-    return np.array(
-        [0.5 * v * (1.0 + math.erf(v / math.sqrt(2.0))) for v in x.astype(np.float64).ravel()]
-    ).reshape(x.shape)
+    return np.array([0.5 * v * (1.0 + math.erf(v / math.sqrt(2.0))) for v in x.astype(np.float64).ravel()]).reshape(
+        x.shape
+    )
 
 
 def bfloat16_bits(t: np.ndarray) -> np.ndarray:

@@ -99,9 +99,7 @@ def test_unknown_names_list_the_valid_ones(name, monkeypatch):
     monkeypatch.setenv("DQKERNELS_BACKEND", name)
     with pytest.raises(ValueError) as error:
         backends.choose("qgemm", "cpu")
-    assert str(error.value).startswith(
-        "DQKERNELS_BACKEND must be one of ['auto', 'eager', 'triton', 'cuda', 'cpu']"
-    )
+    assert str(error.value).startswith("DQKERNELS_BACKEND must be one of ['auto', 'eager', 'triton', 'cuda', 'cpu']")
     assert repr(name) in str(error.value)
 
 

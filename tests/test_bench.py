@@ -57,13 +57,7 @@ class FakeClock:
 
 
 def test_percentiles_interpolate_between_neighbours():
-    assert [protocol.percentile([10, 20, 30, 40, 50], p) for p in (0, 20, 50, 80, 100)] == [
-        10,
-        18,
-        30,
-        42,
-        50,
-    ]
+    assert [protocol.percentile([10, 20, 30, 40, 50], p) for p in (0, 20, 50, 80, 100)] == [10, 18, 30, 42, 50]
     stats = protocol.Stats.of([4.0, 1.0, 3.0, 2.0])
     assert (stats.median, stats.mean, stats.n) == (2.5, 2.5, 4)
     assert protocol.Stats.of([7.0]) == protocol.Stats(7.0, 7.0, 7.0, 7.0, 1)
@@ -181,10 +175,7 @@ def test_unknown_devices_have_no_floor():
 
 def a_record(**changes) -> dict:
     made = record.new(
-        "linear",
-        settings={"bits": [2, 4]},
-        protocol={"budget_s": 1.5},
-        rows=[{"median_us": 2.5, "note": None}],
+        "linear", settings={"bits": [2, 4]}, protocol={"budget_s": 1.5}, rows=[{"median_us": 2.5, "note": None}]
     )
     return {**made, **changes}
 
@@ -251,9 +242,7 @@ def test_text_that_is_no_record(tmp_path):
 
 
 def test_scrub_takes_folders_and_leaves_units():
-    found = record.scrub(
-        "nvcc at /usr/local/cuda/bin/nvcc moved 4.3 GB/s, 3/4 of it; see tests/test_bench.py"
-    )
+    found = record.scrub("nvcc at /usr/local/cuda/bin/nvcc moved 4.3 GB/s, 3/4 of it; see tests/test_bench.py")
     assert found == "nvcc at nvcc moved 4.3 GB/s, 3/4 of it; see tests/test_bench.py"
 
 
@@ -348,19 +337,11 @@ def test_refused_candidates_are_listed_and_never_timed(layer, few_copies):
 def test_linear_record_and_table(tmp_path, few_copies):
     path = tmp_path / "linear.json"
     made = linear.run(
-        [(1, 32, 128), (3, 32, 128)],
-        bits=(4,),
-        dtype="float32",
-        device="cpu",
-        seconds=1000,
-        out=path,
-        probe=False,
+        [(1, 32, 128), (3, 32, 128)], bits=(4,), dtype="float32", device="cpu", seconds=1000, out=path, probe=False
     )
     assert record.read(path) == made
     timed = [row for row in made["rows"] if row["status"] == "timed"]
-    assert {(row["tokens"], row["cache"]) for row in timed} == {
-        (m, c) for m in (1, 3) for c in ("cold", "warm")
-    }
+    assert {(row["tokens"], row["cache"]) for row in timed} == {(m, c) for m in (1, 3) for c in ("cold", "warm")}
     assert all(row["p20_us"] <= row["median_us"] <= row["p80_us"] for row in timed)
     assert all(row["floor_us"] is None for row in timed)
     assert {row["status"] for row in made["rows"]} <= {"timed", "not compared"}
@@ -372,9 +353,7 @@ def test_wide_figures_still_fit_the_table(few_copies):
     made = linear.run([(1, 16, 128)], bits=(2,), dtype="float32", device="cpu", seconds=1000, probe=False)
     for row in made["rows"]:
         if "cache" in row:
-            row.update(
-                tokens=4096, out_features=11008, in_features=4096, median_us=987654.3, speedup_ratio=12.34
-            )
+            row.update(tokens=4096, out_features=11008, in_features=4096, median_us=987654.3, speedup_ratio=12.34)
             row.update(floor_fraction=0.99, status="timed")
             row["candidate"] = row["candidate"].replace("eager", "triton")
     assert_fits(linear.render(made))
@@ -457,18 +436,10 @@ COUNTS = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("shape", "embedding", "weights", "bias", "norm", "positions", "total", "mib"), COUNTS
-)
+@pytest.mark.parametrize(("shape", "embedding", "weights", "bias", "norm", "positions", "total", "mib"), COUNTS)
 def test_parameter_counts(shape, embedding, weights, bias, norm, positions, total, mib):
     c = size.counts(shape)
-    assert (c.embedding, c.linear, c.bias, c.layernorm, c.positions) == (
-        embedding,
-        weights,
-        bias,
-        norm,
-        positions,
-    )
+    assert (c.embedding, c.linear, c.bias, c.layernorm, c.positions) == (embedding, weights, bias, norm, positions)
     assert c.total == total
     assert f"{4 * total / size.MIB:.{len(mib.partition('.')[2])}f}" == mib
 
@@ -504,9 +475,7 @@ PAPER = [
 ]
 
 
-@pytest.mark.parametrize(
-    ("shape", "encoder", "decoder", "weight_bits", "embedding_bits", "ratio", "mib"), PAPER
-)
+@pytest.mark.parametrize(("shape", "encoder", "decoder", "weight_bits", "embedding_bits", "ratio", "mib"), PAPER)
 def test_the_papers_ratios(shape, encoder, decoder, weight_bits, embedding_bits, ratio, mib):
     student = shape.with_layers(encoder, decoder)
     assert round(size.paper_ratio(shape, student, weight_bits, embedding_bits), 2) == ratio

@@ -135,9 +135,7 @@ def test_quantize_writes_a_folder_that_runs(tiny, packed, capsys):
 
 def test_quantize_says_what_it_did(tiny, tmp_path, capsys):
     out = str(tmp_path / "w2")
-    assert (
-        main(["quantize", tiny, out, "--weight-bits", "2", "--embedding_bits=4", "--dtype", "float16"]) == 0
-    )
+    assert main(["quantize", tiny, out, "--weight-bits", "2", "--embedding_bits=4", "--dtype", "float16"]) == 0
     text = capsys.readouterr().out
     assert "times smaller" in text and "import dqkernels" in text and out in text
     assert max(len(line) for line in text.splitlines() if out not in line) <= 80
@@ -253,10 +251,7 @@ def test_empty_input(packed, tmp_path, capsys):
     assert main(["generate", packed, "--input", str(tmp_path / "in.txt")]) == 0
     captured = capsys.readouterr()
     assert captured.out == "" and "empty" in captured.err
-    assert (
-        main(["generate", packed, "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out")])
-        == 0
-    )
+    assert main(["generate", packed, "--input", str(tmp_path / "in.txt"), "--output", str(tmp_path / "out")]) == 0
     assert (tmp_path / "out").read_text() == ""
 
 
@@ -334,16 +329,7 @@ def test_an_error_halfway_leaves_nothing(packed, tmp_path, capsys, monkeypatch):
         return ["x"] * len(rows)
 
     monkeypatch.setattr(text, "_run", fail_later)
-    command = [
-        "generate",
-        packed,
-        "--input",
-        str(source),
-        "--output",
-        str(tmp_path / "out"),
-        "--batch_size",
-        "1",
-    ]
+    command = ["generate", packed, "--input", str(source), "--output", str(tmp_path / "out"), "--batch_size", "1"]
     assert "RuntimeError: the machine is on fire" in wrong(capsys, *command, code=1)
     assert [p.name for p in tmp_path.iterdir()] == ["in.txt"]
     calls.clear()
@@ -368,17 +354,7 @@ def test_a_kill_leaves_no_output_that_looks_whole(tiny, tmp_path, kill):
     source, out = tmp_path / "in.txt", tmp_path / "out.jsonl"
     source.write_text("hello world a b c\n" * 20000)
     out.write_text("old\n")
-    command = [
-        sys.executable,
-        "-m",
-        "dqkernels",
-        "generate",
-        tiny,
-        "--input",
-        str(source),
-        "--output",
-        str(out),
-    ]
+    command = [sys.executable, "-m", "dqkernels", "generate", tiny, "--input", str(source), "--output", str(out)]
     process = subprocess.Popen(
         [*command, "--overwrite", "--batch_size", "1"], env=ENVIRONMENT, stderr=subprocess.DEVNULL
     )
@@ -405,17 +381,7 @@ def test_a_kill_leaves_no_output_that_looks_whole(tiny, tmp_path, kill):
 def test_a_reader_that_leaves_early_is_no_traceback(tiny, tmp_path):
     source = tmp_path / "in.txt"
     source.write_text("hello\n" * 300)
-    command = [
-        sys.executable,
-        "-m",
-        "dqkernels",
-        "generate",
-        tiny,
-        "--input",
-        str(source),
-        "--batch_size",
-        "64",
-    ]
+    command = [sys.executable, "-m", "dqkernels", "generate", tiny, "--input", str(source), "--batch_size", "64"]
     process = subprocess.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     process.stdout.readline()
     process.stdout.close()
@@ -437,18 +403,7 @@ def test_bench_size(tmp_path, capsys):
 
 
 def test_bench_linear_and_model(capsys):
-    linear = [
-        "bench",
-        "linear",
-        "--shapes",
-        "2x32x32",
-        "--bits",
-        "4",
-        "--dtype",
-        "float32",
-        "--seconds",
-        "0.2",
-    ]
+    linear = ["bench", "linear", "--shapes", "2x32x32", "--bits", "4", "--dtype", "float32", "--seconds", "0.2"]
     assert main([*linear, "--backends", "eager", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "linear"
     model = ["bench", "model", "tiny", "--bits", "4", "--source_tokens", "8", "--new_tokens", "2"]

@@ -90,9 +90,7 @@ def test_preset(name, weights, embeddings):
     config = DQConfig.preset(name)
     assert config.name == name.removeprefix("dq-bart-")
     wanted = {2: "ternary", 4: "absmax", 8: "absmax"}
-    assert config.for_linear("fc1") == LayerConfig(
-        weights, wanted[weights], "per_tensor", -1, "per_tensor", 2.5, 2.5
-    )
+    assert config.for_linear("fc1") == LayerConfig(weights, wanted[weights], "per_tensor", -1, "per_tensor", 2.5, 2.5)
     table = config.for_embedding("shared")
     assert table == LayerConfig(embeddings, wanted[embeddings], "per_channel", -1, "per_tensor", 2.5, 2.5)
     assert config.head == "quantized"

@@ -263,9 +263,7 @@ def test_multihead_attention_keeps_its_out_proj():
 
 
 def test_an_attention_that_is_the_whole_model_has_nothing_to_pack():
-    with pytest.raises(
-        ValueError, match="nothing to quantize .*: nn.MultiheadAttention reads its weight"
-    ):
+    with pytest.raises(ValueError, match="nothing to quantize .*: nn.MultiheadAttention reads its weight"):
         quantize_(nn.MultiheadAttention(8, 2))
 
 
@@ -442,15 +440,9 @@ def test_running_out_of_memory_leaves_the_model_untouched(monkeypatch):
 REFUSED = [
     (lambda: quantize_(nn.Linear(3, 3)), "model is a single layer, which has no parent"),
     (lambda: quantize_(nn.Sequential(nn.ReLU())), "nothing to quantize in Sequential: it has no nn.Linear"),
-    (
-        lambda: quantize_(nn.Sequential(nn.Linear(2, 2).double())),
-        "nothing to quantize in .*: its weight is float64",
-    ),
+    (lambda: quantize_(nn.Sequential(nn.Linear(2, 2).double())), "nothing to quantize in .*: its weight is float64"),
     (lambda: quantize_(Block(), {"weight_bits": 4}), "config must be a DQConfig, got dict"),
-    (
-        lambda: quantize_(Block(), DQConfig(overrides={"": {"skip": True}})),
-        "nothing to quantize in Block: overrides",
-    ),
+    (lambda: quantize_(Block(), DQConfig(overrides={"": {"skip": True}})), "nothing to quantize in Block: overrides"),
 ]
 
 

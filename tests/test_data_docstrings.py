@@ -172,9 +172,7 @@ def test_order_does_not_depend_on_the_file_system(package, monkeypatch):
 def test_first_root_wins(package, tmp_path):
     later = tmp_path / "later"
     later.mkdir()
-    (later / "other.py").write_text(
-        f"def f():\n    {docstring('Shadowed by an earlier root.', 'later ' + BODY)}\n"
-    )
+    (later / "other.py").write_text(f"def f():\n    {docstring('Shadowed by an earlier root.', 'later ' + BODY)}\n")
     heads = {pair.head for pair in mine([package, later])}
     assert "Stand alone beside the package." in heads and "Shadowed by an earlier root." not in heads
 

@@ -24,8 +24,7 @@ def make_pairs(count: int) -> list[docstrings.DocPair]:
     """Pairs that need no mining."""
     body = "It takes {} arguments and returns a value; " + "words follow that nobody needs to read " * 8
     return [
-        docstrings.DocPair(f"package.m{n}", f"f{n}", body.format(n), f"Return value number {n}.")
-        for n in range(count)
+        docstrings.DocPair(f"package.m{n}", f"f{n}", body.format(n), f"Return value number {n}.") for n in range(count)
     ]
 
 

@@ -133,9 +133,7 @@ def test_eager_and_native_pack_are_the_oracle(m, n, k, why, bits):
     if native.native() is None:
         pytest.skip(f"the native half: {native.why_absent()}")
     assert_equal(native.pack(tensor, bits), wanted, f"native, {why}", may_be_zero=n * k < 8)
-    assert_equal(
-        native.unpack(torch.from_numpy(wanted), n, k, bits), codes, f"native, {why}", may_be_zero=n * k < 8
-    )
+    assert_equal(native.unpack(torch.from_numpy(wanted), n, k, bits), codes, f"native, {why}", may_be_zero=n * k < 8)
 
 
 @pytest.mark.parametrize("layout", grids.LAYOUTS)

@@ -76,9 +76,7 @@ def test_a_run_without_gpu_says_so_last_and_exits_0(tmp_path):
     written = record.read(tmp_path / "gpu_lane.json")
     assert written["kind"] == "gpu_lane" and written["environment"]["gpu"] is None
     found = outcomes(written["rows"])
-    assert (
-        found.pop("environment") == "passed" and list(found) == NAMES and set(found.values()) == {"unreached"}
-    )
+    assert found.pop("environment") == "passed" and list(found) == NAMES and set(found.values()) == {"unreached"}
     assert all(row["reason"].startswith("no GPU: ") for row in written["rows"][1:])
 
 
@@ -122,9 +120,7 @@ def test_stages_that_time_does_not_reach_are_named(tmp_path, capsys):
 def test_a_stage_gets_its_share_and_never_more_than_is_left(tmp_path):
     lane, _ = a_lane(tmp_path, seconds=70)
     limits = []
-    stage = gpu_lane.Stage(
-        "x", lambda lane, s: limits.append(s) or {"outcome": "passed", "reason": None}, 1, 60
-    )
+    stage = gpu_lane.Stage("x", lambda lane, s: limits.append(s) or {"outcome": "passed", "reason": None}, 1, 60)
     gpu_lane.run_one(stage, lane, minutes=8)
     gpu_lane.run_one(stage, lane, minutes=16)
     assert limits == [60, 70]
@@ -154,9 +150,7 @@ def test_it_resumes_where_time_ran_out(tmp_path, capsys):
         "rows": [{"median_us": 1.5, "status": "timed"}],
     }
     gpu_lane.write(
-        lane,
-        gpu_lane.run_stages([], lane, {}, 8) or [{"stage": "first", "outcome": "passed", "reason": None}],
-        8,
+        lane, gpu_lane.run_stages([], lane, {}, 8) or [{"stage": "first", "outcome": "passed", "reason": None}], 8
     )
 
     later, clock = a_lane(tmp_path)
@@ -281,12 +275,7 @@ def answer(monkeypatch, lane, code: int, output: str, then=lambda command: None)
     [
         (0, "grid: 128 cases, 0 wrong []\n========= ERROR SUMMARY: 0 errors\n", "passed", None),
         (9, "grid: 128 cases, 0 wrong []\n========= ERROR SUMMARY: 3 errors\n", "failed", "3 reports"),
-        (
-            0,
-            "grid: 8 cases, 0 wrong []\n= RACECHECK SUMMARY: 2 hazards displayed (0 errors)",
-            "failed",
-            "2 reports",
-        ),
+        (0, "grid: 8 cases, 0 wrong []\n= RACECHECK SUMMARY: 2 hazards displayed (0 errors)", "failed", "2 reports"),
         (0, "grid: 128 cases, 0 wrong []\n", "failed", "printed no summary"),
         (1, "Target application returned an error\n", "failed", "exit code 1"),
         (0, "grid: 0 cases, 0 wrong []\n= ERROR SUMMARY: 0 errors\n", "absent", "no kernel of ours"),

@@ -194,9 +194,7 @@ def test_generate_gives_the_same_tokens_after_reload(float_folder, tmp_path):
 
 def test_base_model_of_a_packed_checkpoint(float_folder, tmp_path):
     """Names in the file carry the prefix `model.` that a bare BartModel does not have, and the other way round."""
-    full = AutoModelForSeq2SeqLM.from_pretrained(
-        float_folder("bart"), dtype="bfloat16", quantization_config=CONFIG
-    )
+    full = AutoModelForSeq2SeqLM.from_pretrained(float_folder("bart"), dtype="bfloat16", quantization_config=CONFIG)
     full.save_pretrained(tmp_path / "full")
     base = AutoModel.from_pretrained(tmp_path / "full")
     ids = torch.tensor([[5, 6, 7, 8]])
@@ -275,9 +273,7 @@ def test_float_file_that_holds_only_the_tied_target(float_folder, tmp_path, load
 
 
 def test_a_layer_the_float_checkpoint_lacks_is_reported_and_initialised(float_folder, load_log):
-    model = transformers.BartForSequenceClassification.from_pretrained(
-        float_folder("bart"), quantization_config=CONFIG
-    )
+    model = transformers.BartForSequenceClassification.from_pretrained(float_folder("bart"), quantization_config=CONFIG)
     assert "classification_head.dense" in load_log.text and "MISSING" in load_log.text
     head = model.classification_head.dense
     assert isinstance(head, QLinear) and "weight" not in head._parameters

@@ -111,10 +111,7 @@ def test_offsets_past_2_to_the_31():
         ({"clip": float("nan")}, "clip must be positive"),
         ({"clip": -1.0}, "clip must be positive"),
         ({"clip": float("inf")}, "clip must be positive"),
-        *[
-            ({"mode": STATIC, "static_scale": s}, "act_scale must lie")
-            for s in (0.0, -1.0, 1e-40, 3e38, float("nan"))
-        ],
+        *[({"mode": STATIC, "static_scale": s}, "act_scale must lie") for s in (0.0, -1.0, 1e-40, 3e38, float("nan"))],
         ({"x_ptr": 0}, "x_ptr is a null pointer"),
         ({"x_ptr": 2}, "x_ptr must be aligned to 4 bytes"),
         ({"scale_ptr": 0}, "scale_ptr is a null pointer"),

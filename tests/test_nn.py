@@ -391,8 +391,7 @@ def test_in_features_beyond_the_int32_bound():
 def test_repr_and_kernel_say_what_runs():
     packed = linear(LAYERS["w4-g32"])
     assert repr(packed) == (
-        "QLinear(in_features=40, out_features=24, bias=True, bits=4, absmax, per_channel, group_size=32, "
-        "act=per_token)"
+        "QLinear(in_features=40, out_features=24, bias=True, bits=4, absmax, per_channel, group_size=32, act=per_token)"
     )
     packed.backend = "eager"
     assert packed.kernel() == "eager (forced by backend='eager')"

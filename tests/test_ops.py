@@ -208,10 +208,7 @@ REFUSED = {
     "clip of NaN": (quantize(X, clip=float("nan")), "clip must be None or a finite number above 0, got nan"),
     "weight of three bits": (pack(bits=3), "bits must be 2, 4 or 8, got 3"),
     "weight of rank 1": (pack(torch.randn(5)), r"weight must be \[out_features, in_features\], got shape \[5\]"),
-    "weight of integers": (
-        pack(torch.ones(2, 3, dtype=torch.int8)),
-        "weight must be a float matrix, got torch.int8",
-    ),
+    "weight of integers": (pack(torch.ones(2, 3, dtype=torch.int8)), "weight must be a float matrix, got torch.int8"),
     "weight with K too large": (pack(torch.empty(0, 131_072)), "in_features must be 1..131071"),
     "unknown quantizer": (
         pack(quantizer="int4"),
@@ -220,10 +217,7 @@ REFUSED = {
     "quantizer of another width": (pack(bits=2), r"one of \['ternary', 'four_level'\] at 2 bits, got 'absmax'"),
     "unknown granularity": (pack(granularity="per_row"), "granularity must be one of .* got 'per_row'"),
     "odd group": (pack(group_size=48), r"group_size must be one of \[-1, 32, 64, 128\], got 48"),
-    "groups at 8 bits": (
-        pack(bits=8, group_size=64),
-        "group_size=64 needs 2 or 4 bits and granularity='per_channel'",
-    ),
+    "groups at 8 bits": (pack(bits=8, group_size=64), "group_size=64 needs 2 or 4 bits and granularity='per_channel'"),
     "groups per tensor": (pack(granularity="per_tensor", group_size=64), "needs 2 or 4 bits and granularity"),
     "weight clip": (pack(clip=0.0), "clip must be None or a finite number above 0, got 0.0"),
     "float codes": (case_qgemm(q=X), "q must be int8, got torch.float32"),
@@ -293,10 +287,7 @@ REFUSED = {
         r"residual must be \[2, 70\], got \[1, 70\]",
     ),
     "gelu of integers": (lambda: ops.gelu_quantize(X.int(), "per_token"), "x must be float32"),
-    "attention of rank 3": (
-        lambda: ops.qattention(A4[0], A4, A4, *ATTENTION),
-        r"q must be \[batch, heads, length",
-    ),
+    "attention of rank 3": (lambda: ops.qattention(A4[0], A4, A4, *ATTENTION), r"q must be \[batch, heads, length"),
     "keys and values": (lambda: ops.qattention(A4, A4, A4[:, :, :2], *ATTENTION), "q, k, v do not fit"),
     "static attention": (lambda: ops.qattention(A4, A4, A4, *ATTENTION, "static"), "'per_token' or 'per_tensor'"),
 }

@@ -110,10 +110,7 @@ REFUSED = [
         r"qweight must be uint8 \[16, 64\] for out_features=2, in_features=3, bits=4, got torch.int8",
     ),
     (lambda: packing.unpack(torch.zeros(16, 32, dtype=torch.uint8), 2, 3, 4), r"got torch.uint8 \[16, 32\]"),
-    (
-        lambda: packing.unpack(torch.zeros(16, 64, dtype=torch.uint8), 17, 3, 4),
-        r"qweight must be uint8 \[32, 64\]",
-    ),
+    (lambda: packing.unpack(torch.zeros(16, 64, dtype=torch.uint8), 17, 3, 4), r"qweight must be uint8 \[32, 64\]"),
 ]
 
 

@@ -239,14 +239,7 @@ def test_mse_is_never_worse_than_absmax():
 
 LAYERS = [
     LayerConfig(bits, quantizer, granularity, group)
-    for bits, quantizer in [
-        (2, "ternary"),
-        (2, "four_level"),
-        (4, "absmax"),
-        (4, "mse"),
-        (8, "absmax"),
-        (8, "mse"),
-    ]
+    for bits, quantizer in [(2, "ternary"), (2, "four_level"), (4, "absmax"), (4, "mse"), (8, "absmax"), (8, "mse")]
     for granularity, group in [("per_channel", -1), ("per_tensor", -1), ("per_channel", 32), ("per_channel", 128)]
     if bits < 8 or group == -1
 ]
@@ -269,9 +262,7 @@ def test_zero_rows_and_bad_rows(layer):
         for bad in (NAN, INF):
             marked = w.clone()
             marked[2, position] = bad
-            clipped = LayerConfig(
-                layer.bits, layer.quantizer, layer.granularity, layer.group_size, weight_clip=2.5
-            )
+            clipped = LayerConfig(layer.bits, layer.quantizer, layer.granularity, layer.group_size, weight_clip=2.5)
             for choice in (layer, clipped):
                 got = qmath.quantize_weight(marked, choice)
                 if layer.granularity == "per_tensor":
@@ -392,9 +383,7 @@ def test_quantizing_leaves_the_weight_alone():
 def test_refuses_what_could_overflow():
     layer = LayerConfig(2, "ternary")
     assert qmath.MAX_K == 131_071
-    with pytest.raises(
-        ValueError, match="in_features must be 1..131071 so that int32 sums stay exact, got 131072"
-    ):
+    with pytest.raises(ValueError, match="in_features must be 1..131071 so that int32 sums stay exact, got 131072"):
         qmath.quantize_weight(torch.ones(1, 131_072), layer)
     assert int(qmath.quantize_weight(torch.ones(1, 131_071), layer).codes.sum()) == 131_071  # the limit itself
     with pytest.raises(ValueError, match=r"in_features must be 1\.\.131071.*got 0"):

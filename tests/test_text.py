@@ -28,9 +28,7 @@ def make_tokenizer(words=("hello", "world", "a", "b", "c"), limit: int = 64):
         vocab_size=300, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     core.train_from_iterator([" ".join(words)] * 3, trainer)
-    core.post_processor = processors.TemplateProcessing(
-        single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)]
-    )
+    core.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 2)])
     return PreTrainedTokenizerFast(
         tokenizer_object=core,
         bos_token="<s>",
@@ -191,9 +189,7 @@ def test_task_parameters_of_the_model(tokenizer):
 
 def test_what_the_caller_says_replaces_the_task(tokenizer):
     model = Echo(task_specific_params=T5_PARAMS)
-    text.generate_texts(
-        model, tokenizer, ["a"], task="summarization", max_new_tokens=9, num_beams=2, source_prefix=""
-    )
+    text.generate_texts(model, tokenizer, ["a"], task="summarization", max_new_tokens=9, num_beams=2, source_prefix="")
     assert model.calls[-1][1] == {"num_beams": 2, "max_new_tokens": 9, "max_length": None, "min_length": 0}
 
 
@@ -208,9 +204,7 @@ def test_translation_prefix_of_t5(tokenizer):
 def test_marian_of_several_targets():
     tokenizer = make_tokenizer()
     tokenizer.supported_language_codes = [">>fra<<", ">>ron<<"]
-    assert text.generate_texts(Echo(), tokenizer, ["a"], task="translation", target_lang="ron") == [
-        ">>ron<< a"
-    ]
+    assert text.generate_texts(Echo(), tokenizer, ["a"], task="translation", target_lang="ron") == [">>ron<< a"]
     with pytest.raises(ValueError, match="must be one of fra, ron, got 'xxx'"):
         text.stream_texts(Echo(), tokenizer, ["a"], task="translation", target_lang="xxx")
 
@@ -233,9 +227,7 @@ class Languages:
         return self.inner(texts, **options)
 
 
-@pytest.mark.parametrize(
-    ("before", "option"), [(True, "forced_bos_token_id"), (False, "decoder_start_token_id")]
-)
+@pytest.mark.parametrize(("before", "option"), [(True, "forced_bos_token_id"), (False, "decoder_start_token_id")])
 def test_language_codes(before, option):
     model, tokenizer = Echo(), Languages(before)
     options = {"task": "translation", "source_lang": "ro_RO", "target_lang": "en_XX"}

@@ -76,17 +76,11 @@ FAMILIES = {
         "AutoModelForSeq2SeqLM",
         4,
     ),
-    "t5": (
-        lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5)),
-        "AutoModelForSeq2SeqLM",
-        4,
-    ),
+    "t5": (lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(**_T5)), "AutoModelForSeq2SeqLM", 4),
     "t5_v1_1": (_t5_v1_1, "AutoModelForSeq2SeqLM", 3),
     "bert": (_bert, "AutoModelForMaskedLM", 2),
     "llama": (
-        lambda: transformers.LlamaForCausalLM(
-            transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False)
-        ),
+        lambda: transformers.LlamaForCausalLM(transformers.LlamaConfig(**_LLAMA, tie_word_embeddings=False)),
         "AutoModelForCausalLM",
         1,
     ),

@@ -75,9 +75,7 @@ def assert_gemm(seed, m, n, k, form, dtype, bias, activation, residual, per_tens
     bias = torch.randn(n, generator=g).to(dtype) if bias else None
     residual = torch.randn(m, n, generator=g).to(dtype) if residual else None
     acc = oracle.accumulate(q.numpy(), codes, None, four_level, -1)
-    want = oracle.epilogue(
-        acc, act_scale.numpy(), weight_scale.numpy(), floats(bias), floats(residual), activation
-    )
+    want = oracle.epilogue(acc, act_scale.numpy(), weight_scale.numpy(), floats(bias), floats(residual), activation)
     assert m * n * k < 100 or want.any(), "the oracle is all zero: the case proves nothing"
     row_sum = q.sum(dim=1, dtype=torch.int32)
     q, act_scale, row_sum, weight_scale, bias, residual = (

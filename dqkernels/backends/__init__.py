@@ -126,8 +126,7 @@ def _choose(op: str, device_type: str, name: str, source: str, strict: bool, fac
             return Choice(name, f"forced by {source}")
         others = [n for n in NAMES if n != name and refusal(n, op, device_type, facts) is None]
         raise BackendError(
-            f"{source} cannot run {op} on {device_type}: {why_not}. "
-            f"Backends that can: {', '.join(others) or 'none'}"
+            f"{source} cannot run {op} on {device_type}: {why_not}. Backends that can: {', '.join(others) or 'none'}"
         )
     passed = []
     for candidate in ORDER.get(device_type, ("eager",)):

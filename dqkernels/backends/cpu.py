@@ -24,19 +24,13 @@ def supports(op: str, **facts) -> str | None:
 
 
 def quantize_activation(
-    x: torch.Tensor,
-    mode: str,
-    clip: float | None = None,
-    act_scale: torch.Tensor | None = None,
-    want_sum: bool = False,
+    x: torch.Tensor, mode: str, clip: float | None = None, act_scale: torch.Tensor | None = None, want_sum: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `qmath.quantize_activation`; the same bits."""
     return native.quantize_rows(x, mode, clip, act_scale, want_sum)
 
 
-def quantize_weight(
-    weight: torch.Tensor, layer: LayerConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Codes by `qmath`, packed by the core."""
     quantized = qmath.quantize_weight(weight, layer)
     return native.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult

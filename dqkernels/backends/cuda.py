@@ -27,11 +27,7 @@ def supports(op: str, **facts) -> str | None:
 
 
 def quantize_activation(
-    x: torch.Tensor,
-    mode: str,
-    clip: float | None = None,
-    act_scale: torch.Tensor | None = None,
-    want_sum: bool = False,
+    x: torch.Tensor, mode: str, clip: float | None = None, act_scale: torch.Tensor | None = None, want_sum: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `qmath.quantize_activation`; the same bits."""
     return native.cuda_quantize_rows(x, mode, clip, act_scale, want_sum)

@@ -25,9 +25,7 @@ def supports(op: str, **facts) -> str | None:
     return None
 
 
-def quantize_weight(
-    weight: torch.Tensor, layer: LayerConfig
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
     """Float [N, K] -> packed codes, scale fp32 [N] or [1], group multipliers uint8 [N, G] or None."""
     quantized = qmath.quantize_weight(weight, layer)
     return packing.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult

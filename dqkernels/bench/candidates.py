@@ -79,9 +79,7 @@ def exact(module: QLinear) -> Callable[[torch.Tensor, torch.Tensor], str | None]
 
     def expected(x: torch.Tensor, device: torch.device) -> torch.Tensor:
         layer = module.layer
-        move = [
-            None if t is None else t.to(device) for t in (module.qweight, module.weight_scale, module.bias)
-        ]
+        move = [None if t is None else t.to(device) for t in (module.qweight, module.weight_scale, module.bias)]
         q, scale, row_sum = qmath.quantize_activation(x.to(device), layer.act_granularity, want_sum=True)
         return reference.qgemm(
             q,
@@ -166,9 +164,7 @@ class Layer:
         absent: what cannot, with its reason.
     """
 
-    def __init__(
-        self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None
-    ):
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None):
         self.key = ((n, k), dtype)
         self.linear = make_linear(n, k, dtype, device)
         self.found: list[Candidate] = []
@@ -176,11 +172,7 @@ class Layer:
         self._copies: dict[str, list] = {}
         width = self.linear.weight.element_size()
         proof = bounded(self.linear, _FLOAT_BOUND[dtype])
-        self._add(
-            Candidate(
-                f"torch {short(dtype)}", self.linear, 8 * width, n * k * width, proof, "torch.nn.Linear"
-            )
-        )
+        self._add(Candidate(f"torch {short(dtype)}", self.linear, 8 * width, n * k * width, proof, "torch.nn.Linear"))
         for one in bits:
             self._add_ours(one, names)
         self._add_int_mm()
@@ -236,9 +228,7 @@ class Layer:
             self.absent["torch _int_mm"] = "on CUDA it takes N and K divisible by 8"
             return
         proof = bounded(self.linear, _INT8_BOUND)
-        self._add(
-            Candidate("torch _int_mm", IntMM(self.linear), 8, n * k, proof, "eager quantizer, torch._int_mm")
-        )
+        self._add(Candidate("torch _int_mm", IntMM(self.linear), 8, n * k, proof, "eager quantizer, torch._int_mm"))
 
     def _add_dynamic_int8(self) -> None:
         name, weight = "torch dynamic int8", self.linear.weight

@@ -78,10 +78,7 @@ def run(
     models = {"teacher": AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()}
     parameters = sum(p.numel() for p in models["teacher"].parameters())
     teacher_bytes = 4 * parameters
-    rows = {
-        "lead": _row("lead"),
-        "teacher": _row("teacher", 32, teacher_bytes, teacher_bytes, "torch float32"),
-    }
+    rows = {"lead": _row("lead"), "teacher": _row("teacher", 32, teacher_bytes, teacher_bytes, "torch float32")}
     show.teacher(parameters, teacher_bytes)
     with tempfile.TemporaryDirectory(prefix="dqkernels-demo-") as scratch:
         for width in bits:
@@ -107,6 +104,7 @@ def run(
             "bits": list(bits),
             "seed": seed,
             "teacher_parameters": parameters,
+            "teacher_training": training_note(folder),
             "decoding": _decoding(models["teacher"]),
             "float_dtype": "float32",
             "speed": f"greedy, batch 1, {SPEED_TOKENS} new tokens, encoder included; interleaved, median",
@@ -214,6 +212,21 @@ def pack(teacher: Path, bits: int, folder: Path):
     return loaded, (folder / "model.safetensors").stat().st_size
 
 
+def training_note(folder: Path) -> str | None:
+    """What a reader of the table must know of the teacher's training: whether it has met quantization."""
+    try:
+        arguments = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))["arguments"]
+        phase = float(arguments.get("quant_phase", 0))
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    if phase <= 0:
+        return "The teacher was trained in float, without a thought of quantization."
+    return (
+        f"In the last {100 * phase:.0f}% of the teacher's training every second step saw its linear weights "
+        "rounded to 4 bits; no other quantization."
+    )
+
+
 def kernel_of(model) -> str:
     """The kernels that run the packed linear layers here: usually one name."""
     from dqkernels.nn import QLinear
@@ -247,9 +260,7 @@ def speed(models: dict[str, Any], tokenizer, drawn: Sequence[docstrings.DocPair]
     first = next(iter(models.values()))
     limit = source_limit(first, tokenizer)
     inputs = [
-        tokenizer(
-            pair.body, truncation=True, max_length=limit, return_tensors="pt", return_token_type_ids=False
-        )
+        tokenizer(pair.body, truncation=True, max_length=limit, return_tensors="pt", return_token_type_ids=False)
         for pair in drawn[:SPEED_TEXTS]
     ]
     # Equal lengths, so that the models are compared on equal work whatever they would have said.

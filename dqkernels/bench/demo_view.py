@@ -72,9 +72,7 @@ class Shower:
 
         if drawn:
             self.head(
-                f"The first {len(drawn)} of the draw, side by side"
-                if len(drawn) > 1
-                else "The first of the draw"
+                f"The first {len(drawn)} of the draw, side by side" if len(drawn) > 1 else "The first of the draw"
             )
         label = max(len(name) for name in (*texts, "reference")) + 2
         room = self.width - 4
@@ -101,7 +99,7 @@ class Shower:
 
         settings = result["settings"]
         table = Table(box=box.SIMPLE, padding=(0, 1), width=None)
-        for name in ("", "file MB", "ratio", "ROUGE-1", "ROUGE-2", "ROUGE-L", "ms/token", "kernel"):
+        for name in ("", "file MB", "ratio", "R-1", "R-2", "R-L", "ms/token", "kernel"):
             words = name in ("", "kernel")
             table.add_column(name, justify="left" if words else "right", no_wrap=name != "kernel")
         for row in result["rows"]:
@@ -113,15 +111,18 @@ class Shower:
                 _cell(row["ms_per_token"], ".2f"),
                 row["kernel"] or "-",
             )
-        self.head(f"{settings['scored']} held-out docstrings")
+        self.head(f"{settings['scored']} held-out docstrings (R-1, R-2, R-L: ROUGE F x 100)")
         self.console.print(table)
+        threads = result["environment"]["threads"]
         self.line(
             "lead: the first 12 words of the body, the score to beat. teacher: the float model, 4 bytes a "
             "parameter. W8, W4, W2: weights and embeddings of so many bits, the rest 16; 8-bit activations. "
             "file MB: the written model.safetensors (10^6 bytes); ratio: the teacher's size over it. "
-            f"ms/token: greedy, one text at a time, {result['environment']['threads']} threads. "
-            "Nothing was trained for these bits."
+            f"ms/token: greedy, one text at a time, {threads} thread{'' if threads == 1 else 's'}. "
+            "Nothing is trained here."
         )
+        if settings["teacher_training"]:
+            self.line(settings["teacher_training"])
         for remark in remarks(result["rows"]):
             self.line(remark, "yellow")
 

@@ -110,6 +110,4 @@ def probe_cpu(seconds: float = 0.3, mebibytes: int = 256) -> Device:
         best = min(best, time.perf_counter() - start)
         copies += 1
     gb_per_s = 2 * source.numel() * 4 / best / 1e9
-    return Device(
-        "CPU", gb_per_s, None, None, f"measured copy bandwidth, {torch.get_num_threads()} thread(s)"
-    )
+    return Device("CPU", gb_per_s, None, None, f"measured copy bandwidth, {torch.get_num_threads()} thread(s)")

@@ -67,9 +67,7 @@ def run(
         for index, (shape, kind) in enumerate(groups):
             left = deadline - time.perf_counter()
             if left <= 0:
-                rows.append(
-                    {**_identity(shape, kind), "status": "not reached", "reason": f"{seconds:g} s were over"}
-                )
+                rows.append({**_identity(shape, kind), "status": "not reached", "reason": f"{seconds:g} s were over"})
                 continue
             if layer is None or layer.key != (shape[1:], kind):
                 layer = Layer(shape[1], shape[2], kind, device, bits, names)
@@ -78,9 +76,7 @@ def run(
     rows += [{"candidate": n, "status": "not compared", "reason": record.scrub(r)} for n, r in absent.items()]
     described = protocol.describe(device, seconds, _MAX_ROUNDS, before)
     described["floor"] = _floor_words(peak)
-    described["proof"] = (
-        "ours bit-equal to the reference; float and int8 peers within a relative error of float64"
-    )
+    described["proof"] = "ours bit-equal to the reference; float and int8 peers within a relative error of float64"
     result = record.new(
         "linear",
         settings={
@@ -138,9 +134,7 @@ def measure(tokens: int, layer: Layer, seconds: float, peak: floors.Device | Non
             if reason is None:
                 modules = layer.copies(one) if cache == "cold" else [one.module]
                 samplers[cache][one.name] = protocol.sampler(
-                    [functools.partial(module, x) for module in modules],
-                    device,
-                    weight_bytes=one.weight_bytes,
+                    [functools.partial(module, x) for module in modules], device, weight_bytes=one.weight_bytes
                 )
     for caches_left, (cache, chosen) in zip((2, 1), samplers.items(), strict=True):
         # What building took is gone; a third of the share is for timing all the same, or there would be no
@@ -238,9 +232,7 @@ def render(result: dict):
         else f"floor: share reached of the {floor['device']}'s limit, cold ({floor['source']}).",
     ]
     environment = result["environment"]
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"nn.Linear on {protocol.machine_words(environment)}"
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"nn.Linear on {protocol.machine_words(environment)}")
     for name, justify in (
         ("MxNxK", "left"),
         ("candidate", "left"),

@@ -73,12 +73,7 @@ def run(
         raise ValueError(f"source_tokens and new_tokens must fit the model's {limit} positions")
     before = protocol.state(device)
     inputs = _inputs(model, batch_size, source_tokens, device)
-    work = {
-        "min_new_tokens": new_tokens,
-        "max_new_tokens": new_tokens,
-        "num_beams": num_beams,
-        "do_sample": False,
-    }
+    work = {"min_new_tokens": new_tokens, "max_new_tokens": new_tokens, "num_beams": num_beams, "do_sample": False}
     rows: list[dict] = []
     samplers: dict[str, protocol.Sampler] = {}
     with torch.inference_mode():
@@ -137,9 +132,7 @@ def run(
         described.pop(key)
     described["timer"] = "perf_counter around generate, device synchronized"
     described["latency"] = "wall time of one generate call over its new tokens, the encoder included"
-    described["peak"] = (
-        "GPU: most that was allocated during generate, this model's weights included; CPU: null"
-    )
+    described["peak"] = "GPU: most that was allocated during generate, this model's weights included; CPU: null"
     result = record.new(
         "model",
         settings={
@@ -179,8 +172,7 @@ def _float_model(preset_or_path: str, dtype: torch.dtype) -> tuple[nn.Module, st
     folder = Path(preset_or_path)
     if not (folder / "config.json").is_file():
         raise ValueError(
-            f"preset_or_path must be one of {sorted(SHAPES)} or a folder with a config.json, "
-            f"got {preset_or_path!r}"
+            f"preset_or_path must be one of {sorted(SHAPES)} or a folder with a config.json, got {preset_or_path!r}"
         )
     from transformers import AutoModelForSeq2SeqLM
 
@@ -194,9 +186,7 @@ def _inputs(model: nn.Module, batch_size: int, source_tokens: int, device: torch
     """Random token ids, no special ones among them, no padding."""
     special = {v for k, v in model.config.to_dict().items() if k.endswith("_token_id") and isinstance(v, int)}
     allowed = torch.tensor([i for i in range(model.config.vocab_size) if i not in special])
-    picks = torch.randint(
-        len(allowed), (batch_size, source_tokens), generator=torch.Generator().manual_seed(0)
-    )
+    picks = torch.randint(len(allowed), (batch_size, source_tokens), generator=torch.Generator().manual_seed(0))
     ids = allowed[picks].to(device)
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
@@ -205,9 +195,7 @@ def _generate(model: nn.Module, inputs: dict, work: dict):
     return lambda: model.generate(**inputs, **work)
 
 
-def _prove(
-    model: nn.Module, inputs: dict, work: dict, new_tokens: int
-) -> tuple[str, str | None, float | None]:
+def _prove(model: nn.Module, inputs: dict, work: dict, new_tokens: int) -> tuple[str, str | None, float | None]:
     """(status, reason, error of the logits to the eager backend's): same work, and same numbers as eager."""
     try:
         tokens = model.generate(**inputs, **work)
@@ -261,8 +249,7 @@ def render(result: dict):
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        title=f"generate, {settings['model']} ({result['rows'][0]['layers']}) on "
-        f"{protocol.machine_words(environment)}",
+        title=f"generate, {settings['model']} ({result['rows'][0]['layers']}) on {protocol.machine_words(environment)}",
     )
     peak = any(line.get("peak_mb") is not None for line in result["rows"])
     names = ["candidate", "ms/token", "p20-p80", "tokens/s", "x", "weights"] + ["peak MB"] * peak

@@ -52,17 +52,12 @@ class Stats:
             raise ValueError("samples is empty: nothing was timed")
         ordered = sorted(samples)
         mean = sum(ordered) / len(ordered)
-        return cls(
-            percentile(ordered, 20), percentile(ordered, 50), percentile(ordered, 80), mean, len(ordered)
-        )
+        return cls(percentile(ordered, 20), percentile(ordered, 50), percentile(ordered, 80), mean, len(ordered))
 
     def row(self, unit: str) -> dict:
         """As it stands in a record: `median_us`, `p20_us`, ..., `samples`. `unit` is `us`, `ms` or `s`."""
         factor = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit]
-        row = {
-            f"{name}_{unit}": _short(getattr(self, name) * factor)
-            for name in ("median", "p20", "p80", "mean")
-        }
+        row = {f"{name}_{unit}": _short(getattr(self, name) * factor) for name in ("median", "p20", "p80", "mean")}
         return {**row, "samples": self.n}
 
 
@@ -122,9 +117,7 @@ def interleave(
             sample()
             took = clock() - before
             if round_ == 0 and took > share:
-                outcome.skipped[name] = (
-                    f"one sample takes {took:.2g} s of the {seconds:.2g} s for all of them"
-                )
+                outcome.skipped[name] = f"one sample takes {took:.2g} s of the {seconds:.2g} s for all of them"
                 del alive[name]
         if clock() - start > seconds / 2:
             break
@@ -267,16 +260,12 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 def state(device: torch.device) -> dict:
     """Load of the machine, and clocks and power of the GPU, as they are now; nulls where nobody says."""
-    words = (
-        record.nvidia_smi("clocks.sm,clocks.mem,power.draw,power.limit") if device.type == "cuda" else None
-    )
+    words = record.nvidia_smi("clocks.sm,clocks.mem,power.draw,power.limit") if device.type == "cuda" else None
     fields = (words or "").split(",")
     names = ("sm_clock_mhz", "memory_clock_mhz", "power_watts", "power_limit_watts")
     return {
         # Over one minute and per core: above a few percent before a run, somebody else is working here.
-        "load_fraction": round(os.getloadavg()[0] / (os.cpu_count() or 1), 3)
-        if hasattr(os, "getloadavg")
-        else None,
+        "load_fraction": round(os.getloadavg()[0] / (os.cpu_count() or 1), 3) if hasattr(os, "getloadavg") else None,
         **{name: _number(fields[i]) if i < len(fields) else None for i, name in enumerate(names)},
     }
 

@@ -146,12 +146,8 @@ def environment(threads: int | None = None) -> dict:
     commit, dirty = _git()
     return {
         "cpu_model": _cpu_field("model name") or _cpu_field("Model") or platform.processor() or None,
-        "cpu_isa": [
-            isa for isa in _ISA if isa in (_cpu_field("flags") or _cpu_field("Features") or "").split()
-        ],
-        "cpu_cores": len(os.sched_getaffinity(0))
-        if hasattr(os, "sched_getaffinity")
-        else os.cpu_count() or 1,
+        "cpu_isa": [isa for isa in _ISA if isa in (_cpu_field("flags") or _cpu_field("Features") or "").split()],
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         "gpu": gpu,
         "gpu_driver": nvidia_smi("driver_version") if gpu is not None else None,
         "os": f"{platform.system()} {platform.machine()}",
@@ -260,9 +256,7 @@ _TYPES = {
     "boolean": lambda v: isinstance(v, bool),
     "null": lambda v: v is None,
     "number": lambda v: isinstance(v, int | float) and not isinstance(v, bool),
-    "integer": lambda v: (
-        (isinstance(v, int) and not isinstance(v, bool)) or (isinstance(v, float) and v.is_integer())
-    ),
+    "integer": lambda v: (isinstance(v, int) and not isinstance(v, bool)) or (isinstance(v, float) and v.is_integer()),
 }
 
 

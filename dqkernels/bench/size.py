@@ -257,9 +257,7 @@ def measure(case: Case) -> dict:
 
     teacher, student = SHAPES[case.teacher], case.student
     # Ternary (absmax above 2 bits) packs fastest; the rule that picks the codes has no say in their bytes.
-    config = DQConfig(
-        weight_bits=case.weight_bits, embedding_bits=case.embedding_bits, weight_quantizer="ternary"
-    )
+    config = DQConfig(weight_bits=case.weight_bits, embedding_bits=case.embedding_bits, weight_quantizer="ternary")
     model = quantize_(random_model(student, torch.bfloat16), config)
     in_memory = weights_bytes(model)
     with tempfile.TemporaryDirectory() as folder:
@@ -270,7 +268,7 @@ def measure(case: Case) -> dict:
 def row(teacher: Shape, student: Shape, case: Case, file_bytes: int | None, memory_bytes: int | None) -> dict:
     """The record row of one case; nulls where nothing was written."""
     reference = float_bytes(teacher)
-    file_ratio = None if file_bytes is None else round(reference / file_bytes, 3)
+    file_ratio = None if file_bytes is None else round(reference / file_bytes, 5)
     return {
         "model": teacher.name,
         "layers": student.layers,
@@ -278,12 +276,12 @@ def row(teacher: Shape, student: Shape, case: Case, file_bytes: int | None, memo
         "embedding_bits": case.embedding_bits,
         "teacher_bytes": reference,
         "paper_bytes": paper_bytes(student, case.weight_bits, case.embedding_bits),
-        "paper_ratio": round(paper_ratio(teacher, student, case.weight_bits, case.embedding_bits), 3),
+        "paper_ratio": round(paper_ratio(teacher, student, case.weight_bits, case.embedding_bits), 5),
         "computed_bytes": packed_bytes(student, case.weight_bits, case.embedding_bits),
         "file_bytes": file_bytes,
         "memory_bytes": memory_bytes,
         "file_ratio": file_ratio,
-        "memory_ratio": None if memory_bytes is None else round(reference / memory_bytes, 3),
+        "memory_ratio": None if memory_bytes is None else round(reference / memory_bytes, 5),
         "goal_ratio": case.goal,
         "status": "not written" if file_ratio is None else _verdict(file_ratio, case.goal),
     }

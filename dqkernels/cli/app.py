@@ -56,11 +56,8 @@ def _show_version(wanted: bool) -> None:
 
 def _root(
     version: Annotated[
-        bool,
-        typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version),
+        bool, typer.Option("--version", help="Show the version and exit.", is_eager=True, callback=_show_version)
     ] = False,
-    debug: Annotated[
-        bool, typer.Option("--debug", help="Show the traceback of a failure (any place).")
-    ] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure (any place).")] = False,
 ) -> None:
     """Global options; `--debug` is taken off the arguments before they are parsed."""

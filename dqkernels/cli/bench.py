@@ -15,7 +15,7 @@ Every run prints a table; --out writes the record: rows, protocol, machine and v
 \b
 Examples:
   dqkernels bench linear
-  dqkernels bench model tiny --seconds 20
+  dqkernels bench model tiny --source_tokens 32
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
 """
 _LINEAR = """One linear layer at every bit width on every kernel that runs here, against torch's own layer.
@@ -36,7 +36,7 @@ folder of a float model. Every candidate generates the same number of tokens.
 
 \b
 Examples:
-  dqkernels bench model tiny --seconds 10
+  dqkernels bench model tiny --source_tokens 32 --seconds 10
   dqkernels bench model bart-base --bits 4 --batch_size 8 --source_tokens 256 --new_tokens 64
   dqkernels bench model ./bart-cnn --num_beams 4 --out model.json
 """
@@ -69,8 +69,7 @@ def linear(
     ] = None,
     bits: Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")] = "8,4,2",
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device."),
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device.")
     ] = None,
     device: common.Device = "auto",
     backends: Annotated[
@@ -105,16 +104,15 @@ def linear(
 
 
 def model(
-    preset_or_path: Annotated[
-        str, typer.Argument(help="Shape, or folder of a float model.", metavar="MODEL")
-    ] = ("bart-base"),
+    preset_or_path: Annotated[str, typer.Argument(help="Shape, or folder of a float model.", metavar="MODEL")] = (
+        "bart-base"
+    ),
     bits: Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")] = "8,4,2",
     embedding_bits: Annotated[
         int | None, typer.Option("--embedding_bits", help="2, 4, 8 or 16; default: the weights' own.")
     ] = None,
     dtype: Annotated[
-        str | None,
-        typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device."),
+        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device.")
     ] = None,
     device: common.Device = "auto",
     backend: Annotated[str, typer.Option("--backend", help="auto, or the kernels to force.")] = "auto",
@@ -159,9 +157,7 @@ def model(
 
 
 def size(
-    shape: Annotated[
-        str, typer.Option("--shape", help="tiny, bart-base, bart-large or mbart-large.")
-    ] = "bart-base",
+    shape: Annotated[str, typer.Option("--shape", help="tiny, bart-base, bart-large or mbart-large.")] = "bart-base",
     layers: Annotated[
         str | None, typer.Option("--layers", help="Of the student, encoder-decoder; default: the teacher's.")
     ] = None,

@@ -17,16 +17,11 @@ CLICK_ERRORS = next(base for base in typer.BadParameter.__mro__ if base.__name__
 Abort = typer.Abort
 
 #: Options that every verb has.
-Json = Annotated[
-    bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")
-]
+Json = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout, and nothing else there.")]
 Dtype = Annotated[
-    str,
-    typer.Option("--dtype", help="Float type of all that is not packed: auto, float32, float16 or bfloat16."),
+    str, typer.Option("--dtype", help="Float type of all that is not packed: auto, float32, float16 or bfloat16.")
 ]
-Device = Annotated[
-    str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")
-]
+Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 
 
 class WrongUsage(Exception):
@@ -66,6 +61,7 @@ def spelled_as_flags(message: str, command) -> str:
         one = todo.pop()
         todo += getattr(one, "commands", {}).values()
         flags.update(name for p in one.params for name in p.opts if name.startswith("--"))
+
     def flag(match: re.Match[str]) -> str:
         return ("--" if "--" + match[1] in flags else "") + match[1]
 

@@ -31,9 +31,7 @@ def register(app: typer.Typer) -> None:
 
 
 def demo(
-    out: Annotated[
-        str, typer.Option("--out", help="Folder for demo.json and demo.png; made if needed.")
-    ] = ".",
+    out: Annotated[str, typer.Option("--out", help="Folder for demo.json and demo.png; made if needed.")] = ".",
     pairs: Annotated[int, typer.Option("--pairs", help="Held-out docstrings to score.")] = 320,
     samples: Annotated[int, typer.Option("--samples", help="Docstrings shown side by side.")] = 3,
     seed: Annotated[int, typer.Option("--seed", help="Which pairs are drawn.")] = 0,
@@ -48,8 +46,6 @@ def demo(
         library.check_out(out)
     common.quiet_transformers()
     # With --json stdout belongs to the result; what people read goes to stderr then.
-    result = library.run(
-        out, samples=samples, pairs=pairs, seed=seed, console=common.console(stderr=json_output)
-    )
+    result = library.run(out, samples=samples, pairs=pairs, seed=seed, console=common.console(stderr=json_output))
     if json_output:
         common.print_json(result)

@@ -37,9 +37,7 @@ def read_texts(path: str | os.PathLike[str], column: str | None = None) -> Itera
             except StopIteration:
                 return
             except UnicodeDecodeError as error:
-                raise InputError(
-                    f"{name} must be UTF-8 text, after line {number - 1}: {error.reason}"
-                ) from None
+                raise InputError(f"{name} must be UTF-8 text, after line {number - 1}: {error.reason}") from None
             if column is None:
                 yield line.rstrip("\r\n")
             elif line.strip():

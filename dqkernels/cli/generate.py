@@ -21,34 +21,24 @@ Input = Annotated[
 ]
 Text = Annotated[str | None, typer.Option("--text", help="One text, instead of --input.")]
 Output = Annotated[
-    str | None,
-    typer.Option("--output", help="File of JSON lines, complete or absent; default: stdout, as they come."),
+    str | None, typer.Option("--output", help="File of JSON lines, complete or absent; default: stdout, as they come.")
 ]
 Column = Annotated[
-    str | None,
-    typer.Option("--text_column", help="Field of a JSON line that holds the text (*.jsonl: text)."),
+    str | None, typer.Option("--text_column", help="Field of a JSON line that holds the text (*.jsonl: text).")
 ]
 Batch = Annotated[int, typer.Option("--batch_size", help="Texts generated at once.")]
-Beams = Annotated[
-    int | None, typer.Option("--num_beams", help="Beams; default: the model's own, 1 is greedy.")
-]
+Beams = Annotated[int | None, typer.Option("--num_beams", help="Beams; default: the model's own, 1 is greedy.")]
 NewTokens = Annotated[
-    int | None,
-    typer.Option("--max_new_tokens", help="Longest output in tokens; default: the model's own, else 128."),
+    int | None, typer.Option("--max_new_tokens", help="Longest output in tokens; default: the model's own, else 128.")
 ]
 Source = Annotated[
-    int | None,
-    typer.Option("--max_source_length", help="Tokens a source is cut at; default: what the model can read."),
+    int | None, typer.Option("--max_source_length", help="Tokens a source is cut at; default: what the model can read.")
 ]
 Prefix = Annotated[
     str | None, typer.Option("--source_prefix", help='Put before every text, such as "summarize: " for T5.')
 ]
-SourceLang = Annotated[
-    str | None, typer.Option("--source_lang", help="Language of the texts, as the model spells it.")
-]
-TargetLang = Annotated[
-    str | None, typer.Option("--target_lang", help="Language wanted, as the model spells it.")
-]
+SourceLang = Annotated[str | None, typer.Option("--source_lang", help="Language of the texts, as the model spells it.")]
+TargetLang = Annotated[str | None, typer.Option("--target_lang", help="Language wanted, as the model spells it.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an --output that is there.")]
 
 _GENERATE = """Generate an output for every text of a file.
@@ -87,9 +77,7 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("generate", help=_GENERATE, short_help="Generate an output for every text of a file.")(
-        generate
-    )
+    app.command("generate", help=_GENERATE, short_help="Generate an output for every text of a file.")(generate)
     app.command("summarize", help=_SUMMARIZE, short_help="Summarize texts.")(summarize)
     app.command("translate", help=_TRANSLATE, short_help="Translate texts.")(translate)
 
@@ -184,9 +172,7 @@ def _run(
         # A bar between lines on the same terminal would be in their way.
         progress = output is not None or not sys.stdout.isatty()
         total = len(texts) if isinstance(texts, list) else None
-        outputs = library.stream_texts(
-            loaded, tokenizer, sources, task=task, progress=progress, total=total, **options
-        )
+        outputs = library.stream_texts(loaded, tokenizer, sources, task=task, progress=progress, total=total, **options)
     started, count = time.monotonic(), 0
     with contextlib.ExitStack() as stack:
         if output is None:

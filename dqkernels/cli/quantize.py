@@ -65,31 +65,24 @@ def quantize(
     act_clip: Annotated[
         float | None, typer.Option("--act_clip", help="Clamp activations to +-this first (the paper: 2.5).")
     ] = None,
-    head: Annotated[
-        str, typer.Option("--head", help="quantized, or float to leave the output head.")
-    ] = "quantized",
+    head: Annotated[str, typer.Option("--head", help="quantized, or float to leave the output head.")] = "quantized",
     preset: Annotated[
-        str | None,
-        typer.Option("--preset", help="The paper's rules, such as dq-bart-2-2-8; excludes the above."),
+        str | None, typer.Option("--preset", help="The paper's rules, such as dq-bart-2-2-8; excludes the above.")
     ] = None,
     calibration_file: Annotated[
         str | None, typer.Option("--calibration_file", help="For static: one text per line, or JSON lines.")
     ] = None,
     text_column: Annotated[
-        str | None,
-        typer.Option("--text_column", help="Field of a JSON line that holds the text (*.jsonl: text)."),
+        str | None, typer.Option("--text_column", help="Field of a JSON line that holds the text (*.jsonl: text).")
     ] = None,
     calibration_samples: Annotated[
         int, typer.Option("--calibration_samples", help="Texts of the file to use, from its start.")
     ] = 128,
     dtype: Annotated[
-        str,
-        typer.Option("--dtype", help="Float type of what is not packed: bfloat16, float16, float32 or auto."),
+        str, typer.Option("--dtype", help="Float type of what is not packed: bfloat16, float16, float32 or auto.")
     ] = "bfloat16",
     device: common.Device = "auto",
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Replace a model folder OUT that is there.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a model folder OUT that is there.")] = False,
     json_output: common.Json = False,
 ) -> None:
     rules = {

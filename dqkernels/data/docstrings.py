@@ -91,9 +91,7 @@ _ROLE_TARGET = re.compile(r"^(.*?)\s*<[^<>]*>$", re.S)
 _RULE = re.compile(r"(?<!\S)([-=~^#*_+.`\"'])\1{2,}(?!\S)")
 _DIRECTIVE = re.compile(r"\.\. [\w:-]+::")
 _SENTENCE_END = re.compile(r"[.!?][\"')\]]*(?=\s+[A-Z`\"'(\[<*:\d]|$)")
-_ABBREVIATION = re.compile(
-    r"(?:^|[\s(\[])(?:e\.g|i\.e|etc|vs|cf|al|fig|eq|resp|approx|no|dr|mr|st|[A-Za-z])\.$", re.I
-)
+_ABBREVIATION = re.compile(r"(?:^|[\s(\[])(?:e\.g|i\.e|etc|vs|cf|al|fig|eq|resp|approx|no|dr|mr|st|[A-Za-z])\.$", re.I)
 _SIGNATURE = re.compile(r"^[\w.\[\], ]+\([^)]*(\)|$)\s*(->|$|[.:=])|->|^\w+\(")
 _NOT_A_SENTENCE = re.compile(
     r"^(args?|arguments|parameters?|returns?|raises|yields|attributes|examples?|notes?|warning|todo|fixme|usage|"

@@ -143,11 +143,7 @@ def device_of(x: torch.Tensor):
 
 
 def quantize_activation(
-    x: torch.Tensor,
-    mode: str,
-    clip: float | None = None,
-    act_scale: torch.Tensor | None = None,
-    want_sum: bool = False,
+    x: torch.Tensor, mode: str, clip: float | None = None, act_scale: torch.Tensor | None = None, want_sum: bool = False
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantizes rows along the last dimension.
 

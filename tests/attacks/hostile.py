@@ -213,8 +213,16 @@ ATTACKS = {
         "its first byte",
     ),
     "a hole between tensors": (
-        header(lambda h: [e.__setitem__("data_offsets", [o + 8 for o in e["data_offsets"]])
-                          for n, e in h.items() if n != "__metadata__"] and None),
+        header(
+            lambda h: (
+                [
+                    e.__setitem__("data_offsets", [o + 8 for o in e["data_offsets"]])
+                    for n, e in h.items()
+                    if n != "__metadata__"
+                ]
+                and None
+            )
+        ),
         "its first byte",
     ),
     "an extra field": (tensor(QWEIGHT, file="/etc/passwd"), "an object with dtype, shape and data_offsets"),
@@ -258,7 +266,10 @@ ATTACKS = {
     "config over 4 MiB": (config(lambda c: c.update(x=" " * (4 << 20))), "its size"),
     "config is no JSON": (lambda f: (f / "config.json").write_text("{"), "not valid JSON"),
     "config runs code": (config(lambda c: c.update(auto_map={"AutoModel": "evil.py"})), "'auto_map' is present"),
-    "no quantization_config": (config(lambda c: c.pop("quantization_config") and None), "quantization_config is NoneType"),
+    "no quantization_config": (
+        config(lambda c: c.pop("quantization_config") and None),
+        "quantization_config is NoneType",
+    ),
     "another quant_method": (quantization(quant_method="gptq"), "quant_method is gptq, wanted dqkernels"),
     "config from the future": (quantization(format_version=2), "format_version is 2.*format_version 1"),
     "config without a version": (

@@ -62,9 +62,7 @@ def plant(folder: Path, mutant: Mutant) -> None:
     path = folder / mutant.file
     text = path.read_text()
     if text.count(mutant.old) != 1:
-        raise ValueError(
-            f"{mutant.name}: `old` occurs {text.count(mutant.old)} times in {mutant.file}, wanted once"
-        )
+        raise ValueError(f"{mutant.name}: `old` occurs {text.count(mutant.old)} times in {mutant.file}, wanted once")
     path.write_text(text.replace(mutant.old, mutant.new))
 
 
@@ -99,9 +97,7 @@ def survives(mutant: Mutant) -> str | None:
         plant(Path(folder), mutant)
         done = run_tests(Path(folder), mutant.tests)
         return (
-            None
-            if done.returncode == 1
-            else f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
+            None if done.returncode == 1 else f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
         )
 
 
