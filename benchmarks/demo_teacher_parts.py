@@ -379,8 +379,7 @@ def card(recipe: dict) -> str:
     ]
     titles = ("Installed", recipe["installed"]), ("Corpus folder", recipe["corpus"])
     return CARD.format(
-        **arguments,
-        **recipe["counts"],
+        **{**arguments, **recipe["counts"]},  # both hold `steps`: those asked for, and those taken
         parameters=recipe["parameters"],
         layers=f"{arguments['encoder_layers']}+{arguments['decoder_layers']}",
         base=", ".join(recipe["base"]),

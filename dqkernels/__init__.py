@@ -11,7 +11,6 @@ transformers and the kernels come with the first use.
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.util
 import logging
 import sys
@@ -61,7 +60,7 @@ def _register_plugin() -> None:
         )
 
 
-class _RegisterAfterTransformers(importlib.abc.MetaPathFinder):
+class _RegisterAfterTransformers:
     """Registers the quantizer plug-in right after transformers has loaded its quantizers, whenever that is.
 
     Loading them here would make `import dqkernels` as slow as `import transformers.quantizers` (about 2.5 s).

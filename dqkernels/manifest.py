@@ -27,6 +27,8 @@ MAX_RANK = 3
 MAX_POSITIONS = 1 << 22
 _INT32_MAX = (1 << 31) - 1
 _BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I64": 8, "BOOL": 1}
+#: With a variant too, which only from_pretrained can ask for: model.fp16.safetensors.
+_WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?(\.\w+)?\.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
 _LAYER_COUNTS = (
     "num_hidden_layers",
@@ -112,7 +114,7 @@ def check_files(files: Iterable[str | os.PathLike], quantization: DQConfig) -> d
     tensors: dict[str, Entry] = {}
     folder = None
     for path in map(Path, files):
-        if path.name != WEIGHTS_FILE and _SHARD.fullmatch(path.name) is None:
+        if _WEIGHTS.fullmatch(path.name) is None:
             refuse(path, "its name", path.name, f"{WEIGHTS_FILE} or model-00001-of-00002.safetensors; no pickle")
         if folder is not None and path.parent != folder:
             refuse(path, "its folder", path.parent, folder)

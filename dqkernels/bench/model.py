@@ -67,7 +67,9 @@ def run(
     device = protocol.pick_device(device)
     dtype = _dtype(dtype, device)
     model, name = _float_model(preset_or_path, dtype)
-    layers = f"{model.config.encoder_layers}-{model.config.decoder_layers}"
+    # T5 spells its depths num_layers and num_decoder_layers.
+    depth = [("encoder_layers", "num_layers"), ("decoder_layers", "num_decoder_layers")]
+    layers = "-".join(str(next(getattr(model.config, n) for n in names if hasattr(model.config, n))) for names in depth)
     limit = getattr(model.config, "max_position_embeddings", None)
     if limit is not None and max(source_tokens, new_tokens + 1) > limit:
         raise ValueError(f"source_tokens and new_tokens must fit the model's {limit} positions")
