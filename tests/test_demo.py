@@ -115,6 +115,15 @@ def test_the_draw(teacher, monkeypatch):
     assert len(everything) == 12
 
 
+def test_the_teachers_own_training_is_told(tmp_path):
+    assert demo.training_note(tmp_path) is None
+    recipe = tmp_path / "recipe.json"
+    recipe.write_text(json.dumps({"arguments": {"quant_phase": 0.15}}))
+    assert "15%" in demo.training_note(tmp_path) and "4 bits" in demo.training_note(tmp_path)
+    recipe.write_text(json.dumps({"arguments": {}}))
+    assert "in float" in demo.training_note(tmp_path)
+
+
 def test_too_few_pairs_are_said(teacher):
     screen = io.StringIO()
     show = demo_view.Shower(Console(file=screen, width=80))

@@ -199,7 +199,8 @@ def test_a_process_over_its_time_is_stopped_and_its_output_kept(tmp_path):
     code = "import os, time; print('begun', os.environ['PYTHONPATH'], flush=True); time.sleep(60)"
     done = lane.call([sys.executable, "-c", code], 1.5)
     assert done.timed_out and done.code != 0
-    assert f"begun {SCRIPT.parent.parent}" in done.output and "KeyboardInterrupt" in done.output
+    # Whether the interrupt is heard depends on who started us (background shells ignore it); the kill is not.
+    assert f"begun {SCRIPT.parent.parent}" in done.output
     assert gpu_lane.ended(done)["outcome"] == "timed out"
 
 

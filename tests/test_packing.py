@@ -31,17 +31,18 @@ def test_every_code_at_every_position_of_a_block(bits):
     """One code in a field of zeros: exactly its own bits of its own byte are set."""
     low, high = packing.code_range(bits)
     run = 128 * bits // 8
-    byte = torch.tensor([k // 128 * run + k % 128 % run for k in range(256)])
-    shift = torch.tensor([bits * (k % 128 // run) for k in range(256)])
-    for code in range(low, high + 1):
-        # Row r holds `code` at k = r and zeros elsewhere: 256 rows walk through two blocks.
-        codes = torch.zeros(256, 256, dtype=torch.int8)
-        codes.fill_diagonal_(code)
-        packed = packing.pack(codes, bits)
-        expected = torch.zeros(256, 2 * run, dtype=torch.uint8)
-        expected[torch.arange(256), byte] = (torch.tensor(code % (1 << bits)) << shift).to(torch.uint8)
-        assert torch.equal(packed, expected), f"code {code}"
-        assert torch.equal(packing.unpack(packed, 256, 256, bits), codes), f"code {code}"
+    # Row (c, k) holds code c at k and zeros elsewhere: every code walks through two blocks.
+    values = torch.arange(low, high + 1).repeat_interleave(256)
+    k = torch.arange(256).repeat(high - low + 1)
+    rows = torch.arange(values.numel())
+    codes = torch.zeros(values.numel(), 256, dtype=torch.int8)
+    codes[rows, k] = values.to(torch.int8)
+    expected = torch.zeros(values.numel(), 2 * run, dtype=torch.uint8)
+    field = (values % (1 << bits)) << (bits * (k % 128 // run))
+    expected[rows, k // 128 * run + k % 128 % run] = field.to(torch.uint8)
+    packed = packing.pack(codes, bits)
+    assert torch.equal(packed, expected)
+    assert torch.equal(packing.unpack(packed, values.numel(), 256, bits), codes)
 
 
 @pytest.mark.parametrize("bits", BITS)

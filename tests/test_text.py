@@ -240,6 +240,31 @@ def test_language_codes(before, option):
         text.stream_texts(model, tokenizer, ["a"], task="translation")
 
 
+@pytest.mark.parametrize(
+    ("name", "target", "option"),
+    [
+        ("MBart50Tokenizer", "en_XX", "forced_bos_token_id"),
+        ("MBartTokenizer", "en_XX", "decoder_start_token_id"),
+        ("NllbTokenizer", "eng_Latn", "forced_bos_token_id"),
+    ],
+)
+def test_language_codes_of_real_tokenizers(name, target, option):
+    import transformers
+
+    pieces = [*((p, 0.0) for p in ("<s>", "<pad>", "</s>", "<unk>")), ("\u2581hello", -1.0), ("h", -3.0)]
+    if name == "NllbTokenizer":
+        tokenizer = transformers.NllbTokenizer(vocab={p: i for i, (p, _) in enumerate(pieces)}, merges=[])
+    else:
+        tokenizer = getattr(transformers, name)(vocab=pieces)
+    model = Echo()
+    options = {"task": "translation", "source_lang": "fra_Latn" if "_L" in target else "ro_RO"}
+    text.generate_texts(model, tokenizer, ["hello"], target_lang=target, **options)
+    assert model.calls[-1][1] == {option: tokenizer.convert_tokens_to_ids(target)}
+    assert tokenizer.src_lang == options["source_lang"]
+    with pytest.raises(ValueError, match=r"target_lang must be one of .*, got 'xx'"):
+        text.stream_texts(model, tokenizer, ["hello"], target_lang="xx", **options)
+
+
 # ---- files --------------------------------------------------------------------------------
 
 

@@ -107,6 +107,7 @@ def run(
             "teacher_training": training_note(folder),
             "decoding": _decoding(models["teacher"]),
             "float_dtype": "float32",
+            "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
             "speed": f"greedy, batch 1, {SPEED_TOKENS} new tokens, encoder included; interleaved, median",
             "ratio": "4 bytes x teacher parameters / bytes of the written model.safetensors",
             **counts,
