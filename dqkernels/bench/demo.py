@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -91,8 +92,12 @@ def run(
         for name, model in models.items():
             with show.scoring(name, len(drawn)) as advance:
                 texts[name] = write_texts(model, tokenizer, drawn, advance)
+        heads = [pair.head for pair in drawn]
         for name in rows:
-            rows[name].update(score(texts[name], [pair.head for pair in drawn]))
+            rows[name].update(score(texts[name], heads))
+        for name in models:
+            if name != "teacher":
+                rows[name].update(difference(texts[name], texts["teacher"], heads))
         show.samples(drawn[:samples], texts)
         with show.timing():
             for name, milliseconds in speed(models, tokenizer, drawn).items():
@@ -249,6 +254,15 @@ def score(texts: Sequence[str], heads: Sequence[str]) -> dict[str, float]:
     from dqkernels.metrics.rouge import rouge
 
     return {name: round(value, 2) for name, value in rouge(texts, heads).items()}
+
+
+def difference(texts: Sequence[str], teacher: Sequence[str], heads: Sequence[str]) -> dict[str, float]:
+    """ROUGE-L minus the teacher's, pair by pair: the mean, and its standard error."""
+    from dqkernels.metrics.rouge import rougeL
+
+    gaps = [rougeL(a, head) - rougeL(b, head) for a, b, head in zip(texts, teacher, heads, strict=True)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
+    return {"rougeL_gap": round(statistics.fmean(gaps), 2), "rougeL_gap_error": round(error, 2)}
 
 
 def speed(models: dict[str, Any], tokenizer, drawn: Sequence[docstrings.DocPair]) -> dict[str, float]:
