@@ -18,6 +18,8 @@ import tokenizers
 import torch
 import torch.nn.functional as F
 import transformers
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import BartConfig, BartForConditionalGeneration, PreTrainedTokenizerFast
 
@@ -143,9 +145,9 @@ def pad(rows: list[np.ndarray], multiple: int) -> torch.Tensor:
     return torch.from_numpy(table)
 
 
-def batches(sources, targets, size: int, rng: np.random.Generator):
-    """One epoch of length-bucketed batches, in random order."""
-    order, window = rng.permutation(len(sources)), size * 40
+def batches(sources, targets, rows: np.ndarray, size: int, rng: np.random.Generator):
+    """One epoch of length-bucketed batches of `rows`, in random order."""
+    order, window = rng.permutation(rows), size * 40
     groups = []
     for start in range(0, len(order), window):
         part = sorted(order[start : start + window], key=lambda i: (len(sources[i]) // 16, len(targets[i])))
@@ -201,10 +203,10 @@ def encoder_spread(model, source: torch.Tensor) -> float:
     return float(hidden[source != PAD].float().std(dim=0).mean())
 
 
-def logits_of(model, source: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits and labels of the positions that count."""
+def logits_of(model, source: torch.Tensor, target: torch.Tensor, bf16: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits and labels of the positions that count; `bf16` runs the matrix products in it."""
     start, counted = torch.full((len(target), 1), EOS), target != PAD
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
         hidden = model.model(
             input_ids=source,
             attention_mask=(source != PAD).long(),
@@ -275,10 +277,39 @@ def validation_loss(model, rows, args: argparse.Namespace) -> float:
     total = count = 0.0
     for start in range(0, len(rows[0]), args.batch):
         source, target = (pad(part[start : start + args.batch], 8) for part in rows)
-        logits, labels = logits_of(model, source, target)
+        logits, labels = logits_of(model, source, target, args.bf16)
         total += float(F.cross_entropy(logits.float(), labels, reduction="sum"))
         count += len(labels)
     return total / count
+
+
+# ---- checkpoints ------------------------------------------------------------------------
+
+_MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # AdamW's state of one parameter
+
+
+def save_state(path: Path, model, optimizer, average: dict, progress: tuple[int, int, float]) -> None:
+    """The whole run in one safetensors file; `progress` is (step, epoch, seconds spent)."""
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    tensors = {f"average.{name}": value for name, value in average.items()}
+    tensors |= {f"model.{name}": value for name, value in model.state_dict().items()}
+    for parameter, moments in optimizer.state.items():
+        tensors |= {f"{key}.{named[id(parameter)]}": moments[key] for key in _MOMENTS}
+    tensors = {name: value.detach().clone().contiguous() for name, value in tensors.items()}  # tied ones share memory
+    metadata = dict(zip(("step", "epoch", "spent"), map(repr, progress), strict=True))
+    atomic(path, lambda name: save_file(tensors, name, metadata))
+
+
+def load_state(path: Path, model, optimizer, average: dict) -> tuple[int, int, float]:
+    """Fill `model`, `optimizer` and `average` from `save_state`'s file; returns its `progress`."""
+    with safe_open(path, "pt") as file:
+        model.load_state_dict({name: file.get_tensor(f"model.{name}") for name in model.state_dict()})
+        for name in average:
+            average[name] = file.get_tensor(f"average.{name}")
+        for name, parameter in model.named_parameters():
+            optimizer.state[parameter] = {key: file.get_tensor(f"{key}.{name}") for key in _MOMENTS}
+        progress = file.metadata()
+    return int(progress["step"]), int(progress["epoch"]), float(progress["spent"])
 
 
 # ---- export -----------------------------------------------------------------------------

@@ -40,10 +40,12 @@ from demo_teacher_parts import (
     encoder_spread,
     export,
     keep_memory,
+    load_state,
     logits_of,
     make_model,
     make_tokenizer,
     pad,
+    save_state,
     say,
     splice,
     summarize,
@@ -51,7 +53,7 @@ from demo_teacher_parts import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from dqkernels.data.docstrings import DocPair, lead
+from dqkernels.data.docstrings import DocPair, lead, packages_of
 from dqkernels.metrics.rouge import rouge
 
 HERE = Path(__file__).resolve().parent.parent
@@ -98,7 +100,10 @@ def parse() -> argparse.Namespace:
     add("--label_smoothing", type=float, default=0.1)
     add("--ema", type=float, default=0.999, help="decay of the averaged weights, which are the ones shipped")
     add("--copy_phase", type=float, default=0.12, help="fraction of the run; see splice()")
-    add("--quant_phase", type=float, default=0.2, help="last fraction in which half of the steps see 4-bit weights")
+    add("--base_repeats", type=int, default=2, help="how often an epoch holds a pair of the scored distributions")
+    add("--base_from", type=float, default=0.4, help="fraction of the run from which --base_repeats counts")
+    add("--quant_phase", type=float, default=0.0, help="last fraction in which half of the steps see 4-bit weights")
+    add("--bf16", action="store_true", help="bf16 matrix products: faster where the CPU has AMX, slower elsewhere")
     add("--threads", type=int, default=2)
     add("--seed", type=int, default=0)
     return parser.parse_args()
@@ -128,13 +133,10 @@ def train(args, tokenizer, pairs, validation, seen, counts) -> dict:
         encode(tokenizer, [p.body for p in validation], args.source_tokens),
         encode(tokenizer, [p.head for p in validation], args.target_tokens),
     ]
-    state_path = Path(args.checkpoints) / "state.pt"
+    state_path = Path(args.checkpoints) / "state.safetensors"
     step, epoch, spent = 0, 0, 0.0
     if args.resume and state_path.exists():
-        state = torch.load(state_path, map_location="cpu", weights_only=True)
-        model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
-        average, step, epoch, spent = state["average"], state["step"], state["epoch"], state["spent"]
+        step, epoch, spent = load_state(state_path, model, optimizer, average)
         rng = np.random.default_rng([args.seed, step])
         say(resumed=step, epoch=epoch, minutes=spent / 60)
     size = sum(p.numel() for p in model.parameters())
@@ -149,15 +151,7 @@ def train(args, tokenizer, pairs, validation, seen, counts) -> dict:
         return step / args.steps if args.steps else (time.monotonic() - start) / (60 * args.minutes)
 
     def save() -> None:
-        state = {
-            "model": model.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "average": average,
-            "step": step,
-            "epoch": epoch,
-            "spent": time.monotonic() - start,
-        }
-        atomic(state_path, lambda name: torch.save(state, name))
+        save_state(state_path, model, optimizer, average, (step, epoch, time.monotonic() - start))
 
     def validate() -> None:
         kept = {name: value.clone() for name, value in model.state_dict().items()}
@@ -173,8 +167,13 @@ def train(args, tokenizer, pairs, validation, seen, counts) -> dict:
         if args.export:
             export(Path(args.export), average, tokenizer, args, seen, counts, dict(scores), GREEDY)
 
+    base = packages_of()
+    scored_ones = np.array([i for i, pair in enumerate(pairs) if pair.module.partition(".")[0] in base], dtype=np.int64)
     while fraction < 1:
-        for group in batches(sources, targets, args.batch, rng):
+        rows_of_epoch = np.arange(len(pairs))
+        if fraction >= args.base_from:
+            rows_of_epoch = np.concatenate([rows_of_epoch, *[scored_ones] * (args.base_repeats - 1)])
+        for group in batches(sources, targets, rows_of_epoch, args.batch, rng):
             fraction = elapsed()
             if fraction >= 1:
                 break
@@ -193,7 +192,7 @@ def train(args, tokenizer, pairs, validation, seen, counts) -> dict:
             if quantized:
                 four_bit.__enter__()
             try:
-                logits, labels = logits_of(model, source, target)
+                logits, labels = logits_of(model, source, target, args.bf16)
                 loss = F.cross_entropy(logits.float(), labels, label_smoothing=args.label_smoothing)
                 loss.backward()
             finally:
