@@ -51,6 +51,15 @@ def check_activation(x: torch.Tensor, mode: str, act_scale: torch.Tensor | None,
         raise ValueError(
             "mode='static' needs act_scale, one fp32 number: run dqkernels.calibrate(model, batches) first"
         )
+    # On a GPU reading it would wait for the device; there an uncalibrated scale (NaN) gives rows of NaN.
+    if mode == "static" and act_scale.device.type == "cpu":
+        low, high = qmath.ACT_SCALE_RANGE
+        value = float(act_scale)
+        if not low <= value <= high:
+            raise ValueError(
+                f"act_scale must lie between 2^-126 and 2^126, got {value}: "
+                "run dqkernels.calibrate(model, batches) first, it measures one for every layer"
+            )
 
 
 def check_codes(q: torch.Tensor, act_scale: torch.Tensor, row_sum: torch.Tensor | None) -> None:

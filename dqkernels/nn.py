@@ -182,7 +182,7 @@ class QLinear(PackedModule):
         else:
             self.register_parameter("bias", None)
         static = layer.act_granularity == "static"
-        # NaN until calibrated: an output that nobody calibrated must not look like one.
+        # NaN until calibrated: ops refuse it on the CPU, and on a GPU every output is NaN.
         scale = torch.full((1,), float("nan"), dtype=torch.float32, device=device) if static else None
         self.register_buffer("act_scale", scale)
 

@@ -16,6 +16,8 @@ from dqkernels.config import LayerConfig
 ACT_MAX = 127
 #: Rows whose largest magnitude is below this count as zero, so that 127 / amax cannot overflow.
 ZERO_AMAX = 2.0**-100
+#: A static `act_scale` lies between these, so that it and its reciprocal are normal numbers.
+ACT_SCALE_RANGE = (2.0**-126, 2.0**126)
 #: int32 sums of K products of int8 codes cannot overflow up to here (design section 3).
 MAX_K = 131_071
 #: Largest magnitude of an integer level, for the overflow bound of group multipliers.

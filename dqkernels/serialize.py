@@ -91,7 +91,7 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
 
     Raises:
         FileFormatError: for a shape that does not fit its module, a weight_scale that is negative or not
-            finite, an act_scale that is not finite and above 0, a group_mult outside 1..mult_max, or a
+            finite, an act_scale outside 2^-126..2^126, a group_mult outside 1..mult_max, or a
             ternary code -2.
     """
     seen = set()
@@ -101,8 +101,9 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
         layer, scale, mult = module.layer, module.weight_scale, module.group_mult
         if isinstance(module, QLinear) and module.act_scale is not None:
             value = float(module.act_scale) if module.act_scale.numel() == 1 else math.nan
-            if not 0 < value < math.inf:
-                refuse(file, f"tensor '{name}.act_scale'", value, "one finite number above 0 (calibrate first)")
+            if not qmath.ACT_SCALE_RANGE[0] <= value <= qmath.ACT_SCALE_RANGE[1]:
+                wanted = "one number between 2^-126 and 2^126 (run dqkernels.calibrate first)"
+                refuse(file, f"tensor '{name}.act_scale'", value, wanted)
         if id(module.qweight) in seen:
             continue
         seen.add(id(module.qweight))

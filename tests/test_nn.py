@@ -303,19 +303,17 @@ def test_shapes_of_input():
 # ------------------------------------------------------------------------------------------------ static, tied
 
 
-def test_static_gives_nan_until_calibrated():
-    """An output that nobody calibrated must not look like one: NaN, or a refusal where the host sees the scale."""
+def test_static_is_refused_until_calibrated():
+    """An output that nobody calibrated must not look like one; every backend says the same."""
     packed = linear(LayerConfig(4, "absmax", act_granularity="static"))
     x = torch.randn(2, 40)
     assert packed.act_scale.isnan().all()
-    for rows in (x, torch.zeros(2, 40)):
-        packed.backend = "eager"
-        assert packed(rows).isnan().all()
-        packed.backend = "auto"
-        try:
-            assert packed(rows).isnan().all()
-        except ValueError as error:
-            assert "act_scale" in str(error)
+    for backend in ("eager", "auto"):
+        packed.backend = backend
+        for value in (float("nan"), float("inf"), -0.05, 0.0, 2.0**-127, 2.0**127):
+            packed.act_scale = torch.tensor([value])
+            with pytest.raises(ValueError, match=r"act_scale must lie between .*dqkernels.calibrate"):
+                packed(x)
     packed.act_scale = torch.tensor([0.05])
     assert packed(x).isfinite().all()
     assert "act_scale" in packed.state_dict() and "act_scale" not in linear().state_dict()

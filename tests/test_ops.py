@@ -203,6 +203,7 @@ REFUSED = {
     "static without a scale": (quantize(X, "static"), ACT_SCALE),
     "static with two scales": (quantize(X, "static", act_scale=torch.ones(2)), ACT_SCALE),
     "static with a 16-bit scale": (quantize(X, "static", act_scale=torch.ones(1).half()), ACT_SCALE),
+    "static without calibration": (quantize(X, "static", act_scale=torch.tensor([float("nan")])), "got nan: run dqk"),
     "negative clip": (quantize(X, clip=-1.0), "clip must be None or a finite number above 0, got -1.0"),
     "clip of zero": (quantize(X, clip=0.0), "clip must be None or a finite number above 0, got 0.0"),
     "clip of NaN": (quantize(X, clip=float("nan")), "clip must be None or a finite number above 0, got nan"),
