@@ -12,6 +12,8 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher
+
 # The bit pattern of +inf. Non-negative floats order like their bits, so one integer max finds amax, and a maximum
 # at or above this one says that the row holds an Inf or a NaN (a float max would drop the NaN).
 _INF_BITS = tl.constexpr(0x7F800000)
@@ -130,6 +132,10 @@ def _quantize_kernel(
             tl.store(row_sum_ptr + row, tl.sum(total, 0))
 
 
+_tensor_amax = Launcher(_tensor_amax_kernel)
+_quantize = Launcher(_quantize_kernel)
+
+
 def launch_shape(k: int) -> dict:
     """BLOCK, ONE_BLOCK and num_warps for rows of k elements."""
     one_block = k <= _ONE_BLOCK
@@ -173,7 +179,8 @@ def quantize_activation(
         amax_bits = None
         if mode == "per_tensor":
             amax_bits = torch.zeros(1, dtype=torch.int32, device=x.device)
-            _tensor_amax_kernel[(min(m, 512),)](
+            _tensor_amax(
+                (min(m, 512),),
                 rows,
                 amax_bits,
                 m,
@@ -182,7 +189,8 @@ def quantize_activation(
                 BLOCK=min(shape["BLOCK"], _MANY_BLOCKS),
                 num_warps=shape["num_warps"],
             )
-        _quantize_kernel[(m,)](
+        _quantize(
+            (m,),
             rows,
             q,
             scale,
@@ -193,7 +201,6 @@ def quantize_activation(
             k,
             rows.stride(0),
             MODE=_MODES[mode],
-            enable_fp_fusion=False,
             **shape,
         )
     return q, scale, row_sum

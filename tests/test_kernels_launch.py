@@ -1,0 +1,169 @@
+"""kernels/launch.py: which launches share a compiled variant, and what reaches the compiled kernel. No GPU needed."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton", reason="triton is not installed")
+
+import triton.language as tl  # noqa: E402
+
+from dqkernels.kernels import launch  # noqa: E402
+
+_STORE = torch.empty(64, dtype=torch.int8)
+_BASE = -_STORE.data_ptr() % 16
+ALIGNED, ODD = (_STORE[_BASE + offset : _BASE + offset + 16] for offset in (0, 1))
+VALUES = [
+    None, 0, 1, 2, 15, 16, 17, 32, -1, -16, 2**31 - 1, 2**31, 2**31 + 16, 2**40, -(2**31), -(2**31) - 1, 0.0, 1.0, 0.5,
+    float("inf"), ALIGNED, ODD, ALIGNED.view(torch.uint8), torch.empty(8), torch.empty(8).half(),
+    torch.empty(8).bfloat16(), torch.empty(9)[1:], torch.empty(8, dtype=torch.int32), torch.empty(8, dtype=torch.int64),
+]  # fmt: skip
+
+
+@triton.jit
+def _kernel(x_ptr, y_ptr, n, scale, BLOCK: tl.constexpr, RELU: tl.constexpr):
+    pass
+
+
+@triton.jit
+def _mixed(x_ptr, BLOCK: tl.constexpr, n):
+    pass
+
+
+if not isinstance(_kernel, triton.JITFunction):
+    pytest.skip("TRITON_INTERPRET=1: nothing is compiled", allow_module_level=True)
+
+
+class Compiled:
+    function, packed_metadata = "function", "metadata"
+
+    def __init__(self):
+        self.launches = []
+
+    def run(self, *everything):
+        self.launches.append(everything)
+
+
+@pytest.fixture
+def launcher(monkeypatch):
+    """A Launcher whose kernel is compiled by a recorder."""
+    active = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 7)
+    monkeypatch.setattr(launch, "driver", SimpleNamespace(active=active))
+    found = launch.Launcher(_kernel)
+    found.through_triton = []
+
+    def through_triton(kernel, grid):
+        def call(*arguments, **keywords):
+            found.through_triton.append((grid, arguments, keywords))
+            return Compiled()
+
+        return call
+
+    monkeypatch.setattr(triton.JITFunction, "__getitem__", through_triton)
+    found.active = active
+    return found
+
+
+def specialization(value):
+    """What Triton itself makes of a run-time argument."""
+    from triton._C.libtriton import native_specialize_impl
+    from triton.backends.nvidia.compiler import CUDABackend
+
+    return native_specialize_impl(CUDABackend, value, False, True, True)
+
+
+def test_equal_facts_mean_equal_code():
+    """Two launches share a variant only where Triton would have compiled the same one."""
+    pairs = list(itertools.combinations(VALUES, 2))
+    for a, b in pairs:
+        if launch.fact(a) == launch.fact(b):
+            assert specialization(a) == specialization(b), (a, b)
+    assert sum(launch.fact(a) == launch.fact(b) for a, b in pairs) > 10
+
+
+def test_sizes_share_a_variant():
+    assert launch.fact(17) == launch.fact(1023) and launch.fact(16) == launch.fact(4096)
+    assert len({launch.fact(n) for n in (1, 16, 17, 2**31 + 16, 2**31 + 17)}) == 5
+
+
+def test_first_call_through_triton_then_direct(launcher):
+    constants = {"BLOCK": 128, "RELU": True}
+    launcher((3,), ALIGNED, None, 100, 0.5, num_warps=8, num_stages=2, **constants)
+    options = {"num_warps": 8, "num_stages": 2, "enable_fp_fusion": False}
+    assert launcher.through_triton == [((3,), (ALIGNED, None, 100, 0.5), {**constants, **options})]
+    launcher((5, 2), ALIGNED, None, 101, 0.25, num_warps=8, num_stages=2, RELU=True, BLOCK=128)
+    assert len(launcher.through_triton) == 1
+    (compiled,) = launcher.variants.values()
+    assert compiled.launches == [
+        (5, 2, 1, 7, "function", "metadata", None, None, None, ALIGNED, None, 101, 0.25, 128, True)
+    ]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"x": ODD}, {"y": ALIGNED}, {"n": 16}, {"n": 1}, {"BLOCK": 64}, {"RELU": False}, {"num_warps": 8}, {"device": 1}],
+    ids=str,
+)
+def test_what_changes_the_code_makes_another_variant(launcher, change):
+    def run(x=ALIGNED, y=None, n=100, BLOCK=128, RELU=True, num_warps=4, device=0):
+        launcher.active.get_current_device = lambda: device
+        launcher((1,), x, y, n, 0.5, num_warps=num_warps, BLOCK=BLOCK, RELU=RELU)
+
+    run()
+    run(**change)
+    run()
+    run(**change)
+    assert len(launcher.through_triton) == len(launcher.variants) == 2
+
+
+def test_a_profiler_gets_tritons_own_launch(launcher, monkeypatch):
+    """Also one that is removed again."""
+    arguments = ((1,), ALIGNED, None, 100, 0.5)
+    hook = launch.knobs.runtime.launch_enter_hook
+    listener = lambda metadata: None  # noqa: E731
+    for _ in range(2):
+        launcher(*arguments, BLOCK=128, RELU=True)
+    if hook is None or not hasattr(hook, "add"):
+        pytest.skip("this Triton has no chain of hooks")
+    hook.add(listener)
+    try:
+        launcher(*arguments, BLOCK=128, RELU=True)
+    finally:
+        hook.remove(listener)
+    launcher(*arguments, BLOCK=128, RELU=True)
+    assert len(launcher.through_triton) == 2
+
+
+def test_wrong_names_are_refused(launcher):
+    with pytest.raises(TypeError, match="_kernel has no parameter GELU"):
+        launcher((1,), ALIGNED, None, 100, 0.5, BLOCK=128, RELU=True, GELU=True)
+    with pytest.raises(KeyError, match="RELU"):
+        launcher((1,), ALIGNED, None, 100, 0.5, BLOCK=128)
+    with pytest.raises(TypeError, match="_mixed: constexpr parameters must come last"):
+        launch.Launcher(_mixed)
+
+
+def test_eight_threads(launcher):
+    """Started at once on a cold cache: every launch arrives, one variant stays."""
+    barrier, each = threading.Barrier(8), 50
+
+    def work():
+        barrier.wait()
+        for n in range(each):
+            launcher((1,), ALIGNED, None, 2 * n + 17, 0.5, BLOCK=128, RELU=True)
+
+    threads = [threading.Thread(target=work) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (compiled,) = launcher.variants.values()
+    assert len(launcher.through_triton) <= 8
+    assert compiled.launches and {run[9:] for run in compiled.launches} <= {
+        (ALIGNED, None, 2 * n + 17, 0.5, 128, True) for n in range(each)
+    }
