@@ -119,6 +119,13 @@ def check_residual(residual: torch.Tensor | None, out_shape: tuple) -> None:
         raise ValueError(f"residual must be {list(out_shape)}, got {list(residual.shape)}")
 
 
+def check_passed(passed: torch.Tensor | None, m: int, k: int) -> None:
+    if passed is not None and (passed.dtype != torch.uint8 or tuple(passed.shape) != (m, -(-k // 8))):
+        raise ValueError(
+            f"passed must be uint8 [{m}, {-(-k // 8)}], one bit per input, got {passed.dtype} {list(passed.shape)}"
+        )
+
+
 def check_position(position: torch.Tensor | None, out_shape: tuple) -> None:
     if position is None:
         return

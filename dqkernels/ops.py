@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import backends, checks, packing, reference
+from dqkernels import backends, checks, gradients, packing, reference
 from dqkernels.config import LayerConfig
 
 _LIB = torch.library.Library("dqkernels", "DEF")
@@ -383,7 +383,7 @@ def _qlinear_context(ctx, inputs, output):
     (x, qweight, weight_scale, group_mult, bias, residual, bits, four_level, group_size, out_features) = inputs[:10]
     act_clip, activation = inputs[11], inputs[13]
     ctx.save_for_backward(x, qweight, weight_scale, group_mult, bias)
-    ctx.format = (bits, four_level, group_size, out_features, x.shape[-1])
+    ctx.format = (bits, four_level, group_size)
     ctx.rest = inputs[6:]
     ctx.act_clip, ctx.activation = act_clip, activation
     ctx.dtypes = (None if bias is None else bias.dtype, None if residual is None else residual.dtype)
@@ -405,10 +405,12 @@ def _qlinear_backward(ctx, grad):
             (grad_pre,) = torch.autograd.grad(reference.activate(pre, ctx.activation), pre, grad_pre)
     grad_x = grad_bias = None
     if ctx.needs_input_grad[0]:
-        weight = torch.ops.dqkernels.dequantize_weight(qweight, weight_scale, group_mult, *ctx.format)
-        grad_x = (grad_pre @ weight).to(x.dtype)
-        if ctx.act_clip is not None:
-            grad_x = torch.where(x.abs() < ctx.act_clip, grad_x, 0.0)
+        clip, k = ctx.act_clip, x.shape[-1]
+        passed = None if clip is None else reference.pack_bits((x.abs() < clip).reshape(-1, k))
+        incoming = grad if ctx.activation == "none" else grad_pre.to(grad.dtype)
+        grad_x = gradients.qlinear_grad_input(
+            incoming, qweight, weight_scale, group_mult, passed, *ctx.format, k, x.dtype, *ctx.rest[-2:]
+        )
     if bias_dtype is not None and ctx.needs_input_grad[4]:
         grad_bias = grad_pre.reshape(-1, grad_pre.shape[-1]).sum(dim=0).to(bias_dtype)
     return grad_x, None, None, None, grad_bias, grad_residual, *([None] * 11)

@@ -174,6 +174,57 @@ def dequantize(
     return qmath.dequantize_codes(codes, weight_scale, group_mult, four_level, group_size)
 
 
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """bool [M, K] -> uint8 [M, ceil(K / 8)]; element k is bit k % 8 of byte k // 8."""
+    m, k = mask.shape
+    bits = F.pad(mask, (0, -k % 8)).reshape(m, -(-k // 8), 8).to(torch.int32)
+    return (bits << torch.arange(8, device=mask.device)).sum(dim=-1).to(torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """The inverse of `pack_bits`: bool [M, k]."""
+    bits = packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8, device=packed.device)
+    return (bits & 1).flatten(1)[:, :k].bool()
+
+
+def grad_input(
+    grad: torch.Tensor,
+    qweight: torch.Tensor,
+    weight_scale: torch.Tensor,
+    group_mult: torch.Tensor | None,
+    passed: torch.Tensor | None,
+    *,
+    bits: int,
+    four_level: bool,
+    group_size: int,
+    in_features: int,
+    out_dtype: torch.dtype,
+) -> torch.Tensor:
+    """Straight-through `grad_x = g . W^` [M, in_features] of grad [M, N] and packed weights, in fp32.
+
+    `passed` is `pack_bits(|x| < clip)`, or None without a clip: the gradient is zero where the clip saturated.
+    """
+    weight = dequantize(
+        qweight,
+        weight_scale,
+        group_mult,
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        out_features=grad.shape[1],
+        in_features=in_features,
+    )
+    grad_x = grad.float() @ weight
+    if passed is not None:
+        grad_x = torch.where(unpack_bits(passed, in_features), grad_x, 0.0)
+    return grad_x.to(out_dtype)
+
+
+def grad_weight(grad: torch.Tensor, q: torch.Tensor, act_scale: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
+    """Straight-through `grad_w = g^T . x^` [N, K] of grad [M, N] and the forward's int8 q [M, K], in fp32."""
+    return (grad.float().t() @ (q.float() * act_scale.unsqueeze(1))).to(out_dtype)
+
+
 def qembedding(
     ids: torch.Tensor,
     qweight: torch.Tensor,

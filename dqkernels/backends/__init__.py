@@ -23,6 +23,8 @@ OPS = (
     "layernorm_quantize",
     "gelu_quantize",
     "qattention",
+    "grad_input",
+    "grad_weight",
 )
 #: Fastest exact path first, by device type.
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}

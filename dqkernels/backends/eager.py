@@ -13,6 +13,8 @@ qattention = reference.qattention
 qembedding = reference.qembedding
 quantize_activation = qmath.quantize_activation
 qgemm = reference.qgemm
+grad_input = reference.grad_input
+grad_weight = reference.grad_weight
 
 
 def available(device_type: str) -> tuple[bool, str]:

@@ -36,7 +36,7 @@ def available(device_type: str) -> tuple[bool, str]:
 
 def supports(op: str, *, group_size: int = -1, **facts) -> str | None:
     """Per-channel and per-tensor weights of every width; no groups yet."""
-    if group_size != -1:
+    if group_size != -1 and op != "grad_input":
         return f"has no group-wise {op} (group_size={group_size}), only group_size=-1"
     return None
 
@@ -127,6 +127,23 @@ def qlinear(
         activation=activation,
         out_dtype=out_dtype,
     )
+
+
+def grad_input(grad, qweight, weight_scale, group_mult, passed, **facts):
+    """grad [M, N] times the dequantized weight, masked by `passed` -> [M, in_features]."""
+    return _backward().grad_input(grad, qweight, weight_scale, group_mult, passed, **facts)
+
+
+def grad_weight(grad, q, act_scale, out_dtype):
+    """grad^T [N, M] times the dequantized activations -> [N, K]."""
+    return _backward().grad_weight(grad, q, act_scale, out_dtype)
+
+
+@functools.cache
+def _backward():
+    from dqkernels.kernels import backward
+
+    return backward
 
 
 @functools.cache
