@@ -308,7 +308,8 @@ def qattention(
 
     `s_j = float32(q . k_j) * qs * ks_j (+ bias)`, `m = max s` over visible keys,
     `e_j = round(127 exp(s_j - m))`, `c_j = round(127 exp(s_j - m) vs_j / vs_max)`,
-    `out = vs_max * sum(c_j v_j) / sum(e_j)`; both sums int32. `per_tensor` gives every row the same scales.
+    `out = vs_max * sum(c_j v_j) / sum(e_j)`; both sums int32. `per_tensor` gives every row the same scales. vs_max is
+    taken over the visible rows of V that are not all zero.
 
     Args:
         q: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; fp32, fp16 or bf16.
@@ -325,6 +326,8 @@ def qattention(
     q8, q_scale, _ = qmath.quantize_activation(q.float() * softmax_scale, mode, clip)
     k8, k_scale, _ = qmath.quantize_activation(k, mode, clip)
     v8, v_scale, _ = qmath.quantize_activation(v, mode, clip)
+    # A zero row's scale is 1 by convention: as vs_max it would round the other keys' c_j away. NaN rows stay NaN.
+    v_scale = torch.where((v8 == 0).all(dim=-1) & v_scale.isfinite(), 0.0, v_scale)
     if keys == 0 or q.numel() == 0:
         return torch.zeros_like(q, memory_format=torch.contiguous_format)
     # head_dim * 127 * 127 < 2^24 for head_dim <= 1040: fp32 products of codes are exact integers.

@@ -313,6 +313,10 @@ def test_qattention_zero_and_non_finite_tokens():
     zero_v = v.clone()
     zero_v[0, 0, 1] = 0
     assert attend(q, k, zero_v).isfinite().all()
+    # The scale of a zero row is 1 by convention. Small values beside it must keep their 8 bits.
+    small = attend(q, k, zero_v * 1e-3)
+    torch.testing.assert_close(small, attend(q, k, zero_v) * 1e-3, rtol=1e-5, atol=0)
+    assert small.abs().max() > 0
     assert (attend(q, k, torch.zeros_like(v)) == 0).all()
     assert attend(q, torch.zeros_like(k), v).isfinite().all()
     bad_q = q.clone()
