@@ -28,7 +28,7 @@ def _add_product(a, b, acc, USE_ASM: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _grad_input_kernel(
     g_ptr,  # float [M, N] contiguous
     w_ptr,  # uint8 [ceil16(N), row_bytes]
@@ -93,7 +93,7 @@ def _grad_input_kernel(
     tl.store(out, _round_to(acc, out_ptr.dtype.element_ty, USE_ASM), mask=in_m[:, None] & in_k[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _grad_weight_kernel(
     g_ptr,  # float [M, N] contiguous
     q_ptr,  # int8 [M, K] contiguous

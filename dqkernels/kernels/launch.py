@@ -18,16 +18,16 @@ from triton import knobs
 from triton.runtime import driver
 
 
-def fact(value) -> object:
-    """What Triton specializes a run-time argument on: presence, type, and divisibility by 16."""
+def fact(value, specialize: bool = True) -> object:
+    """What Triton compiles a run-time argument for: presence, type, and under `specialize` divisibility by 16."""
     if value is None:
         return None
     if isinstance(value, torch.Tensor):
         return value.dtype, value.data_ptr() % 16 == 0
     if isinstance(value, float):
         return float
-    # 1 becomes a constant; sizes past 31 bits are passed as 64.
-    return value == 1, value % 16 == 0, -(1 << 31) <= value < 1 << 31
+    fits = -(1 << 31) <= value < 1 << 31  # sizes past 31 bits are passed as 64
+    return (fits, value == 1, value % 16 == 0) if specialize else fits  # 1 becomes a constant
 
 
 def _hooked() -> bool:
@@ -56,6 +56,7 @@ class Launcher:
         if not all(constant[first:]):
             raise TypeError(f"{kernel.__name__}: constexpr parameters must come last, one order for every launch")
         self._constants = [parameter.name for parameter in kernel.params[first:]]
+        self._specialized = [not parameter.do_not_specialize for parameter in kernel.params[:first]]
 
     def __call__(self, grid: tuple[int, ...], *arguments, num_warps: int = 4, num_stages: int = 3, **constants) -> None:
         """Launches on the current device and stream.
@@ -74,7 +75,7 @@ class Launcher:
         if len(values) != len(constants):
             unknown = sorted(set(constants) - set(self._constants))
             raise TypeError(f"{self.kernel.__name__} has no parameter {', '.join(unknown)}")
-        key = (device, num_warps, num_stages, *values, *map(fact, arguments))
+        key = (device, num_warps, num_stages, *values, *map(fact, arguments, self._specialized))
         compiled = self.variants.get(key)
         if compiled is None or _hooked():
             with self._lock:

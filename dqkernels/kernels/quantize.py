@@ -50,7 +50,7 @@ def _codes(x, inv, clip, usable):
     return tl.where(usable, rounded, 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])
 def _tensor_amax_kernel(
     x_ptr,  # [M, K], row stride stride_x
     amax_bits_ptr,  # int32 [1], zero before the launch
