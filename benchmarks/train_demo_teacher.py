@@ -14,7 +14,8 @@ fill a folder with docstring-rich packages (they are read, never imported), then
 The learning rate follows the elapsed fraction of `--minutes` (or of `--steps`), so that a
 slower machine gets fewer steps of the same schedule. A run that was cut off goes on with
 `--resume`. Every validation refreshes the export folder; the end tunes decoding on the
-validation split, scores the held-out test split once, and writes the model card.
+validation split (the cheapest within --decoding_slack of the best), scores the held-out test
+split once, and writes the model card.
 """
 
 from __future__ import annotations
@@ -58,15 +59,11 @@ from dqkernels.metrics.rouge import rouge
 
 HERE = Path(__file__).resolve().parent.parent
 GREEDY = {"num_beams": 1, "max_new_tokens": 40, "do_sample": False}
-BEAMS = {"num_beams": 4, "max_new_tokens": 40, "do_sample": False, "early_stopping": True}
-TUNED = [
+BEAMS = {"max_new_tokens": 40, "do_sample": False, "early_stopping": True, "no_repeat_ngram_size": 3}
+TUNED = [  # from cheap to dear
     GREEDY,
     {**GREEDY, "no_repeat_ngram_size": 3},
-    *(
-        {**BEAMS, "length_penalty": penalty, "no_repeat_ngram_size": repeat}
-        for penalty in (0.6, 1.0, 1.5, 2.0)
-        for repeat in (0, 3)
-    ),
+    *({**BEAMS, "num_beams": beams, "length_penalty": penalty} for beams in (2, 4) for penalty in (0.6, 0.8, 1.0, 1.5)),
 ]
 
 
@@ -103,6 +100,7 @@ def parse() -> argparse.Namespace:
     add("--base_repeats", type=int, default=2, help="how often an epoch holds a pair of the scored distributions")
     add("--base_from", type=float, default=0.4, help="fraction of the run from which --base_repeats counts")
     add("--quant_phase", type=float, default=0.0, help="last fraction in which half of the steps see 4-bit weights")
+    add("--decoding_slack", type=float, default=0.25, help="ROUGE-L that cheaper decoding may cost on validation")
     add("--bf16", action="store_true", help="bf16 matrix products: faster where the CPU has AMX, slower elsewhere")
     add("--threads", type=int, default=2)
     add("--seed", type=int, default=0)
@@ -256,13 +254,15 @@ def main() -> None:
     model = make_model(args, len(tokenizer))
     model.load_state_dict({name: value.half().float() for name, value in weights.items()})
     tuning = validation[:500]
-    best, decoding = -1.0, GREEDY
+    tuned = []
     for choice in TUNED:
         started = time.monotonic()
         score = rouge(summarize(model, tokenizer, [p.body for p in tuning], args, choice), [p.head for p in tuning])
         say(decoding=json.dumps(choice), rougeL=score["rougeL"], seconds=time.monotonic() - started)
-        if score["rougeL"] > best:
-            best, decoding = score["rougeL"], choice
+        tuned.append(score["rougeL"])
+    # The demo decodes every pair with every width: a little of the score buys its speed.
+    enough = max(tuned) - args.decoding_slack
+    decoding = next(choice for choice, score in zip(TUNED, tuned, strict=True) if score >= enough)
     heads = [pair.head for pair in test]
     scores = {
         "lead (12 words), test": rouge([lead(p.body) for p in test], heads),
