@@ -21,12 +21,18 @@ from dqkernels.config import FORMAT_VERSION, QUANT_METHOD, DQConfig
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
-MAX_HEADER_BYTES = 1 << 20
-MAX_JSON_BYTES = 4 << 20
-MAX_RANK = 3
+#: Python objects take about 25 times the room of the JSON they come from, so 4 MiB bound what a hostile file can
+#: cost to 100 MB, and hold 35,000 tensors of one file (an entry takes about 120 bytes): ten times a 100-layer model.
+MAX_HEADER_BYTES = MAX_JSON_BYTES = 4 << 20
+#: Weights of a 3-d convolution (video models), which stay float. Codes are matrices.
+MAX_RANK = 5
 MAX_POSITIONS = 1 << 22
 _INT32_MAX = (1 << 31) - 1
-_BYTES = {"F32": 4, "F16": 2, "BF16": 2, "U8": 1, "I64": 8, "BOOL": 1}
+FLOATS = ("F64", "F32", "F16", "BF16")
+#: Bytes of an element. What transformers reads (float8 aside, which is another quantization): beside its weights a
+#: float model holds counters, indices and masks.
+BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1}
+BYTES |= {"I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1}
 #: With a variant too, which only from_pretrained can ask for: model.fp16.safetensors.
 _WEIGHTS = re.compile(r"model(\.\w+)?(-\d{5}-of-\d{5})?(\.\w+)?\.safetensors")
 _SHARD = re.compile(r"model-\d{5}-of-\d{5}\.safetensors")
@@ -83,7 +89,7 @@ def check_folder(folder: str | os.PathLike) -> Manifest:
     quantization = check_quantization_config(stored, config_file)
     files = _weight_files(folder)
     tensors = check_files(files, quantization)
-    _check_sizes(config, config_file, len(tensors))
+    check_sizes(config, config_file, len(tensors))
     if len(files) > 1 or files[0].name != WEIGHTS_FILE:
         _check_index(folder / INDEX_FILE, tensors)
     return Manifest(config, quantization, tuple(files), tensors)
@@ -136,7 +142,7 @@ def read_json(path: Path) -> dict[str, Any]:
     size = _regular_size(path)
     if size > MAX_JSON_BYTES:
         refuse(path, "its size", f"{size} bytes", f"at most {MAX_JSON_BYTES}")
-    return _parse_json(path.read_bytes(), path)
+    return parse_json(path.read_bytes(), path)
 
 
 def read_header(path: Path) -> dict[str, Entry]:
@@ -144,7 +150,7 @@ def read_header(path: Path) -> dict[str, Entry]:
 
     Raises:
         FileFormatError: for a header that is too long, is no JSON, repeats a name or lacks format_version;
-            for a tensor of unknown dtype, rank above 3, size beyond 64 bits, or bytes not exactly where they
+            for a tensor of unknown dtype, rank above 5, size beyond 64 bits, or bytes not exactly where they
             belong.
     """
     size = _regular_size(path)
@@ -155,7 +161,7 @@ def read_header(path: Path) -> dict[str, Entry]:
             refuse(path, "the header length", length, f"at most the file's {max(size - 8, 0)} remaining bytes")
         if length > MAX_HEADER_BYTES:
             refuse(path, "the header length", length, f"at most {MAX_HEADER_BYTES}")
-        header = _parse_json(file.read(length), path)
+        header = parse_json(file.read(length), path)
     metadata = header.pop("__metadata__", {})
     version = metadata.get("format_version") if isinstance(metadata, dict) else None
     if version != str(FORMAT_VERSION):
@@ -206,13 +212,19 @@ def _regular_size(path: Path) -> int:
     return status.st_size
 
 
-def _parse_json(data: bytes, path: Path) -> dict[str, Any]:
+def parse_json(data: bytes, path: str | os.PathLike) -> dict[str, Any]:
+    """A JSON object with unique keys and finite numbers.
+
+    Raises:
+        FileFormatError: otherwise.
+    """
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            keys = [key for key, _ in pairs]
-            double = next(key for key in keys if keys.count(key) > 1)
-            raise ValueError(f"the key {double[:80]!r} stands there twice")
+        result: dict[str, Any] = {}
+        for key, value in pairs:
+            if key in result:
+                raise ValueError(f"the key {key[:80]!r} stands there twice")
+            result[key] = value
         return result
 
     def constant(text: str) -> None:
@@ -232,8 +244,8 @@ def _check_entry(path: Path, name: str, declared: Any) -> tuple[Entry, tuple[int
         found = sorted(declared) if isinstance(declared, dict) else type(declared).__name__
         refuse(path, f"tensor {name!r}", found, "an object with dtype, shape and data_offsets")
     dtype, shape, offsets = declared["dtype"], declared["shape"], declared["data_offsets"]
-    if not isinstance(dtype, str) or dtype not in _BYTES:
-        refuse(path, f"tensor {name!r}: its dtype", dtype, f"one of {', '.join(_BYTES)}")
+    if not isinstance(dtype, str) or dtype not in BYTES:
+        refuse(path, f"tensor {name!r}: its dtype", dtype, f"one of {', '.join(BYTES)}")
     if not isinstance(shape, list) or len(shape) > MAX_RANK:
         refuse(path, f"tensor {name!r}: its shape", shape, f"a list of at most {MAX_RANK} numbers")
     for value in shape:
@@ -241,7 +253,7 @@ def _check_entry(path: Path, name: str, declared: Any) -> tuple[Entry, tuple[int
             refuse(path, f"tensor {name!r}: its shape", shape, f"whole numbers in 0..{_INT32_MAX}")
     if not isinstance(offsets, list) or len(offsets) != 2 or any(type(v) is not int or v < 0 for v in offsets):
         refuse(path, f"tensor {name!r}: data_offsets", offsets, "[first byte, byte after the last]")
-    size = math.prod(shape) * _BYTES[dtype]
+    size = math.prod(shape) * BYTES[dtype]
     if size >= 1 << 63 or offsets[1] - offsets[0] != size:
         found = f"{offsets[1] - offsets[0]} bytes"
         refuse(path, f"tensor {name!r}: data_offsets", found, f"{size}, the size of {dtype} {shape}")
@@ -311,8 +323,12 @@ def _check_index(path: Path, tensors: Mapping[str, Entry]) -> None:
             refuse(path, f"weight_map[{name!r}]", file, Path(tensors[name].file).name)
 
 
-def _check_sizes(config: Mapping[str, Any], file: Path, tensor_count: int) -> None:
-    """Bounds what building the model from config.json could cost before any weight is looked at."""
+def check_sizes(config: Mapping[str, Any], file: str | os.PathLike, tensor_count: int) -> None:
+    """Bounds what building the model from config.json could cost before any weight is looked at.
+
+    Raises:
+        FileFormatError: for a number beyond int32, more layers than tensors, or over 4 million positions.
+    """
     for key, value in config.items():
         if type(value) is int and abs(value) > _INT32_MAX:
             refuse(file, key, value, f"at most {_INT32_MAX}")

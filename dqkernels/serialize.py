@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dqkernels import packing, qmath, reporting
+from dqkernels import manifest, packing, qmath, reporting
 from dqkernels.config import DQConfig
 from dqkernels.manifest import (
     INDEX_FILE,
@@ -45,6 +45,7 @@ __all__ = [
     "check_files",
     "check_folder",
     "check_quantization_config",
+    "check_savable",
     "check_shapes",
     "check_values",
     "refuse",
@@ -56,6 +57,15 @@ __all__ = [
 CARD_FILE = "README.md"
 _CARD_MARK = "<!-- written by dqkernels -->"
 _RENAME_EXCHANGE = 2  # linux/fs.h
+_DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.bool: "BOOL",
+    **{getattr(torch, f"int{bits}"): f"I{bits}" for bits in (8, 16, 32, 64)},
+    **{getattr(torch, f"uint{bits}"): f"U{bits}" for bits in (8, 16, 32, 64)},
+}
 
 
 def check_shapes(model: nn.Module, tensors: Mapping[str, Entry], prefix: str = "") -> set[str]:
@@ -70,7 +80,7 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, Entry], prefix: str = "
         Names in `model` of the tensors that the file holds.
 
     Raises:
-        FileFormatError: for another shape, or another dtype of a packed tensor.
+        FileFormatError: for another shape, or another dtype (between two floats it may differ).
     """
     wanted = model.state_dict()
     found = set()
@@ -80,7 +90,9 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, Entry], prefix: str = "
             continue
         if entry.shape != tuple(wanted[key].shape):
             refuse(entry.file, f"tensor {name!r}: its shape", list(entry.shape), list(wanted[key].shape))
-        if (entry.dtype == "U8") != (wanted[key].dtype == torch.uint8):
+        # Any float becomes the model's own; whole numbers are never converted.
+        same = entry.dtype == _DTYPE_NAMES.get(wanted[key].dtype)
+        if not same and not (entry.dtype in manifest.FLOATS and wanted[key].is_floating_point()):
             refuse(entry.file, f"tensor {name!r}: its dtype", entry.dtype, wanted[key].dtype)
         found.add(key)
     return found
@@ -130,6 +142,37 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
         if layer.quantizer == "ternary" and _has_code_minus_two(module.qweight):
             # With groups it could overflow the int32 sum, whose bound counts on levels -1..1.
             refuse(file, f"tensor '{name}.qweight'", "code -2", "codes -1..1 (ternary)")
+
+
+def check_savable(state: Mapping[str, torch.Tensor], config_json: str) -> None:
+    """Refuses to save what `check_folder` would refuse to load.
+
+    Args:
+        state: the tensors to write, by name.
+        config_json: what config.json will hold.
+
+    Raises:
+        FileFormatError: for a tensor of a dtype or rank that no file may have, too many tensors for one header,
+            or a config.json that is too long or names sizes out of bounds.
+    """
+    where, header, end = "the model to save", {}, 0
+    for name, tensor in state.items():
+        dtype, shape = _DTYPE_NAMES.get(tensor.dtype), list(tensor.shape)
+        if dtype is None:
+            refuse(where, f"tensor {name!r}: its dtype", tensor.dtype, f"one of {', '.join(manifest.BYTES)}")
+        if len(shape) > manifest.MAX_RANK:
+            refuse(where, f"tensor {name!r}: its shape", shape, f"a list of at most {manifest.MAX_RANK} numbers")
+        begin, end = end, end + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+    # Of one file. Several have shorter headers, and an index that is shorter than this as well.
+    length = len(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode())
+    if length > manifest.MAX_HEADER_BYTES:
+        found = f"{length} bytes for {len(header)} tensors"
+        refuse(where, "the header of its weight file", found, f"at most {manifest.MAX_HEADER_BYTES}")
+    data = config_json.encode()
+    if len(data) > manifest.MAX_JSON_BYTES:
+        refuse(where, "its config.json", f"{len(data)} bytes", f"at most {manifest.MAX_JSON_BYTES}")
+    manifest.check_sizes(manifest.parse_json(data, where), where, len(header))
 
 
 def atomic_write(path: str | os.PathLike, data: bytes) -> None:
@@ -185,11 +228,11 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
         model.save_pretrained(fresh)
         if tokenizer is not None:
             tokenizer.save_pretrained(fresh)
-        manifest = check_folder(fresh)
+        written_as = check_folder(fresh)
         _keep_other_files(target, fresh)
-        written = sum(path.stat().st_size for path in manifest.files)
+        written = sum(path.stat().st_size for path in written_as.files)
         ratio = reporting.teacher_bytes(model) / max(written, 1)
-        write_model_card(fresh, manifest.quantization, ratio, manifest.config.get("architectures"))
+        write_model_card(fresh, written_as.quantization, ratio, written_as.config.get("architectures"))
         for path in (p for p in fresh.rglob("*") if p.is_file() and not p.is_symlink()):
             _sync(path)
         _put_in_place(fresh, target)
@@ -220,7 +263,7 @@ def write_model_card(
     settings = "\n".join(
         f"| `{key}` | `{json.dumps(value)}` |"
         for key, value in config.to_dict().items()
-        if key != "quant_method" and value not in (None, {})
+        if key != "quant_method" and value not in (None, [])
     )
     card = f"""---
 library_name: transformers

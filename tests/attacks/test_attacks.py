@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import shutil
 import struct
+import time
 import tracemalloc
 
 import pytest
@@ -48,6 +49,16 @@ def test_attack(name, good, tmp_path):
     assert len(str(caught.value)) < 700, "the error does not repeat the file"
     with pytest.raises(FileFormatError, match=message):
         dqkernels.load(folder)
+
+
+def test_a_name_twice_is_found_in_linear_time(tmp_path):
+    """Seen: every key was counted in the list of all keys, hours for the 4 MiB that a header may have."""
+    names = ", ".join(f'"{i}": 0' for i in range(100_000))
+    (tmp_path / "config.json").write_text(f'{{{names}, "99999": 0}}')
+    started = time.process_time()
+    with pytest.raises(FileFormatError, match="the key '99999' stands there twice"):
+        check_folder(tmp_path)
+    assert time.process_time() - started < 5
 
 
 def test_the_link_layout_of_a_hub_cache_is_accepted(good, tmp_path):
