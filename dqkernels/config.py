@@ -258,6 +258,10 @@ class DQConfig:
         body["overrides"] = [[p, dict(e)] for p, e in self.overrides.items()]
         return {"quant_method": QUANT_METHOD, "format_version": FORMAT_VERSION, **body}
 
+    def get_loading_attributes(self) -> dict[str, Any]:
+        """What transformers takes from a `quantization_config=` when the folder is packed already."""
+        return {name: getattr(self, name) for name in RUNTIME_FIELDS}
+
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> DQConfig:
         """Reads what `to_dict` wrote; `overrides` may also be a dict, as one writes it by hand.

@@ -4,7 +4,9 @@
     model.save_pretrained("folder")                               # packed, the tied table once
     model = AutoModelForSeq2SeqLM.from_pretrained("folder")       # equal bits, files checked first
 
-Only hooks of `HfQuantizer` that did not change between transformers 5.0 and 5.23 are used.
+Hooks of `HfQuantizer` that did not change between transformers 5.0 and 5.23, and two things beside them that are
+the same in 5.17 and 5.23: `LOADING_ATTRIBUTES_CONFIG_TYPES` (fields of a `quantization_config=` that count for a
+packed folder too) and `_adjust_missing_and_unexpected_keys` (what a file lacked, see `_watch_loading`).
 `dqkernels/__init__` imports this module when transformers loads its quantizers, so nothing here may need a
 finished `transformers`.
 """
@@ -20,7 +22,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
+from transformers.quantizers import auto as quantizers
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -28,10 +32,8 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from dqkernels import config as plain
 from dqkernels import convert, serialize, tying
 from dqkernels.checks import FLOAT_DTYPES
-from dqkernels.config import FORMAT_VERSION, QUANT_METHOD, VERSION
+from dqkernels.config import FORMAT_VERSION, QUANT_METHOD, RUNTIME_FIELDS, VERSION
 from dqkernels.nn import PackedModule, QEmbedding, QLinear, take_over
-
-_PACKED_TENSORS = ("qweight", "weight_scale", "group_mult", "act_scale")
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -51,6 +53,19 @@ class DQConfig(plain.DQConfig, QuantizationConfigMixin):
     def get(self, key: str, default: Any = None) -> Any:
         """As of a dict, which is what transformers expects in the config of a packed model."""
         return self.to_dict().get(key, default)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Frozen but for what is not the model's: transformers sets the loading attributes one by one.
+        if name in RUNTIME_FIELDS:
+            object.__setattr__(self, name, getattr(plain.DQConfig(**{name: value}), name))
+        else:
+            super().__setattr__(name, value)
+
+
+# A DQConfig given for a packed folder: transformers takes `get_loading_attributes()` of it, and warns that the rest
+# is ignored. Every DQConfig a user makes is a plain one, of which the adapter is a subclass.
+_types = getattr(quantizers, "LOADING_ATTRIBUTES_CONFIG_TYPES", ())
+quantizers.LOADING_ATTRIBUTES_CONFIG_TYPES = (*_types, plain.DQConfig)
 
 
 def stored_config(config: plain.DQConfig) -> DQConfig:
@@ -81,6 +96,7 @@ class DQHfQuantizer(HfQuantizer):
         super().__init__(stored_config(quantization_config), **kwargs)
         self._tables: dict[str, _Table] = {}  # by the name of the float weight they come from
         self._skipped: dict[str, str] = {}
+        self._watched = False
 
     def validate_environment(self, *args, device_map=None, **kwargs):
         if isinstance(device_map, dict) and "disk" in device_map.values():
@@ -122,6 +138,27 @@ class DQHfQuantizer(HfQuantizer):
         tying.set_tied_names(model, old_names)
         if self.pre_quantized:
             serialize.check_shapes(model, tensors, model.base_model_prefix)
+        self._watch_loading(model)
+
+    def _watch_loading(self, model) -> None:
+        """Acts on what a checkpoint lacked: only transformers knows, after its renamings, ties and exceptions.
+
+        It tells nobody but its LOAD REPORT, goes on, and leaves the bias of a packed layer as memory happened to be.
+        Marks on the tensors would tell too, but get lost where accelerate moves them to several devices.
+        """
+        adjust = model._adjust_missing_and_unexpected_keys
+
+        def watched(info) -> None:
+            del model._adjust_missing_and_unexpected_keys  # of this instance, for this one load
+            self._watched = True
+            lacking = info.missing_and_mismatched()
+            adjust(info)  # takes out what the architecture itself ignores
+            if self.pre_quantized:
+                _refuse_incomplete(model, info)
+            else:
+                _initialise_biases(model, lacking)
+
+        model._adjust_missing_and_unexpected_keys = watched
 
     def _expect_floats(self, model, decisions: list[convert.Decision], by_name: Mapping[str, PackedModule]) -> None:
         """Gives packed modules a float `weight` slot to load into; notes which table each float belongs to."""
@@ -177,6 +214,11 @@ class DQHfQuantizer(HfQuantizer):
                 shape = serialize.rows_columns(table.module)
                 table.module.pack_(torch.randn(shape, device=_device(model)) * deviation)
         self._tables = {}
+        if not self._watched:
+            raise RuntimeError(
+                f"transformers {transformers.__version__} no longer tells which tensors a checkpoint lacks: "
+                "dqkernels is made for transformers 5.17 to 5.23"
+            )
         owners: dict[str, PackedModule] = {}
         for name, module in model.named_modules(remove_duplicate=False):
             if not isinstance(module, PackedModule):
@@ -189,8 +231,10 @@ class DQHfQuantizer(HfQuantizer):
                 owners[f"{name}.qweight"] = module
             if isinstance(module, QLinear) and module.act_scale is not None and not self.pre_quantized:
                 module.act_scale = torch.full((1,), float("nan"), device=module.qweight.device)
+            bias = getattr(module, "bias", None)
+            if bias is not None and f"{name}.bias" not in model.all_tied_weights_keys:
+                bias.requires_grad_(False)  # as quantize_ leaves it; transformers loads every float with a gradient
         if self.pre_quantized:
-            _check_all_loaded(model)
             serialize.check_values(model, model.config.name_or_path or serialize.WEIGHTS_FILE)
         _finish(model, self._skipped)
         return model
@@ -201,7 +245,8 @@ class DQHfQuantizer(HfQuantizer):
         """What save_pretrained writes: every storage once, and the format's version.
 
         Raises:
-            ValueError: if the modules are not what the config says, so that the file would not load again.
+            ValueError: if the modules are not what the config says, or a file may not hold what they are (a rank
+                above 5, say), so that it would not load again.
         """
         _check_config_describes(model, self.quantization_config)
         serialize.check_values(model, "the model to save")
@@ -209,6 +254,7 @@ class DQHfQuantizer(HfQuantizer):
         for target, source in model.all_tied_weights_keys.items():
             if target in state and source in state:
                 del state[target]
+        serialize.check_savable(state, model.config.to_json_string())
         return state, {"format_version": str(FORMAT_VERSION), "dqkernels_version": VERSION}
 
     def is_serializable(self, *args, **kwargs) -> bool:
@@ -255,29 +301,36 @@ class DQHfQuantizer(HfQuantizer):
         return model
 
 
-def load(folder: str | os.PathLike, dtype: str | torch.dtype | None = None, device=None) -> nn.Module:
+def load(
+    folder: str | os.PathLike,
+    dtype: str | torch.dtype | None = None,
+    device=None,
+    backend: str = "auto",
+    strict: bool = False,
+) -> nn.Module:
     """Loads a packed model from a local folder; the folder is checked before anything is allocated.
 
     Args:
         folder: written by `save_pretrained`, `dqkernels.train.export` or the command line.
         dtype: of all that is not packed: float32, float16 or bfloat16; default: what the folder records.
         device: where to; default: the CPU.
+        backend, strict: as in `DQConfig`. They are of this machine: a folder does not hold them.
 
     Returns:
         The model, in eval mode, of the class that the folder's config.json names.
 
     Raises:
-        serialize.FileFormatError: if the folder is not a packed model as this release writes it.
-        ValueError: if `folder` is not a folder.
+        serialize.FileFormatError: if the folder is not a packed model as this release writes it, or lacks a tensor
+            of the model, or holds one that the model has no place for.
+        ValueError: if `folder` is not a folder, or `backend` or `strict` is no value of these.
     """
+    plain.DQConfig(backend=backend, strict=strict)
     if not Path(folder).is_dir():
         raise ValueError(
             f"folder must be a local folder, got {os.fspath(folder)!r}; for a model on the Hugging Face hub "
             "use from_pretrained of its Auto class"
         )
     manifest = serialize.check_folder(folder)
-    import transformers
-
     names = manifest.config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     model_class = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None
@@ -291,6 +344,9 @@ def load(folder: str | os.PathLike, dtype: str | torch.dtype | None = None, devi
         use_safetensors=True,
         trust_remote_code=False,
     )
+    # Not through quantization_config=, at which transformers warns.
+    for target in (model.config.quantization_config, *(m for m in model.modules() if isinstance(m, PackedModule))):
+        target.backend, target.strict = backend, strict
     return model if device is None else model.to(device)
 
 
@@ -400,16 +456,30 @@ def _attach(model: nn.Module, config: plain.DQConfig) -> None:
 convert.after_convert.append(_attach)
 
 
-def _check_all_loaded(model) -> None:
-    """Refuses a packed model of which a tensor was not loaded: transformers itself only reports it."""
+def _refuse_incomplete(model, info) -> None:
+    """Refuses a packed folder that lacks a tensor or has one too many; `info` is transformers' LoadStateDictInfo."""
+    file = model.config.name_or_path or serialize.WEIGHTS_FILE
+
+    def refuse(names: set[str], found: str, wanted: str) -> None:
+        # Codes first: they say most about what is wrong.
+        first, *more = sorted(names, key=lambda name: (not name.endswith(".qweight"), name))
+        also = f" (and {len(more)} more)" if more else ""
+        serialize.refuse(file, f"tensor {first!r}{also}", found, wanted)
+
+    if lacking := info.missing_and_mismatched():
+        refuse(lacking, "missing or of another shape", "in the file")
+    # Another class reads the same folder with or without its head: there it stays transformers' report.
+    names = model.config.architectures
+    if info.unexpected_keys and (not names or type(model).__name__ in names):
+        refuse(info.unexpected_keys, "in the file", f"none by this name: {type(model).__name__} has no place for it")
+
+
+@torch.no_grad()
+def _initialise_biases(model, lacking: set[str]) -> None:
+    """Zeros for the biases that a float checkpoint lacks, as the models' own init of a linear does."""
     for name, module in model.named_modules():
-        if not isinstance(module, PackedModule):
-            continue
-        for key in _PACKED_TENSORS:
-            tensor = getattr(module, key, None)
-            if tensor is not None and not getattr(tensor, "_is_hf_initialized", False):
-                file = model.config.name_or_path or serialize.WEIGHTS_FILE
-                serialize.refuse(file, f"tensor '{name}.{key}'", "missing or of another shape", "in the file")
+        if isinstance(module, QLinear) and module.bias is not None and f"{name}.bias" in lacking:
+            module.bias.zero_()
 
 
 def _check_config_describes(model, config: plain.DQConfig) -> None:

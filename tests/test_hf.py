@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import json
 import logging
 import os
@@ -66,12 +67,19 @@ def largest_table(model) -> int:
     return max(len(names) for names in tables(model).values())
 
 
+def layers(model) -> dict[str, object]:
+    return {name: module.layer for name, module in model.named_modules() if isinstance(module, PackedModule)}
+
+
 def stored_names(folder) -> set[str]:
     with safe_open(Path(folder) / "model.safetensors", "pt") as file:
         return set(file.keys())
 
 
 # ------------------------------------------------------------------------------------------------ the families
+
+#: Tied to a parameter of a module that is not packed, and trained with it.
+BIASES_OF_OTHERS = ("cls.predictions.decoder",)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -105,6 +113,11 @@ def test_pack_while_loading_save_and_reload(family, float_folder, tmp_path, load
         assert not any(isinstance(m, nn.Linear) for m in model.modules())
 
     for model in (flying, in_memory, reloaded):
+        biases = {n: p.requires_grad for n, p in model.named_parameters(remove_duplicate=False) if n.endswith(".bias")}
+        assert biases == {
+            n: p.requires_grad for n, p in in_memory.named_parameters(remove_duplicate=False) if n in biases
+        }
+        assert not any(biases.get(f"{name}.bias") for name in layers(model) if name not in BIASES_OF_OTHERS)
         model.tie_weights()  # computes its mapping anew
         assert model.get_expanded_tied_weights_keys(all_submodels=True) == model.all_tied_weights_keys
         assert torch.equal(logits(model), expected)
@@ -141,6 +154,14 @@ CONFIGS = {
     "float_head": DQConfig(head="float"),
     "overrides": DQConfig(overrides={"fc2": {"weight_bits": 8}, r"encoder\.layers\.0": {"skip": True}}),
     "float_embedding_by_override": DQConfig(overrides={"shared|embed_tokens|lm_head": {"skip": True}}),
+    # Out of alphabetical order, in which transformers writes the keys of every JSON object.
+    "order_of_activations": DQConfig(
+        overrides={"fc1": {"act_granularity": "per_tensor"}, "encoder": {"act_granularity": "per_token"}}
+    ),
+    "order_of_quantizers": DQConfig(
+        weight_bits=2, overrides={"fc": {"weight_quantizer": "ternary"}, "encoder": {"weight_quantizer": "four_level"}}
+    ),
+    "order_of_skips": DQConfig(overrides={"encoder": {"skip": True}, "0.fc1": {"skip": False}}),
 }
 
 
@@ -157,7 +178,9 @@ def test_other_configs(name, float_folder, tmp_path, load_log):
     load_log.clear()
     reloaded = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "flying")
     assert "LOAD REPORT" not in load_log.text
-    assert torch.equal(logits(reloaded), logits(flying))
+    for model in (reloaded, dqkernels.load(tmp_path / "in_memory")):
+        assert torch.equal(logits(model), logits(flying))
+        assert layers(model) == layers(in_memory) == layers(flying)
     assert reloaded.dqkernels_skipped == flying.dqkernels_skipped
     assert reloaded.config.quantization_config.to_dict() == config.to_dict()
     for model in (flying, in_memory, reloaded):
@@ -283,6 +306,30 @@ def test_a_layer_the_float_checkpoint_lacks_is_reported_and_initialised(float_fo
     assert head.dequantize().abs().max() > 0 and torch.isfinite(head.dequantize()).all()
 
 
+@pytest.fixture
+def dirty_memory(monkeypatch):
+    """What `torch.empty_like` may hand out: here it always holds garbage, on a CPU often zeros."""
+    empty_like = torch.empty_like
+
+    def dirty(tensor, **kwargs):
+        new = empty_like(tensor, **kwargs)
+        return new.fill_(1.7e38) if new.is_floating_point() and not new.is_meta else new
+
+    monkeypatch.setattr(torch, "empty_like", dirty)
+
+
+def test_a_bias_the_float_checkpoint_lacks_is_zero(float_folder, tmp_path, dirty_memory):
+    model = transformers.BartForSequenceClassification.from_pretrained(float_folder("bart"), quantization_config=CONFIG)
+    assert torch.count_nonzero(model.classification_head.dense.bias) == 0
+    assert torch.count_nonzero(model.classification_head.out_proj.bias) == 0
+    assert torch.count_nonzero(model.model.encoder.layers[0].fc1.bias) > 0, "what the file has stays"
+    name = "bert.encoder.layer.0.intermediate.dense.bias"
+    folder = rewritten(float_folder("bert"), tmp_path / "bert", lambda t: {k: v for k, v in t.items() if k != name})
+    bert = transformers.AutoModelForMaskedLM.from_pretrained(folder, quantization_config=CONFIG)
+    assert torch.count_nonzero(bert.get_parameter(name)) == 0
+    assert torch.count_nonzero(bert.cls.predictions.decoder.bias) > 0
+
+
 def test_non_finite_weights_are_refused_by_name(float_folder, tmp_path, load_log):
     name = "model.decoder.layers.0.fc1.weight"
 
@@ -307,6 +354,12 @@ def packed_folder(tmp_path_factory, float_folder):
 
 
 FC1 = "model.encoder.layers.1.fc1"
+NORM = "model.encoder.layers.0.self_attn_layer_norm.weight"
+POSITIONS = "model.decoder.embed_positions.weight"
+
+
+def without(tensors, *names):
+    return {name: tensor for name, tensor in tensors.items() if name not in names}
 
 
 @pytest.mark.parametrize(
@@ -318,14 +371,66 @@ FC1 = "model.encoder.layers.1.fc1"
         (lambda t: {**t, f"{FC1}.weight_scale": -t[f"{FC1}.weight_scale"]}, rf"{FC1}.weight_scale.*not below 0"),
         (lambda t: {**t, f"{FC1}.weight_scale": t[f"{FC1}.weight_scale"] / 0}, rf"{FC1}.weight_scale.*finite"),
         (lambda t: {**t, f"{FC1}.weight_scale": t[f"{FC1}.weight_scale"][:1]}, rf"{FC1}.weight_scale.*shape"),
+        (lambda t: without(t, f"{FC1}.bias"), rf"tensor '{FC1}.bias' is missing"),
+        (lambda t: without(t, NORM), rf"tensor '{NORM}' is missing"),
+        (lambda t: without(t, POSITIONS), rf"tensor '{POSITIONS}' is missing"),
+        (lambda t: without(t, NORM, POSITIONS), rf"tensor '{POSITIONS}' \(and 1 more\) is missing"),
+        (lambda t: {**t, "model.hook.bias": torch.ones(1)}, "'model.hook.bias' is in the file, wanted none"),
+        (lambda t: {**t, f"{FC1}.weight": torch.ones(1)}, rf"'{FC1}.weight' is in the file, wanted none"),
+        (lambda t: {**t, NORM: t[NORM].long()}, rf"{NORM}.*dtype is I64, wanted torch.float32"),
+        (lambda t: {**t, NORM: torch.ones(40, dtype=torch.uint8)}, rf"{NORM}.*dtype is U8, wanted torch.float32"),
     ],
-    ids=["missing", "qweight rows", "bias shape", "negative scale", "infinite scale", "scale rows"],
+    ids=[
+        "missing",
+        "qweight rows",
+        "bias shape",
+        "negative scale",
+        "infinite scale",
+        "scale rows",
+        "no bias",
+        "no norm",
+        "no positions",
+        "two missing",
+        "unknown tensor",
+        "a float beside the codes",
+        "a norm of whole numbers",
+        "a norm of bytes",
+    ],
 )
 @pytest.mark.parametrize("how", ["from_pretrained", "load"])
 def test_packed_checkpoints_load_strictly(change, message, how, packed_folder, tmp_path):
     folder = rewritten(packed_folder, tmp_path / "changed", change)
     with pytest.raises(FileFormatError, match=message):
         dqkernels.load(folder) if how == "load" else AutoModelForSeq2SeqLM.from_pretrained(folder)
+
+
+def test_what_the_architecture_ignores_may_be_absent_or_too_many(packed_folder, float_folder, tmp_path):
+    """BART's own lists of names, T5's, and the float64 that a file may hold instead of another float."""
+    expected = logits(dqkernels.load(packed_folder))
+
+    def change(t):
+        return {**without(t, "final_logits_bias"), "encoder.version": torch.ones(1), NORM: t[NORM].double()}
+
+    folder = rewritten(packed_folder, tmp_path / "bart", change)
+    assert torch.equal(logits(dqkernels.load(folder)), expected)
+    assert torch.equal(logits(AutoModelForSeq2SeqLM.from_pretrained(folder)), expected)
+    t5 = AutoModelForSeq2SeqLM.from_pretrained(float_folder("t5"), quantization_config=CONFIG)
+    t5.save_pretrained(tmp_path / "t5")
+    name = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+    folder = rewritten(tmp_path / "t5", tmp_path / "t5_old", lambda t: {**t, name: torch.ones(32, 2)})
+    assert torch.equal(logits(dqkernels.load(folder)), logits(t5))
+
+
+def test_another_class_of_a_packed_folder(packed_folder, float_folder, tmp_path):
+    """Without a head: the rest of the file is not its business. With a head the file lacks: refused."""
+    encoder = transformers.BartModel.from_pretrained(packed_folder)
+    assert largest_table(encoder) == 3
+    with pytest.raises(FileFormatError, match=r"classification_head.*\.qweight' \(and 5 more\) is missing"):
+        transformers.BartForSequenceClassification.from_pretrained(packed_folder)
+    bert = transformers.AutoModelForMaskedLM.from_pretrained(float_folder("bert"), quantization_config=CONFIG)
+    bert.save_pretrained(tmp_path)
+    base = transformers.BertModel.from_pretrained(tmp_path, add_pooling_layer=False)
+    assert torch.equal(base.embeddings.word_embeddings.weight_scale, bert.bert.embeddings.word_embeddings.weight_scale)
 
 
 def test_unknown_key_in_the_stored_config(packed_folder, tmp_path):
@@ -343,6 +448,45 @@ def test_config_for_an_already_packed_checkpoint_warns(packed_folder):
     assert model.model.encoder.layers[0].fc1.layer.bits == 4
 
 
+def where(model) -> set[tuple[str, bool]]:
+    """Backends and strictness of its packed modules and of its config."""
+    modules = [m for m in model.modules() if isinstance(m, PackedModule)]
+    return {(m.backend, m.strict) for m in (*modules, model.config.quantization_config)}
+
+
+def test_backend_and_strict_are_of_the_machine_and_not_of_the_folder(float_folder, tmp_path, recwarn):
+    config = DQConfig(backend="cuda", strict=True)
+    model = AutoModelForSeq2SeqLM.from_pretrained(float_folder("bart"), quantization_config=config)
+    in_memory = dqkernels.quantize_(make("bart"), config)
+    assert where(model) == where(in_memory) == {("cuda", True)}
+    model.save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())["quantization_config"]
+    assert "backend" not in stored and "strict" not in stored
+    for reloaded in (AutoModelForSeq2SeqLM.from_pretrained(tmp_path), dqkernels.load(tmp_path)):
+        assert where(reloaded) == {("auto", False)}
+        assert torch.isfinite(logits(reloaded)).all()
+
+    recwarn.clear()
+    loaded = dqkernels.load(tmp_path, backend="eager", strict=True)
+    assert where(loaded) == {("eager", True)} and not recwarn.list
+    assert torch.equal(logits(loaded), logits(reloaded))
+    with pytest.raises(ValueError, match="backend must be one of"):
+        dqkernels.load(tmp_path, backend="gpu")
+    with pytest.raises(ValueError, match="strict must be one of"):
+        dqkernels.load(tmp_path, strict=1)
+
+    given = DQConfig(weight_bits=2, backend="eager", strict=True)
+    with pytest.warns(UserWarning, match="from the model will be used.*'backend', 'strict'.*The rest will be ignored"):
+        passed = AutoModelForSeq2SeqLM.from_pretrained(tmp_path, quantization_config=given)
+    assert where(passed) == {("eager", True)}
+    assert passed.config.quantization_config.weight_bits == 4
+    assert torch.equal(logits(passed), logits(reloaded))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        passed.config.quantization_config.weight_bits = 2
+    with pytest.raises(ValueError, match="backend must be one of"):
+        passed.config.quantization_config.backend = "gpu"
+
+
 # ------------------------------------------------------------------------------------------------ a packed model
 
 
@@ -353,7 +497,7 @@ def packed(packed_folder):
 
 def test_config_serialises(packed):
     stored = json.loads(packed.config.to_json_string())["quantization_config"]
-    assert stored == CONFIG.to_dict()
+    assert stored == json.loads(json.dumps(CONFIG.to_dict()))
     assert copy.deepcopy(packed.config).quantization_config.to_dict() == CONFIG.to_dict()
     assert isinstance(packed.config.quantization_config, DQConfig)
     again = AutoModelForSeq2SeqLM.from_pretrained(packed.config.name_or_path, config=packed.config)
@@ -430,6 +574,75 @@ def test_packing_in_chunks_gives_the_bits_of_the_whole(monkeypatch):
         assert torch.equal(whole.qweight, chunked.qweight)
         assert torch.equal(whole.weight_scale, chunked.weight_scale)
         assert whole.group_mult is None or torch.equal(whole.group_mult, chunked.group_mult)
+
+
+# ------------------------------------------------------------------------------------ what else a model may hold
+
+
+def vit() -> nn.Module:
+    """A float convolution (rank 4) and class token (rank 3) beside packed linears."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = transformers.ViTConfig(
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=56,
+            image_size=16,
+            patch_size=8,
+        )
+        return transformers.ViTModel(config).eval()
+
+
+@torch.no_grad()
+def test_a_model_with_convolutions_is_saved_and_reloaded(tmp_path):
+    model = dqkernels.quantize_(vit(), DQConfig(weight_bits=4))
+    pixels = torch.randn(2, 3, 16, 16)
+    model.save_pretrained(tmp_path)
+    for reloaded in (dqkernels.load(tmp_path), AutoModel.from_pretrained(tmp_path)):
+        assert torch.equal(reloaded(pixels).last_hidden_state, model(pixels).last_hidden_state)
+
+
+class WithBuffers(transformers.BartForConditionalGeneration):
+    """Of every dtype and rank that a float model may hold beside its weights."""
+
+    def __init__(self, config):
+        super().__init__(config)
+        for dtype in (torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
+            self.register_buffer(f"a_{str(dtype).removeprefix('torch.')}", torch.ones(1, 2, 1, 1, 2, dtype=dtype))
+
+    def _init_weights(self, module):
+        super()._init_weights(module)
+
+
+def test_tensors_of_other_dtypes_are_saved_and_reloaded(float_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(transformers, "WithBuffers", WithBuffers, raising=False)
+    model = WithBuffers(make("bart").config)
+    dqkernels.quantize_(model, CONFIG).save_pretrained(tmp_path)
+    reloaded = dqkernels.load(tmp_path)
+    expected = dict(model.named_buffers())
+    for name, buffer in reloaded.named_buffers():
+        if name.startswith("a_") and name != "a_float64":  # transformers brings every float to the model's dtype
+            assert buffer.dtype == expected[name].dtype and torch.equal(buffer, expected[name])
+    assert torch.equal(reloaded.a_float64.double(), expected["a_float64"])
+
+
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (lambda m: m.register_buffer("x", torch.ones(1, 1, 1, 1, 1, 1)), r"'x': its shape is .*at most 5 numbers"),
+        (lambda m: m.register_buffer("x", torch.ones(1, dtype=torch.complex64)), "'x': its dtype is torch.complex64"),
+        (lambda m: m.register_buffer("n" * (4 << 20), torch.ones(1)), "the header of its weight file is .* tensors"),
+        (lambda m: setattr(m.config, "notes", "x" * (4 << 20)), "its config.json is .* bytes, wanted at most 4194304"),
+        (lambda m: setattr(m.config, "max_position_embeddings", 1 << 23), "max_position_embeddings is 8388608"),
+    ],
+    ids=["rank", "dtype", "header", "config", "sizes"],
+)
+def test_what_could_not_be_loaded_is_not_saved(spoil, message, packed, tmp_path):
+    spoil(packed)
+    with pytest.raises(FileFormatError, match=f"the model to save: .*{message}"):
+        packed.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 # --------------------------------------------------------------------------------------------------------- memory
