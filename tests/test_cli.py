@@ -175,6 +175,7 @@ def test_quantize_static(tiny, tmp_path, capsys):
         (["--embedding-bits", "5"], "--embedding_bits must be one of [2, 4, 8, 16], got 5"),
         (["--weight_quantizer", "best"], "--weight_quantizer must be one of"),
         (["--group_size", "7"], "--group_size must be one of [-1, 32, 64, 128], got 7"),
+        (["--weight_bits", "8", "--group_size", "64"], "is for 2 and 4 bits, and nothing here has so few"),
         (["--act_clip", "-1"], "--act_clip must be None or a finite number above 0, got -1.0"),
         (["--dtype", "int8"], "--dtype must be one of"),
         (["--device", "tpu"], "--device must be auto, cpu, cuda or cuda:N, got 'tpu'"),

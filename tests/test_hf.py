@@ -611,9 +611,6 @@ class WithBuffers(transformers.BartForConditionalGeneration):
         for dtype in (torch.float64, torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool):
             self.register_buffer(f"a_{str(dtype).removeprefix('torch.')}", torch.ones(1, 2, 1, 1, 2, dtype=dtype))
 
-    def _init_weights(self, module):
-        super()._init_weights(module)
-
 
 def test_tensors_of_other_dtypes_are_saved_and_reloaded(float_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(transformers, "WithBuffers", WithBuffers, raising=False)

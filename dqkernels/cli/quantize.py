@@ -57,7 +57,7 @@ def quantize(
         str, typer.Option("--weight_granularity", help="per_channel, or per_tensor (the paper's rule).")
     ] = "per_channel",
     group_size: Annotated[
-        int, typer.Option("--group_size", help="Inputs that share a multiplier: 32, 64, 128; -1 is none.")
+        int, typer.Option("--group_size", help="At 2 and 4 bits: inputs that share a multiplier: 32, 64, 128.")
     ] = -1,
     act_granularity: Annotated[
         str, typer.Option("--act_granularity", help="per_token, per_tensor or static.")
