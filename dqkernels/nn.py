@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dqkernels import backends, ops, packing
-from dqkernels.config import LayerConfig
+from dqkernels.config import DQConfig, LayerConfig
 
 #: Hooks and bookkeeping that a replacement module takes over from the module it replaces.
 _HOOKS = (
@@ -80,8 +80,13 @@ class PackedModule(nn.Module):
         """Quantizes a float matrix [rows, columns] into this module, in place.
 
         Raises:
-            ValueError: for another shape, or a weight that is not finite.
+            ValueError: for another shape, a weight that is not finite, or one on the meta device.
         """
+        if weight.is_meta:
+            raise ValueError(
+                "weight is on the meta device and has no values to quantize: load the weights first, or give "
+                "from_pretrained the quantization_config"
+            )
         if tuple(weight.shape) != (self._rows, self._columns):
             raise ValueError(f"weight must be [{self._rows}, {self._columns}], got {list(weight.shape)}")
         layer = self.layer
@@ -162,7 +167,7 @@ class QLinear(PackedModule):
         layer: the resolved quantization of this layer.
         dtype: of the bias, and of `weight.dtype` as other code sees it.
 
-    Shapes: x [..., in_features] in float32, float16 or bfloat16; y [..., out_features] in x's dtype.
+    Shapes: input x [..., in_features] in float32, float16 or bfloat16; y [..., out_features] in x's dtype.
     """
 
     def __init__(
@@ -187,17 +192,20 @@ class QLinear(PackedModule):
         self.register_buffer("act_scale", scale)
 
     @classmethod
-    def from_linear(cls, linear: nn.Linear, layer: LayerConfig, tied: PackedModule | None = None) -> QLinear:
+    def from_linear(cls, linear: nn.Linear, layer: LayerConfig | DQConfig, tied: PackedModule | None = None) -> QLinear:
         """Packs an `nn.Linear`; hooks, bias and training flag are taken over.
 
         Args:
             linear: the float layer; it is not changed.
-            layer: the resolved quantization, for example `DQConfig(weight_bits=4).for_linear("fc1")`.
+            layer: the resolved quantization, for example `DQConfig(weight_bits=4).for_linear("fc1")`; or a
+                `DQConfig`, whose choice for a linear without a name is taken, with its `backend` and `strict`.
             tied: a packed module whose table this layer shares instead of packing its own.
 
         Raises:
-            ValueError: for non-finite weights or in_features > 131,071.
+            ValueError: for weights that are not finite or on the meta device, in_features > 131,071, or a
+                `layer` that is neither kind or leaves the linear in float.
         """
+        layer, backend, strict = _resolved(layer, is_embedding=False)
         weight = linear.weight
         # A tied table is adopted whole below; an empty one of the right shape costs nothing on the meta device.
         new = cls(
@@ -216,6 +224,7 @@ class QLinear(PackedModule):
                 new.act_scale = torch.full((1,), float("nan"), dtype=torch.float32, device=weight.device)
         if linear.bias is not None:
             new.bias = nn.Parameter(linear.bias.detach().clone(), requires_grad=False)
+        new.backend, new.strict = backend, strict
         return take_over(linear, new)
 
     @property
@@ -226,10 +235,11 @@ class QLinear(PackedModule):
     def _columns(self) -> int:
         return self.in_features
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    # `input`, as nn.Linear and nn.Embedding call it: a call by keyword goes on working.
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         layer = self.layer
         return ops.qlinear(
-            x,
+            input,
             self.qweight,
             self.weight_scale,
             self.group_mult,
@@ -241,7 +251,7 @@ class QLinear(PackedModule):
             layer.act_clip,
             self.act_scale,
             "none",
-            x.dtype,
+            input.dtype,
             self.backend,
             self.strict,
         )
@@ -275,7 +285,7 @@ class QEmbedding(PackedModule):
         embed_scale: factor of BART's scaled word embedding; 1.0 otherwise.
         dtype: of the output, and of `weight.dtype` as other code sees it.
 
-    Shapes: ids int64 or int32 [...] -> [..., embedding_dim].
+    Shapes: input int64 or int32 [...], ids of rows -> [..., embedding_dim].
     """
 
     def __init__(
@@ -295,9 +305,10 @@ class QEmbedding(PackedModule):
 
     @classmethod
     def from_embedding(
-        cls, embedding: nn.Embedding, layer: LayerConfig, tied: PackedModule | None = None
+        cls, embedding: nn.Embedding, layer: LayerConfig | DQConfig, tied: PackedModule | None = None
     ) -> QEmbedding:
         """Packs an `nn.Embedding` (or a scaled word embedding of BART); arguments as `QLinear.from_linear`."""
+        layer, backend, strict = _resolved(layer, is_embedding=True)
         new = cls(
             embedding.num_embeddings,
             embedding.embedding_dim,
@@ -311,6 +322,7 @@ class QEmbedding(PackedModule):
             new.pack_(embedding.weight)
         else:
             new.share_(tied)
+        new.backend, new.strict = backend, strict
         return take_over(embedding, new)
 
     @property
@@ -321,9 +333,9 @@ class QEmbedding(PackedModule):
     def _columns(self) -> int:
         return self.embedding_dim
 
-    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.qembedding(
-            ids,
+            input,
             *self._packed(),
             None,
             *self._format(),
@@ -357,6 +369,19 @@ def take_over(old: nn.Module, new: PackedModule) -> PackedModule:
             setattr(new, name, getattr(old, name))
     new.train(old.training)
     return new
+
+
+def _resolved(layer: LayerConfig | DQConfig, is_embedding: bool) -> tuple[LayerConfig, str, bool]:
+    """The choice for one module without a name, and backend and `strict`, of which a `LayerConfig` says nothing."""
+    if isinstance(layer, LayerConfig):
+        return layer, "auto", False
+    if not isinstance(layer, DQConfig):
+        raise ValueError(f"layer must be a LayerConfig or a DQConfig, got {type(layer).__name__}")
+    chosen = layer.for_embedding("") if is_embedding else layer.for_linear("")
+    if chosen is None:
+        why = "embedding_bits=16" if is_embedding and layer.embedding_bits == 16 else "overrides skip a module named ''"
+        raise ValueError(f"layer leaves this module in float ({why}): there is nothing to pack")
+    return chosen, layer.backend, layer.strict
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

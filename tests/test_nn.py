@@ -409,3 +409,38 @@ def test_packed_bytes_counts_codes_scales_and_multipliers():
 def test_the_example_of_the_docstring():
     packed = QLinear.from_linear(nn.Linear(40, 24), DQConfig(weight_bits=4).for_linear("fc1"))
     assert packed.layer == W4
+
+
+def test_a_whole_config_is_resolved_for_a_module_without_a_name():
+    config = DQConfig(
+        weight_bits=2, embedding_bits=8, backend="eager", strict=True, overrides={"fc1": {"weight_bits": 8}}
+    )
+    linear, embedding = nn.Linear(40, 24), nn.Embedding(24, 40)
+    packed, table = QLinear.from_linear(linear, config), QEmbedding.from_embedding(embedding, config)
+    assert packed.layer == config.for_linear("x") and packed.layer.bits == 2
+    assert table.layer == config.for_embedding("x") and table.layer.bits == 8
+    assert {(m.backend, m.strict) for m in (packed, table)} == {("eager", True)}
+    assert_same_bits(packed.dequantize(), QLinear.from_linear(linear, config.for_linear("x")).dequantize())
+    plain = QLinear.from_linear(linear, config.for_linear("x"))
+    assert (plain.backend, plain.strict) == ("auto", False)
+
+
+def test_layers_that_say_nothing_to_pack():
+    with pytest.raises(ValueError, match="layer must be a LayerConfig or a DQConfig, got dict"):
+        QLinear.from_linear(nn.Linear(4, 4), {"bits": 4})
+    with pytest.raises(ValueError, match="leaves this module in float .overrides skip"):
+        QLinear.from_linear(nn.Linear(4, 4), DQConfig(overrides={"": {"skip": True}}))
+    with pytest.raises(ValueError, match="leaves this module in float .embedding_bits=16"):
+        QEmbedding.from_embedding(nn.Embedding(4, 4), DQConfig(embedding_bits=16))
+
+
+def test_meta_weights_are_refused_in_words():
+    with pytest.raises(ValueError, match="weight is on the meta device and has no values to quantize: load"):
+        QLinear.from_linear(nn.Linear(40, 24, device="meta"), W4)
+
+
+def test_input_is_called_as_in_torch():
+    packed, x, ids = linear(), torch.randn(2, 40), torch.tensor([3, 5])
+    assert_same_bits(packed(input=x), packed(x))
+    table = QEmbedding.from_embedding(nn.Embedding(24, 40), W4)
+    assert_same_bits(table(input=ids), table(ids))
