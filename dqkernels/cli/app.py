@@ -6,7 +6,8 @@ from typing import Annotated
 
 import typer
 
-from dqkernels.cli import bench, demo, generate, info, quantize
+from dqkernels import environment
+from dqkernels.cli import bench, common, demo, generate, info, quantize
 
 _HELP = """Real 2/4/8-bit weights x 8-bit activations for Hugging Face seq2seq models.
 
@@ -60,4 +61,9 @@ def _root(
     ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of a failure (any place).")] = False,
 ) -> None:
-    """Global options; `--debug` is taken off the arguments before they are parsed."""
+    """Global options; `--debug` is taken off the arguments before they are parsed.
+
+    Runs before every verb, so this is where the environment is checked: help needs none.
+    """
+    with common.checking_input():
+        environment.check()
