@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from dqkernels import checks, qmath
+from dqkernels import checks, qmath, reporting
 from dqkernels.config import DQConfig, LayerConfig
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
@@ -51,18 +51,20 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     """Replaces every `nn.Linear` and token embedding of `model` by its packed form, in place.
 
     Tied weights stay tied: an lm_head that shares the embedding's weight shares its packed table. Everything is
-    packed before anything is swapped, so an error leaves the model as it was. Modules that are quantized already
-    stay; what is skipped, and why, is in `dqkernels.report(model)`.
+    packed before anything is swapped, so an error leaves the model as it was. Modules that are packed already
+    stay as they are, and a warning on the logger `dqkernels` counts them; what is skipped, and why, is in
+    `dqkernels.report(model)`.
 
     Args:
-        model: any `nn.Module` with float32, float16 or bfloat16 weights, on any device.
+        model: any `nn.Module` with float32, float16 or bfloat16 weights, on any device but meta.
         config: what to do; default `DQConfig()` (4-bit linears, 8-bit embeddings and head).
 
     Returns:
         `model` itself, in eval-ready form (packed weights take no gradient).
 
     Raises:
-        ValueError: if there is nothing to quantize, or a weight is not finite; the message names the module.
+        ValueError: if there is nothing to quantize, a weight is not finite or on the meta device (the message
+            names the module), or `config` asks for attention="int8", which no model family computes yet.
     """
     config = DQConfig() if config is None else config
     if not isinstance(config, DQConfig):
@@ -70,12 +72,23 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     if isinstance(model, nn.Linear | nn.Embedding):
         raise ValueError("model is a single layer, which has no parent to swap it in: use QLinear.from_linear")
     decisions = plan(model, config)
+    present = sum(isinstance(module, PackedModule) for module in model.modules())
+    if present:
+        logger.warning(
+            "%s has %d packed module%s already, left as found: bits %s do not reach them; quantize the float model",
+            type(model).__name__,
+            present,
+            "" if present == 1 else "s",
+            config.name,
+        )
     if all(decision.layer is None for decision in decisions):
-        if any(isinstance(module, PackedModule) for module in model.modules()):
+        if present:
             return model
         reasons = sorted({d.reason for d in decisions}) or ["it has no nn.Linear and no token embedding"]
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")
     packed = _pack_all(decisions, config)
+    # report() counts a table once, also where one reader was packed and another left in float.
+    model.dqkernels_float_copies = {**reporting.float_copies(model), **_float_copies(decisions)}
     for name, module in packed.items():
         set_submodule(model, name, module)
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
@@ -85,7 +98,14 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
 
 
 def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
-    """What `quantize_(model, config)` does to each linear and embedding; changes nothing; works on meta."""
+    """What `quantize_(model, config)` does to each linear and embedding; changes nothing; works on meta.
+
+    Raises:
+        ValueError: for attention="int8". Every way to a packed model comes through here.
+    """
+    if config.attention == "int8":
+        # Accepted and ignored it would be a promise that report() could not keep.
+        raise ValueError("attention must be 'auto' or 'float' until a model family computes it in int8, got 'int8'")
     decisions: list[Decision] = []
     first_of: dict[Any, Decision] = {}
     head = _output_head(model) if config.head == "float" else None
@@ -130,6 +150,16 @@ def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
         for key in keys:
             first_of.setdefault(key, decision)
     return decisions
+
+
+def _float_copies(decisions: list[Decision]) -> dict[str, str]:
+    """Modules left in float whose weight is packed in another module: float name -> name of the packed one."""
+    packed: dict[int, str] = {}
+    for decision in decisions:
+        if decision.layer is not None:
+            packed.setdefault(id(decision.module.weight), decision.name)
+    left = ((d.name, id(d.module._parameters.get("weight"))) for d in decisions if d.layer is None)
+    return {name: packed[weight] for name, weight in left if weight in packed}
 
 
 def set_submodule(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -231,8 +261,8 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
     largest: dict[str, float] = {}
 
     def record(name: str, clip: float | None):
-        def hook(module, args):
-            values = args[0].detach()
+        def hook(module, args, kwargs):
+            values = (args[0] if args else kwargs["input"]).detach()
             amax = float(values.abs().amax()) if values.numel() else 0.0
             if not amax < float("inf"):  # also catches NaN
                 raise ValueError(f"{name}: a calibration batch gives NaN or Inf activations")
@@ -248,7 +278,7 @@ def calibrate(model: nn.Module, batches: Iterable[Any]) -> nn.Module:
         model.eval()
         for name, module in layers.items():
             module.layer = dataclasses.replace(module.layer, act_granularity="per_token")
-            handles.append(module.register_forward_pre_hook(record(name, module.layer.act_clip)))
+            handles.append(module.register_forward_pre_hook(record(name, module.layer.act_clip), with_kwargs=True))
         for batch in tqdm(batches, desc="calibrate", unit="batch", disable=None, leave=False):
             count += 1
             if isinstance(batch, dict) or hasattr(batch, "keys"):

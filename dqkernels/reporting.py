@@ -16,21 +16,28 @@ from torch import nn
 
 from dqkernels import backends
 from dqkernels.config import FORMAT_VERSION, VERSION
+from dqkernels.environment import ENVIRONMENT
 from dqkernels.kernels import native
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
-#: Variables the package honours, with what they may hold.
-ENVIRONMENT = {
-    "DQKERNELS_BACKEND": "auto|eager|triton|cuda|cpu",
-    "DQKERNELS_CPU": "scalar|avx2|avx_vnni|avx512_vnni|amx_int8|dotprod",
-    "DQKERNELS_BUILD": "auto|cpu|cuda|none",
-    "DQKERNELS_CUDA_ARCHS": "for example 80;90a",
-    "TRITON_INTERPRET": "1 runs Triton kernels on CPU tensors",
-}
 _PACKAGES = ("dqkernels", "torch", "transformers", "triton", "safetensors", "numpy")
 _WIDTH = 80
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _DIGIT = re.compile(r"\.\d")
+#: Auto classes and their tables in transformers. A class may stand in several: the first is the one users know.
+_AUTO_TABLES = {
+    "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
+    "AutoModelForCausalLM": "MODEL_FOR_CAUSAL_LM",
+    "AutoModelForMaskedLM": "MODEL_FOR_MASKED_LM",
+    "AutoModelForSequenceClassification": "MODEL_FOR_SEQUENCE_CLASSIFICATION",
+    "AutoModelForTokenClassification": "MODEL_FOR_TOKEN_CLASSIFICATION",
+    "AutoModelForQuestionAnswering": "MODEL_FOR_QUESTION_ANSWERING",
+    "AutoModelForMultipleChoice": "MODEL_FOR_MULTIPLE_CHOICE",
+    "AutoModelForNextSentencePrediction": "MODEL_FOR_NEXT_SENTENCE_PREDICTION",
+    "AutoModelForSpeechSeq2Seq": "MODEL_FOR_SPEECH_SEQ_2_SEQ",
+    "AutoModel": "MODEL",
+    "AutoModelForPreTraining": "MODEL_FOR_PRETRAINING",
+}
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,8 @@ class Row:
         shape: [out_features, in_features], or [num_embeddings, embedding_dim].
         packed_bytes: of the group: codes, scales and multipliers (of a float one: its weight). 0 where
             another module holds the table.
-        float32_bytes: of the same weights in fp32, 0 where another module holds them.
+        float32_bytes: of the same weights in fp32, 0 where another module holds them (a float head whose table
+            is packed as the embedding is a copy that the float model did not have).
         kernel: which backend runs it here, and why.
         note: `tied to NAME`, or why it was skipped.
     """
@@ -73,7 +81,9 @@ class Report:
         codes_bytes: packed codes and group multipliers, each storage once.
         scales_bytes: weight and activation scales.
         other_bytes: every other parameter and saved buffer (biases, norms, positions, float layers).
-        float32_bytes: all parameters of the float model at 4 bytes, tied ones once.
+        float32_bytes: all parameters of the float model at 4 bytes, tied ones once, also where one reader of
+            a table is packed and another left in float.
+        attention: how the products inside attention are computed.
     """
 
     model: str
@@ -82,6 +92,7 @@ class Report:
     scales_bytes: int
     other_bytes: int
     float32_bytes: int
+    attention: str = "float (no model family is patched yet)"
 
     @property
     def total_bytes(self) -> int:
@@ -101,6 +112,9 @@ class Report:
         return body
 
     def __str__(self) -> str:
+        if all(row.kind == "float" for row in self.rows):
+            size = f"{self.model} ({_megabytes(self.total_bytes)}): nothing is packed."
+            return _wrap(f"{size} dqkernels.quantize_(model, dqkernels.DQConfig()) packs it in place.")
         table = _table(("module", None), ("weights", None), ("shape", "right"), ("KB", "right"))
         for row in self.rows:
             weights = f"{row.bits} float" if row.kind == "float" else f"{row.bits} {row.quantizer}"
@@ -116,6 +130,7 @@ class Report:
         lines += [_wrap(f"{note[0].upper()}{note[1:]}: {_list(names)}") for note, names in tied.items()]
         left = _names_by((r.note, r.name) for r in self.rows if r.kind == "float")
         lines += [_wrap(f"Left in float ({note}): {_list(names)}") for note, names in left.items()]
+        lines.append(_wrap(f"Attention: {self.attention}"))
         parts = (("codes", self.codes_bytes), ("scales", self.scales_bytes), ("other", self.other_bytes))
         sizes = ", ".join(f"{name} {_megabytes(value)}" for name, value in parts)
         total = f"{self.model}: {_megabytes(self.total_bytes)} ({sizes}); in fp32 {_megabytes(self.float32_bytes)}"
@@ -170,7 +185,7 @@ class Info:
         if not self.core["present"]:
             return f"no: {self.core['reason']}"
         archs = " ".join(map(str, self.core.get("archs") or ()))
-        cuda = f"CUDA for {archs or 'no card'}" if self.core.get("cuda") else "no CUDA"
+        cuda = f"CUDA for {archs or 'no card'}" if self.core.get("cuda") else native.why_no_cuda(self.core)
         return f"yes: CPU {self.core.get('cpu_isa', 'kernels')}, {cuda}"
 
 
@@ -181,7 +196,7 @@ def report(model: nn.Module) -> Report:
         model: a model after `quantize_`, or loaded packed. Only metadata is read: no kernel runs.
     """
     rows, seen = [], {}
-    skipped = dict(getattr(model, "dqkernels_skipped", {}))
+    skipped, copies = dict(getattr(model, "dqkernels_skipped", {})), float_copies(model)
     for name, module in model.named_modules():
         if isinstance(module, PackedModule):
             owner = seen.setdefault(id(module.qweight), name)
@@ -199,7 +214,7 @@ def report(model: nn.Module) -> Report:
                     "none",
                     tuple(weight.shape),
                     size * weight.element_size(),
-                    size * 4,
+                    0 if name in copies else size * 4,
                     "torch",
                     skipped[name],
                 )
@@ -220,6 +235,9 @@ def info() -> Info:
         memory = properties.total_memory / 2**30
         devices["cuda"] = f"{properties.name}, sm_{properties.major}{properties.minor}, {memory:.0f} GiB"
     usable = {device: {name: backends.available(name, device) for name in backends.ORDER[device]} for device in devices}
+    # No selection takes it on a CPU by itself: an interpreter is for tests. Asked for by name, it runs.
+    here, reason = backends.available("triton", "cpu")
+    usable["cpu"]["triton"] = here, f"{reason}, only where asked for by name" if here else reason
     if "cuda" not in devices:
         usable["cuda"] = {name: backends.available(name, "cuda") for name in ("cuda", "triton")}
     core = native.native()
@@ -228,6 +246,23 @@ def info() -> Info:
         found["cpu_isa"] = core.cpu_isa()
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
     return Info(versions, devices, usable, found, environment)
+
+
+def auto_class(architecture: str) -> str:
+    """The class of transformers that opens a model of this class with its head: an Auto class where one does.
+
+    `AutoModelForMaskedLM` for `BertForMaskedLM`, `AutoModel` for `BertModel`, the name itself for a class that no
+    Auto class knows. Asks transformers' own tables; where it is absent, the name itself.
+    """
+    try:
+        from transformers.models.auto import modeling_auto
+    except ImportError:
+        return architecture
+    for name, table in _AUTO_TABLES.items():
+        known = getattr(modeling_auto, f"{table}_MAPPING_NAMES", {}).values()
+        if any(architecture in (entry if isinstance(entry, tuple | list) else (entry,)) for entry in known):
+            return name
+    return architecture
 
 
 def rows_columns(module: PackedModule) -> tuple[int, int]:
@@ -240,15 +275,43 @@ def rows_columns(module: PackedModule) -> tuple[int, int]:
 def teacher_bytes(model: nn.Module) -> int:
     """Bytes of the float model's parameters at 4 bytes each, tied ones once; packed ones count unpacked."""
     seen, count = set(), 0
-    for module in model.modules():
+    copies = float_copies(model)
+    for full_name, module in model.named_modules():
         for name, parameter in module._parameters.items():
             if parameter is None or id(parameter) in seen or name == "group_mult":
                 continue
             seen.add(id(parameter))
+            if full_name in copies and name in ("weight", "qweight"):
+                continue
             packed = isinstance(module, PackedModule) and name == "qweight"
             rows, columns = rows_columns(module) if packed else (parameter.numel(), 1)
             count += rows * columns
     return 4 * count
+
+
+def float_copies(model: nn.Module) -> dict[str, str]:
+    """Float modules whose weight another module holds packed, with that module: `{"lm_head": "model.shared"}`.
+
+    `quantize_` writes down what it saw in memory. A model that transformers loaded has only what its classes
+    tie by name, which counts where the config says that word embeddings are tied.
+    """
+    noted = getattr(model, "dqkernels_float_copies", None)
+    if noted is not None:
+        return noted
+    modules = dict(model.named_modules(remove_duplicate=False))
+    floats = [name for name, module in modules.items() if isinstance(module, nn.Linear | nn.Embedding)]
+    found = {}
+    for prefix, inner in modules.items():
+        ties = getattr(type(inner), "_tied_weights_keys", None)
+        if not isinstance(ties, dict) or not getattr(getattr(inner, "config", None), "tie_word_embeddings", False):
+            continue
+        start = f"{prefix}." if prefix else ""
+        for target, source in ties.items():
+            for name, other in ((target, source), (source, target)):
+                name, other = (f"{start}{key.removesuffix('.weight')}" for key in (name, other))
+                if name in floats and isinstance(modules.get(other), PackedModule):
+                    found[name] = other
+    return found
 
 
 def _stored_bytes(model: nn.Module) -> tuple[int, int, int]:

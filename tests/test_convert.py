@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from compare import assert_same_bits
+from safetensors import safe_open
 from torch import nn
 from torch.nn.utils import parametrizations
 from transformers import BartConfig, BartForConditionalGeneration
@@ -100,6 +101,31 @@ def test_layers_compute_with_the_fake_quantized_weights():
         assert_same_bits(module.dequantize(), twin.get_submodule(name).weight.detach(), name)
     error = (logits(model) - logits(twin)).norm() / logits(twin).norm()
     assert 0 < float(error) < 0.02
+
+
+@pytest.mark.parametrize("vocabulary", [50265, 250027])
+def test_the_odd_vocabularies_of_bart_and_mbart(vocabulary, tmp_path):
+    """Packed, saved and loaded: the same logits to the bit, the table once in the file and in memory."""
+    torch.manual_seed(0)
+    sides = {f"{side}_{key}": n for side in ("encoder", "decoder")
+             for key, n in (("layers", 1), ("attention_heads", 2), ("ffn_dim", 16))}  # fmt: skip
+    config = BartConfig(vocab_size=vocabulary, d_model=16, max_position_embeddings=8, dropout=0.0, **sides)
+    model = quantize_(BartForConditionalGeneration(config).eval(), DQConfig(embedding_bits=4))
+    ids = torch.tensor([[0, 3, vocabulary - 1, vocabulary - 2, 2]])
+    with torch.no_grad():
+        wanted = model(input_ids=ids, decoder_input_ids=ids).logits
+    assert wanted.shape == (1, 5, vocabulary) and wanted.isfinite().all() and bool((wanted[..., -1] != 0).any())
+    model.save_pretrained(tmp_path)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
+        tables = {
+            n: file.get_slice(n).get_shape() for n in file.keys() if file.get_slice(n).get_shape()[0] >= vocabulary
+        }  # noqa: SIM118
+    padded = (vocabulary + 15) // 16 * 16
+    assert tables == {"model.shared.qweight": [padded, 64], "model.shared.weight_scale": [vocabulary]}
+    loaded = BartForConditionalGeneration.from_pretrained(tmp_path)
+    assert loaded.lm_head.qweight is loaded.model.shared.qweight
+    with torch.no_grad():
+        assert_same_bits(loaded(input_ids=ids, decoder_input_ids=ids).logits, wanted)
 
 
 @pytest.mark.parametrize("vocabulary", [13, 17, 101])
@@ -361,19 +387,26 @@ def test_two_linears_that_share_a_weight_share_its_codes():
     assert all(torch.equal(m.bias, b) for m, b in zip(model, biases, strict=True))
 
 
-def test_quantized_already_is_a_no_op():
+def test_quantized_already_is_a_no_op_that_says_so(caplog):
     model = quantize_(bart(), DQConfig(weight_bits=8))
+    assert caplog.text == ""
     before, modules = logits(model), packed_modules(model)
     skipped = model.dqkernels_skipped
     assert quantize_(model, DQConfig(weight_bits=2)) is model
     assert packed_modules(model) == modules and model.dqkernels_skipped == skipped
     assert_same_bits(logits(model), before)
+    (record,) = caplog.records
+    count = len({id(m) for m in modules.values()})
+    assert (record.name, record.levelname) == ("dqkernels", "WARNING")
+    assert f"BartForConditionalGeneration has {count} packed modules already" in record.getMessage()
+    assert "bits 2-8-8 do not reach them" in record.getMessage()
 
 
-def test_what_was_left_can_be_packed_in_a_second_call():
+def test_what_was_left_can_be_packed_in_a_second_call(caplog):
     model = quantize_(Block(), DQConfig(overrides={"second": {"skip": True}}))
     first = model.first
     quantize_(model, DQConfig(weight_bits=8))
+    assert "Block has 2 packed modules already" in caplog.text
     assert model.first is first and model.second.layer.bits == 8
     assert model.dqkernels_skipped == {}
 
@@ -443,6 +476,11 @@ REFUSED = [
     (lambda: quantize_(nn.Sequential(nn.Linear(2, 2).double())), "nothing to quantize in .*: its weight is float64"),
     (lambda: quantize_(Block(), {"weight_bits": 4}), "config must be a DQConfig, got dict"),
     (lambda: quantize_(Block(), DQConfig(overrides={"": {"skip": True}})), "nothing to quantize in Block: overrides"),
+    (
+        lambda: quantize_(Block(), DQConfig(attention="int8")),
+        "attention must be 'auto' or 'float' until a model family computes it in int8, got 'int8'",
+    ),
+    (lambda: quantize_(Block().to("meta")), "^embed: weight is on the meta device and has no values"),
 ]
 
 
@@ -450,6 +488,26 @@ REFUSED = [
 def test_refuses(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@pytest.mark.parametrize("attention", ["auto", "float"])
+def test_attention_in_float_is_what_there_is(attention):
+    assert isinstance(quantize_(Block(), DQConfig(attention=attention)).first, QLinear)
+
+
+def test_from_pretrained_refuses_int8_attention_too(tmp_path):
+    bart().save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention must be 'auto' or 'float'"):
+        BartForConditionalGeneration.from_pretrained(tmp_path, quantization_config=DQConfig(attention="int8"))
+
+
+def test_a_meta_model_is_left_as_it_was():
+    with torch.device("meta"):
+        model = bart()
+    modules = dict(model.named_modules())
+    with pytest.raises(ValueError, match="meta device .*: load the weights first"):
+        quantize_(model)
+    assert dict(model.named_modules()) == modules
 
 
 def test_plan_changes_nothing():
@@ -523,6 +581,16 @@ def test_calibrate_takes_dicts_tuples_and_tensors():
         calibrate(model, [batch])
         scales.append((model.first.act_scale.item(), model.second.act_scale.item()))
     assert len(set(scales)) == 1 and all(s > 0 for s in scales[0])
+
+
+def test_calibrate_sees_inputs_that_are_passed_by_keyword():
+    class Keyword(nn.Sequential):
+        def forward(self, x):
+            return self[0](input=x)
+
+    model = quantize_(Keyword(nn.Linear(4, 3)), DQConfig(act_granularity="static"))
+    calibrate(model, [torch.full((2, 4), 127.0)])
+    assert model[0].act_scale.item() == 1.0
 
 
 def test_calibrate_zero_inputs_give_scale_one():

@@ -11,7 +11,7 @@ from torch import nn
 
 import dqkernels
 from dqkernels import DQConfig
-from dqkernels.reporting import ENVIRONMENT, teacher_bytes
+from dqkernels.reporting import ENVIRONMENT, auto_class, teacher_bytes
 
 
 def storages(model) -> int:
@@ -77,10 +77,106 @@ def test_a_strict_model_that_cannot_run_is_reported_not_raised(monkeypatch):
     assert "none" in dqkernels.report(model).rows[0].kernel
 
 
-def test_a_float_model_has_nothing_to_report():
-    report = dqkernels.report(make("bert"))
+@pytest.mark.parametrize("family", ["bart", "t5", "bert"])
+@pytest.mark.parametrize("config", [
+    DQConfig(head="float"), DQConfig(overrides={"lm_head|decoder$": {"skip": True}}),
+], ids=["head", "skip"])  # fmt: skip
+def test_a_tied_table_counts_once_where_its_head_stays_float(family, config, tmp_path):
+    """The float copy of a packed table is bytes of ours, not of the float model."""
+    model = make(family)
+    teacher = 4 * sum(p.numel() for p in model.parameters())
+    dqkernels.quantize_(model, config)
+    head = model.get_output_embeddings()
+    assert type(head) is nn.Linear
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(tmp_path)
+    for found in (model, loaded):
+        report = dqkernels.report(found)
+        assert report.float32_bytes == teacher_bytes(found) == teacher
+        assert report.total_bytes == storages(found), "the copy is there, and it is counted"
+        copy = next(row for row in report.rows if row.name.endswith(("lm_head", "predictions.decoder")))
+        assert (copy.packed_bytes, copy.float32_bytes) == (head.weight.numel() * 4, 0)
+
+
+def test_a_head_with_a_weight_of_its_own_counts_on_its_own():
+    """transformers goes on listing it as tied by name; what was in memory decides."""
+    model = make("bart")
+    model.lm_head.weight = nn.Parameter(torch.randn(100, 40))
+    teacher = 4 * sum(p.numel() for p in model.parameters())
+    assert dqkernels.report(dqkernels.quantize_(model, DQConfig(head="float"))).float32_bytes == teacher
+
+
+def test_a_tied_table_packed_in_two_calls_counts_once():
+    model = nn.ModuleDict({"embed": nn.Embedding(10, 4), "head": nn.Linear(4, 10, bias=False)})
+    model["head"].weight = model["embed"].weight
+    dqkernels.quantize_(model, DQConfig(overrides={"head": {"skip": True}}))
+    assert teacher_bytes(model) == 4 * 40
+    dqkernels.quantize_(model)
+    assert type(model["head"]) is dqkernels.QLinear and teacher_bytes(model) == 4 * 40
+
+
+@pytest.mark.parametrize("model", [make("bert"), nn.Sequential(nn.ReLU())], ids=["bert", "nothing"])
+def test_a_float_model_is_told_what_to_call(model):
+    report = dqkernels.report(model)
     assert report.rows == () and report.codes_bytes == 0
-    assert str(report)
+    text = " ".join(str(report).split())
+    assert text.startswith(f"{type(model).__name__} (") and "nothing is packed" in text
+    assert "dqkernels.quantize_(model, dqkernels.DQConfig())" in text and "module" not in text
+
+
+def test_attention_has_its_line():
+    report = dqkernels.report(dqkernels.quantize_(make("bart")))
+    assert "\nAttention: float (no model family is patched yet)\n" in str(report)
+    assert report.to_dict()["attention"].startswith("float")
+
+
+@pytest.mark.parametrize(("architecture", "wanted"), [
+    ("BartForConditionalGeneration", "AutoModelForSeq2SeqLM"), ("MarianMTModel", "AutoModelForSeq2SeqLM"),
+    ("BertForMaskedLM", "AutoModelForMaskedLM"), ("LlamaForCausalLM", "AutoModelForCausalLM"),
+    ("BertForSequenceClassification", "AutoModelForSequenceClassification"),
+    ("GPT2LMHeadModel", "AutoModelForCausalLM"), ("BertModel", "AutoModel"), ("MyOwnModel", "MyOwnModel"),
+])  # fmt: skip
+def test_the_auto_class_keeps_the_head(architecture, wanted):
+    assert auto_class(architecture) == wanted
+
+
+BUILDS = [
+    ({"mode": "auto", "reasons": ["cuda: no nvcc was found"]}, "no CUDA: no nvcc was found"),
+    ({"mode": "auto", "reasons": ["cuda: no card was seen", "cuda: cmake failed"]}, "no CUDA: cmake failed"),
+    ({"mode": "cpu", "reasons": []}, "no CUDA: built with DQKERNELS_BUILD=cpu"),
+    ({}, "no CUDA: the build left no reason"),
+]
+
+
+@pytest.mark.parametrize(("build", "wanted"), BUILDS)
+def test_info_says_why_cuda_is_missing(build, wanted, monkeypatch):
+    from dqkernels import backends
+    from dqkernels.backends import cuda
+    from dqkernels.kernels import native
+
+    core = type("Core", (), {"cpu_isa": staticmethod(lambda: "avx2")})
+    monkeypatch.setattr(native, "native", lambda: core)
+    monkeypatch.setattr(native, "build_info", lambda: {**build, "cpu": True, "cuda": False})
+    assert cuda.available("cuda") == (False, f"the compiled core has {wanted}")
+    backends.refresh()
+    text = " ".join(str(dqkernels.info()).split())
+    backends.refresh()
+    assert text.count(wanted) >= 1 and "dqkernels info" not in text
+    assert f"CPU avx2, {wanted}" in text
+
+
+@pytest.mark.parametrize(("interpreter", "word"), [("1", "only where asked for by name"), ("0", "TRITON_INTERPRET=1")])
+def test_info_lists_triton_on_the_cpu_and_no_selection_takes_it(interpreter, word, monkeypatch):
+    from dqkernels import backends
+
+    pytest.importorskip("triton")
+    monkeypatch.setenv("TRITON_INTERPRET", interpreter)
+    monkeypatch.delenv("DQKERNELS_BACKEND", raising=False)
+    backends.refresh()
+    usable, reason = dqkernels.info().backends["cpu"]["triton"]
+    assert usable == (interpreter == "1") and word in reason
+    assert backends.choose("qgemm", "cpu", bits=4, group_size=-1).backend != "triton"
+    backends.refresh()
 
 
 def test_info(monkeypatch):

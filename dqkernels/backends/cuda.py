@@ -15,7 +15,7 @@ def available(device_type: str) -> tuple[bool, str]:
     if core is None:
         return False, native.why_absent()
     if not hasattr(core, "cuda_quantize_rows"):
-        return False, "the compiled core was built without CUDA (dqkernels info says why)"
+        return False, f"the compiled core has {native.why_no_cuda(native.build_info())}"
     if not torch.cuda.is_available():
         return False, "no CUDA device"
     return True, "compiled CUDA kernels"

@@ -54,6 +54,15 @@ def build_info() -> dict:
     return {}
 
 
+def why_no_cuda(info: dict) -> str:
+    """Why a core that `build_info` describes has no CUDA part: `no CUDA: no nvcc was found`."""
+    # An earlier line may say which architectures were tried; the last one is the failure.
+    reasons = [reason.removeprefix("cuda: ") for reason in info.get("reasons") or () if reason.startswith("cuda: ")]
+    if not reasons and info.get("mode") == "cpu":
+        reasons = ["built with DQKERNELS_BUILD=cpu"]
+    return "no CUDA: " + (reasons[-1] if reasons else "the build left no reason")
+
+
 def _load() -> tuple[ModuleType | None, str]:
     global _loaded
     if _loaded is None:
