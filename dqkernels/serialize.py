@@ -250,15 +250,13 @@ def write_model_card(
         folder: of the model. A README.md that dqkernels did not write is left alone.
         config: its quantization.
         ratio: bytes of the same model in fp32 over bytes of the weight files, or None.
-        architectures: class names, for the title and the Auto class.
+        architectures: class names, for the title and the Auto class that opens the model with its head.
     """
     path = Path(folder) / CARD_FILE
     if path.exists() and _CARD_MARK not in path.read_text(encoding="utf-8", errors="replace"):
         return
     architecture = (architectures or ["model"])[0]
-    auto = "AutoModelForSeq2SeqLM"
-    if not architecture.endswith(("ForConditionalGeneration", "MTModel")):
-        auto = "AutoModelForCausalLM" if architecture.endswith("ForCausalLM") else "AutoModel"
+    auto = reporting.auto_class(architecture) if architectures else "AutoModel"
     size = "" if ratio is None else f" Its weight file is {ratio:.1f} times smaller than the same model in fp32."
     settings = "\n".join(
         f"| `{key}` | `{json.dumps(value)}` |"

@@ -19,6 +19,8 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
+from dqkernels import reporting
+
 logger = logging.getLogger("dqkernels")
 
 TASKS = ("summarization", "translation")
@@ -287,7 +289,8 @@ def calibration_batches(
 ) -> list[dict[str, torch.Tensor]]:
     """Batches for `dqkernels.calibrate`: each text with what the float `model` writes for it, greedily.
 
-    The decoder's layers must see outputs of the model to be measured; call it before `quantize_`.
+    The decoder's layers must see outputs of the model to be measured; call it before `quantize_`. A model that is no
+    encoder-decoder, or does not generate, gets the texts alone.
 
     Raises:
         ValueError: if no text is left that is not blank.
@@ -296,12 +299,18 @@ def calibration_batches(
     rows = sorted((row[0] for row in _encode(tokenizer, texts, "", limit) if row), key=len)
     if not rows:
         raise ValueError("calibration_file must hold at least one text that is not blank")
-    options = _merge({}, {"num_beams": 1, "do_sample": False}, model)
+    writes = model.config.is_encoder_decoder and model.can_generate()
+    options = _merge({}, {"num_beams": 1, "do_sample": False}, model) if writes else {}
+    if getattr(tokenizer, "pad_token", None) is None:
+        batch_size = 1  # decoder-only models often have none, and a batch of one needs none
     batches = []
     for start in range(0, len(rows), batch_size):
-        batch = tokenizer.pad({"input_ids": rows[start : start + batch_size]}, return_tensors="pt").to(model.device)
-        batch = {key: batch[key] for key in ("input_ids", "attention_mask")}
-        batches.append({**batch, "decoder_input_ids": model.generate(**batch, **options)[:, :-1]})
+        part = rows[start : start + batch_size]
+        batch = tokenizer.pad({"input_ids": part}, return_tensors="pt", padding=len(part) > 1).to(model.device)
+        batch = {key: batch[key] for key in ("input_ids", "attention_mask") if key in batch}
+        if writes:
+            batch["decoder_input_ids"] = model.generate(**batch, **options)[:, :-1]
+        batches.append(batch)
     return batches
 
 
@@ -313,34 +322,87 @@ DTYPES = ("auto", "float32", "float16", "bfloat16")
 
 
 def open_model(name: str, dtype: str = "auto", device: str = "auto") -> tuple[Any, Any]:
-    """Model and tokenizer of a folder or a hub id, float or packed; safetensors only, no code from the
-    folder.
+    """An encoder-decoder and its tokenizer, of a folder or a hub id, float or packed; safetensors only, no code
+    from the folder.
 
     Raises:
         ValueError: in one sentence, where transformers would need a page: no such folder, no config, no
-        weights,
-            no tokenizer, not an encoder-decoder, hub not reachable.
+            weights, no tokenizer, not an encoder-decoder, hub not reachable.
     """
-    from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+    from transformers import AutoModelForSeq2SeqLM
 
     name, dtype = str(name), check_dtype(dtype)
     target = check_device(device)
     config = _open_config(name)
     if not config.is_encoder_decoder:
         raise ValueError(f"MODEL must be an encoder-decoder such as BART or T5, {name!r} is a {config.model_type}")
+    tokenizer = _open_tokenizer(name)
+    return _open_weights(AutoModelForSeq2SeqLM, name, dtype).to(target).eval(), tokenizer
+
+
+def open_any_model(
+    name: str, dtype: str = "auto", device: str = "auto", need_tokenizer: bool = False
+) -> tuple[Any, Any | None]:
+    """A model of the class that its config.json names, head included, and its tokenizer or None.
+
+    Args:
+        name: folder or hub id, float or packed; safetensors only, no code from the folder.
+        need_tokenizer: refuse a model without one. Otherwise one that is there and does not load costs a warning.
+
+    Raises:
+        ValueError: as `open_model`, and for a config.json that names no model class of transformers.
+    """
+    name, dtype = str(name), check_dtype(dtype)
+    target = check_device(device)
+    opener = _class_of(_open_config(name), name)
+    tokenizer = None
+    try:
+        tokenizer = _open_tokenizer(name)
+    except ValueError as error:
+        if need_tokenizer:
+            raise
+        logger.warning("%s; the model is opened without it", error)
+    return _open_weights(opener, name, dtype).to(target).eval(), tokenizer
+
+
+def _class_of(config, name: str) -> type:
+    """The model class that `architectures` names; that of an encoder-decoder without its head, or under a name of
+    older releases, is the Auto class for text."""
+    import transformers
+
+    names = getattr(config, "architectures", None) or []
+    found = getattr(transformers, names[0], None) if len(names) == 1 and isinstance(names[0], str) else None
+    usable = isinstance(found, type) and issubclass(found, transformers.PreTrainedModel)
+    # facebook/bart-large says BartModel: its head is the embedding, and without it nobody could generate.
+    headless = usable and reporting.auto_class(names[0]) == "AutoModel"
+    if config.is_encoder_decoder and (not usable or headless):
+        return transformers.AutoModelForSeq2SeqLM
+    if not usable:
+        raise ValueError(
+            f"MODEL must name one model class of transformers under architectures in its config.json, "
+            f"{name!r} has {names or 'none'}"
+        )
+    return found
+
+
+def _open_tokenizer(name: str):
+    from transformers import AutoTokenizer
+
     if Path(name).is_dir() and not any(path for pattern in _TOKENIZER_FILES for path in Path(name).glob(pattern)):
         # transformers would make an empty tokenizer of the model's type, and every text would be unknown
         # words.
         raise ValueError(f"MODEL {name!r} has no tokenizer: copy tokenizer.json and its like from the float model")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(name, trust_remote_code=False)
     except Exception as error:
         raise ValueError(f"MODEL {name!r} has no tokenizer that loads: {_first_line(error)}") from error
+
+
+def _open_weights(opener: type, name: str, dtype: str):
     try:
-        model = AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, trust_remote_code=False, use_safetensors=True)
+        return opener.from_pretrained(name, dtype=dtype, trust_remote_code=False, use_safetensors=True)
     except (OSError, SafetensorError) as error:
         raise ValueError(f"MODEL {name!r} has no safetensors weights that load: {_first_line(error)}") from error
-    return model.to(target).eval(), tokenizer
 
 
 def check_dtype(dtype: str) -> str:

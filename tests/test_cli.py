@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,12 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-from test_text import make_tiny
+import transformers
+from test_text import make_tiny, make_tokenizer
 
+import dqkernels
 from dqkernels.cli import main
 
 ENVIRONMENT = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "80"}
@@ -90,8 +94,6 @@ def test_help_of_each_verb_teaches(verb, capsys):
 
 
 def test_version(capsys):
-    import dqkernels
-
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"dqkernels {dqkernels.__version__}\n"
 
@@ -118,6 +120,17 @@ def test_info(capsys):
     assert "torch" in out and max(map(len, out.splitlines())) <= 80
     assert main(["info", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["backends"]["cpu"]["eager"]["usable"] is True
+
+
+@pytest.mark.parametrize("verb", [["info"], ["quantize", "a", "b"], ["generate", "a", "--text", "b"], ["demo"]])
+def test_a_wrong_environment_is_wrong_usage_of_every_verb(verb, capsys, monkeypatch):
+    monkeypatch.setenv("DQKERNELS_BACKEND", "bogus")
+    error = wrong(capsys, *verb)
+    assert error == "DQKERNELS_BACKEND must be one of auto, eager, triton, cuda, cpu, got 'bogus'"
+    monkeypatch.setenv("DQKERNELS_BACKEND", "eager")
+    monkeypatch.setenv("DQKERNELS_CPU", "avx1024")
+    assert wrong(capsys, *verb).startswith("DQKERNELS_CPU must be one of scalar, avx2, avx_vnni")
+    assert main(["--help"]) == main(["--version"]) == 0
 
 
 # ---- quantize -----------------------------------------------------------------------------
@@ -166,6 +179,96 @@ def test_quantize_static(tiny, tmp_path, capsys):
     assert "line 1 has no column 'text'; it has 'body'" in error
     error = wrong(capsys, "quantize", tiny, str(tmp_path / "x"), "--calibration_file", str(texts))
     assert "measures nothing" in error
+
+
+@pytest.fixture(scope="module")
+def bare(tmp_path_factory):
+    """Float model folders without a tokenizer, by class."""
+    folder = tmp_path_factory.mktemp("bare")
+    made = {family: tiny_models.make(family) for family in ("bart", "bert", "llama")}
+    made["classifier"] = transformers.BertForSequenceClassification(made["bert"].config)
+    made["headless"] = made["bart"].model
+    for name, model in made.items():
+        model.save_pretrained(folder / name)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("name", "written", "auto"),
+    [
+        ("bart", "BartForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+        ("bert", "BertForMaskedLM", "AutoModelForMaskedLM"),
+        ("llama", "LlamaForCausalLM", "AutoModelForCausalLM"),
+        ("classifier", "BertForSequenceClassification", "AutoModelForSequenceClassification"),
+        # As facebook/bart-large: its head is the embedding, and a user wants to generate.
+        ("headless", "BartForConditionalGeneration", "AutoModelForSeq2SeqLM"),
+    ],
+)
+def test_quantize_takes_any_architecture_and_needs_no_tokenizer(name, written, auto, bare, tmp_path, capsys, caplog):
+    out = str(tmp_path / name)
+    assert main(["quantize", str(bare / name), out, "--dtype", "float32"]) == 0
+    assert f"{auto}.from_pretrained({out!r})" in capsys.readouterr().out
+    assert "has no tokenizer" in caplog.text
+    assert json.loads(Path(out, "config.json").read_text())["architectures"] == [written]
+    card = Path(out, "README.md").read_text()
+    assert f"from transformers import {auto}\n" in card and f"model = {auto}.from_pretrained(" in card
+    loaded = getattr(transformers, auto).from_pretrained(out)
+    assert type(loaded).__name__ == written
+    # The head came along: the packed folder computes what packing the model in memory computes.
+    source = type(loaded).from_pretrained(bare / name).eval()
+    dqkernels.quantize_(source, dqkernels.DQConfig())
+    assert torch.equal(tiny_models.logits(loaded), tiny_models.logits(source))
+
+
+def test_quantize_static_of_models_that_write_no_text(bare, tmp_path, capsys):
+    (tmp_path / "texts.txt").write_text("hello world\na b c\n")
+    command = ["--act_granularity", "static", "--calibration_file", str(tmp_path / "texts.txt")]
+    for name in ("bert", "llama"):
+        folder, model = tmp_path / name, tiny_models.make(name)
+        assert "has no tokenizer" in wrong(capsys, "quantize", str(bare / name), str(tmp_path / "no"), *command)
+        tokenizer = make_tokenizer(limit=16)
+        if name == "llama":  # such models often come without a padding token
+            tokenizer.pad_token = None
+        tokenizer.save_pretrained(folder)
+        model.config.vocab_size = len(tokenizer)
+        type(model)(model.config).save_pretrained(folder)
+        out = str(tmp_path / f"{name}-static")
+        assert main(["quantize", str(folder), out, *command]) == 0
+        assert "times smaller" in capsys.readouterr().out and Path(out, "tokenizer.json").is_file()
+
+
+def test_quantize_refuses_a_class_that_nobody_knows(bare, tmp_path, capsys):
+    folder = tmp_path / "model"
+    shutil.copytree(bare / "bert", folder)
+    config = json.loads((folder / "config.json").read_text())
+    for names in (["MyOwnModel"], None, ["BertForMaskedLM", "BertModel"], ["os"]):
+        (folder / "config.json").write_text(json.dumps({**config, "architectures": names}))
+        error = wrong(capsys, "quantize", str(folder), str(tmp_path / "out"))
+        assert error.startswith("MODEL must name one model class of transformers under architectures")
+
+
+@pytest.mark.parametrize("verb", ["generate", "summarize", "translate"])
+def test_texts_need_an_encoder_decoder_and_a_tokenizer(verb, bare, capsys):
+    assert "must be an encoder-decoder" in wrong(capsys, verb, str(bare / "bert"), "--text", "a")
+    assert "has no tokenizer: copy" in wrong(capsys, verb, str(bare / "bart"), "--text", "a")
+
+
+def test_a_weight_that_is_not_finite_is_wrong_input(tmp_path, capsys):
+    model = tiny_models.make("bart")
+    with torch.no_grad():
+        model.model.decoder.layers[0].fc2.weight[3, 4] = float("nan")
+    model.save_pretrained(tmp_path / "nan")
+    error = wrong(capsys, "quantize", str(tmp_path / "nan"), str(tmp_path / "out"))
+    assert error == "model.decoder.layers.0.fc2: weight has NaN or Inf values and cannot be quantized"
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_printed_ratio_counts_a_tied_table_once(bare, tmp_path, capsys):
+    fp32 = {}
+    for head in ("quantized", "float"):
+        assert main(["quantize", str(bare / "bart"), str(tmp_path / head), "--head", head, "--json"]) == 0
+        fp32[head] = json.loads(capsys.readouterr().out)["fp32_bytes"]
+    assert fp32["float"] == fp32["quantized"] == 4 * sum(p.numel() for p in tiny_models.make("bart").parameters())
 
 
 @pytest.mark.parametrize(
@@ -277,8 +380,6 @@ def test_generate_refuses(packed, tmp_path, capsys):
 
 
 def test_a_packed_file_that_was_tampered_with(packed, tmp_path, capsys):
-    import shutil
-
     folder = tmp_path / "bad"
     shutil.copytree(packed, folder)
     config = json.loads((folder / "config.json").read_text())

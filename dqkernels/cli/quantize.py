@@ -33,7 +33,9 @@ Examples:
   dqkernels quantize ./dq-bart ./dq-bart-packed --preset dq-bart-2-2-8
   dqkernels quantize ./bart-cnn ./bart-static --act_granularity static --calibration_file texts.txt
 
-Load the result with `import dqkernels` before `AutoModelForSeq2SeqLM.from_pretrained(OUT)`. Weights are read
+MODEL may be of any class of transformers that config.json names: BART and T5, BERT, Llama, their heads
+included. A tokenizer is copied where there is one, and needed for static only. Load the result with `import
+dqkernels` before `from_pretrained(OUT)` of the Auto class that the model card in OUT names. Weights are read
 from safetensors only, and no code that comes with a model is run.
 """
 
@@ -117,13 +119,14 @@ def quantize(
             column = files.column_of(calibration_file, text_column)
             texts = list(itertools.islice(files.read_texts(calibration_file, column), calibration_samples))
         common.quiet_transformers()
-        loaded, tokenizer = library.open_model(model, dtype=dtype, device=device)
+        loaded, tokenizer = library.open_any_model(model, dtype=dtype, device=device, need_tokenizer=static)
         if getattr(loaded.config, "quantization_config", None) is not None:
             raise common.WrongUsage(f"MODEL must be a float model, {model!r} is quantized already")
         batches = library.calibration_batches(loaded, tokenizer, texts) if static else None
-    dqkernels.quantize_(loaded, config)
-    if static:
-        dqkernels.calibrate(loaded, batches)
+        # What these refuse (weights with a NaN, texts that give one) is the input's fault as well.
+        dqkernels.quantize_(loaded, config)
+        if static:
+            dqkernels.calibrate(loaded, batches)
     serialize.save(loaded, out, tokenizer=tokenizer)
     file_bytes = sum(path.stat().st_size for path in Path(out).glob("*.safetensors"))
     report = dqkernels.report(loaded)
@@ -138,4 +141,4 @@ def quantize(
         f"\nwrote {out}: {file_bytes / 1e6:.2f} MB, {ratio:.2f} times smaller than its "
         f"{fp32_bytes / 1e6:.2f} MB of fp32 weights"
     )
-    print(f"load:  import dqkernels; AutoModelForSeq2SeqLM.from_pretrained({out!r})")
+    print(f"load:  import dqkernels; {reporting.auto_class(type(loaded).__name__)}.from_pretrained({out!r})")
