@@ -243,11 +243,16 @@ def qembedding(
 
     ids int [...], position [..., embedding_dim] or broadcastable, returns [..., embedding_dim]. Only the rows
     asked for are unpacked.
+
+    An id outside 0..N-1 is an IndexError on the CPU and a failed device-side assertion on a GPU, without a wait:
+    `weight_scale` has no padding rows. With one scale for the whole table (per_tensor, which no `DQConfig` gives an
+    embedding) the padding rows N..ceil16(N)-1 read as zeros; the op refuses their ids on the CPU, not on a GPU.
     """
     flat = ids.reshape(-1)
-    codes = packing.unpack(_pad_rows(qweight[flat]), flat.numel(), embedding_dim, bits)
-    scale = weight_scale[flat] if weight_scale.numel() > 1 else weight_scale
-    mult = None if group_mult is None else group_mult[flat]
+    # index_select and not [...]: it takes no negative ids, which would read rows from the end.
+    codes = packing.unpack(_pad_rows(qweight.index_select(0, flat)), flat.numel(), embedding_dim, bits)
+    scale = weight_scale.index_select(0, flat) if weight_scale.numel() > 1 else weight_scale
+    mult = None if group_mult is None else group_mult.index_select(0, flat)
     rows = qmath.dequantize_codes(codes, scale, mult, four_level, group_size)
     if embed_scale != 1.0:
         rows = rows * torch.full_like(rows, embed_scale)

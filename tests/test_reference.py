@@ -1,6 +1,10 @@
 """The reference ops piece by piece: integer products, groups, epilogue order, chunks, attention and its edges."""
 
 import itertools
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import grids
 import numpy as np
@@ -13,6 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dqkernels import packing, qmath, reference
+from dqkernels.config import LayerConfig
 
 NAN, INF = float("nan"), float("inf")
 
@@ -344,3 +349,39 @@ def test_qattention_keeps_its_dtype_and_scales_before_it_quantizes(dtype):
     scaled = attend((q.float() * 0.125).to(torch.float32), k.float(), v.float(), scale=1.0, clip=2.5)
     assert_same_bits(got, scaled.to(dtype))
     assert not torch.equal(got, attend(q, k, v, scale=0.125))
+
+
+# --------------------------------------------------------------------------------------------------- embedding
+
+
+def table(rows=24, columns=8):
+    layer = LayerConfig(8, "absmax")
+    quantized = qmath.quantize_weight(torch.randn(rows, columns), layer)
+    facts = dict(bits=8, four_level=False, group_size=-1, embedding_dim=columns, embed_scale=1.0)
+    packed = packing.pack(quantized.codes, 8), quantized.scale, None, None
+    return lambda ids: reference.qembedding(ids, *packed, **facts, out_dtype=torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+@pytest.mark.parametrize("bad", [-1, -24, 24, 31, 32])
+def test_no_id_reads_a_padding_row_or_counts_from_the_end(bad, dtype):
+    """The gather itself refuses: on a GPU nobody looks at the ids before (it would wait for the device)."""
+    gather = table()
+    assert packing.padded_n(24) == 32 and bool((gather(torch.tensor([0, 23], dtype=dtype)) != 0).any(dim=1).all())
+    with pytest.raises(IndexError):
+        gather(torch.tensor([0, bad], dtype=dtype))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("bad", [-1, 24, 31])
+def test_on_a_gpu_such_an_id_stops_the_process(bad):
+    """In a process of its own: after a failed device-side assertion the context is gone."""
+    code = (
+        "import torch; from torch import nn; from dqkernels.nn import QEmbedding, LayerConfig; "
+        "t = QEmbedding.from_embedding(nn.Embedding(24, 8), LayerConfig(8, 'absmax')).cuda(); t.backend = 'eager'; "
+        f"t(torch.tensor([0], device='cuda')).cpu(); print('good'); t(torch.tensor([0, {bad}], device='cuda')).cpu()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(Path(reference.__file__).parents[1])}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == "good\n" and done.returncode != 0
+    assert "assert" in done.stderr
