@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
+import runpy
 import sys
 from pathlib import Path
 
@@ -525,15 +526,46 @@ def test_padding_is_counted():
 
 
 def test_size_record_and_table(tmp_path):
-    cases = [size.Case("tiny", 2, 2, 8, 8, 2.0), size.Case("tiny", 1, 1, 2, 2, 1000.0)]
+    cases = [size.Case("tiny", 2, 2, 8, 8, 2.0), size.Case("tiny", 1, 1, 2, 2, 1000.0), size.Case("tiny", 1, 1, 32, 32)]
     made = size.run(cases, teachers=["tiny"], out=tmp_path / "size.json")
     assert record.read(tmp_path / "size.json") == made
-    teacher, reached, missed = made["rows"]
+    teacher, reached, missed, distilled = made["rows"]
+    small = size.SHAPES["tiny"].with_layers(1, 1)
+    assert distilled["memory_bytes"] == distilled["computed_bytes"] == size.float_bytes(small)
+    assert 0 < distilled["file_bytes"] - size.float_bytes(small) < 20_000
+    assert distilled["paper_ratio"] == round(size.counts(size.SHAPES["tiny"]).total / size.counts(small).total, 5)
+    assert distilled["status"] == "no goal"
     assert 0 < teacher["file_bytes"] - teacher["teacher_bytes"] < 20_000
     assert (reached["status"], missed["status"]) == ("reached", "missed")
     assert [line.partition(":")[0] for line in size.missed(made)] == ["tiny 1-1 2-2"]
     text = assert_fits(size.render(made))
-    assert "NO" in text and "fp32" in text
+    assert "NO" in text and text.count("fp32") >= 3, "title, teacher, distilled student"
+
+
+def test_all_rows_of_the_papers_tables_are_written():
+    path = Path(__file__).resolve().parents[1] / "benchmarks" / "bench_size.py"
+    if not path.is_file():
+        pytest.skip("the benchmarks are not beside the tests")
+    script = runpy.run_path(str(path), run_name="bench_size")
+    found = {
+        (c.teacher, c.encoder, c.decoder, c.weight_bits, c.embedding_bits) for c in script["CASES"] + script["MBART"]
+    }
+    assert {(shape.name, *row) for shape, *row, _, _ in PAPER} <= found
+    assert {("bart-base", *layers, 32, 32) for layers in ((6, 3), (6, 1), (3, 1), (1, 1))} <= found
+    depths = ((12, 12), (12, 6), (12, 3), (6, 6))
+    assert {("mbart-large", *d, w, e) for d in depths for w, e in ((8, 8), (4, 4), (2, 2), (2, 4), (2, 8))} <= found
+    for *row, ratio in MBART_DEPTHS:
+        encoder, decoder, weight_bits, embedding_bits = row
+        student = MBART.with_layers(encoder, decoder)
+        assert round(size.paper_ratio(MBART, student, weight_bits, embedding_bits), 2) == ratio
+
+
+#: mBART at smaller depths: layers, bits, the paper's ratio.
+MBART_DEPTHS = [
+    (12, 6, 8, 8, 4.73), (12, 6, 4, 4, 9.30), (12, 6, 2, 4, 12.23), (12, 6, 2, 8, 7.45),
+    (12, 3, 8, 8, 5.24), (12, 3, 4, 4, 10.29), (12, 3, 2, 4, 13.06), (12, 3, 2, 8, 7.75),
+    (6, 6, 8, 8, 5.54), (6, 6, 4, 4, 10.87), (6, 6, 2, 4, 13.52), (6, 6, 2, 8, 7.91),
+]  # fmt: skip
 
 
 def test_size_table_fits_with_the_largest_model():

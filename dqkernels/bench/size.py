@@ -24,6 +24,8 @@ from dqkernels.bench import record
 from dqkernels.config import DQConfig
 
 MIB = 1 << 20
+#: In place of weight and embedding bits: a student that is distilled to fewer layers and stays in fp32.
+FLOAT_BITS = 32
 
 
 @dataclass(frozen=True)
@@ -148,7 +150,12 @@ def float_bytes(shape: Shape) -> int:
 
 
 def packed_bytes(shape: Shape, weight_bits: int, embedding_bits: int, rest_bytes: int = 2) -> int:
-    """Tensors of our file, exactly: padded codes, fp32 scales per row, `rest_bytes` per value of the rest."""
+    """Tensors of our file, exactly: padded codes, fp32 scales per row, `rest_bytes` per value of the rest.
+
+    32 bits are the float model itself.
+    """
+    if weight_bits == embedding_bits == FLOAT_BITS:
+        return float_bytes(shape)
     c = counts(shape)
 
     def packed(n: int, k: int, bits: int) -> int:
@@ -237,7 +244,8 @@ def write_model(model: nn.Module, folder: str | os.PathLike) -> int:
 
 @dataclass(frozen=True)
 class Case:
-    """One student file. `goal` is the least ratio of the file to its fp32 teacher's, or None."""
+    """One student file; 32-32 bits are an fp32 student. `goal` is the least ratio of the file to its fp32 teacher's,
+    or None."""
 
     teacher: str
     encoder: int
@@ -252,10 +260,16 @@ class Case:
 
 
 def measure(case: Case) -> dict:
-    """Makes the student with random weights in bf16, packs it, writes it, and compares bytes: one row."""
+    """Makes the student with random weights in bf16, packs it, writes it, and compares bytes: one row.
+
+    The file is gone when this returns. At most the bf16 model, its packed form and the file exist at once: 2.5 GB for
+    mBART-large at 8 bits.
+    """
     from dqkernels.convert import quantize_
 
     teacher, student = SHAPES[case.teacher], case.student
+    if case.weight_bits == case.embedding_bits == FLOAT_BITS:
+        return row(teacher, student, case, *_write_float(student))
     # Ternary (absmax above 2 bits) packs fastest; the rule that picks the codes has no say in their bytes.
     config = DQConfig(weight_bits=case.weight_bits, embedding_bits=case.embedding_bits, weight_quantizer="ternary")
     model = quantize_(random_model(student, torch.bfloat16), config)
@@ -294,10 +308,7 @@ def _verdict(ratio: float, goal: float | None) -> str:
 def measure_teacher(name: str) -> dict:
     """Writes one fp32 teacher, to show that the arithmetic of `float_bytes` is that of a real file."""
     shape = SHAPES[name]
-    model = random_model(shape)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(folder)
-        on_disk = sum(os.stat(path).st_size for path in Path(folder).glob("*.safetensors"))
+    on_disk, in_memory = _write_float(shape)
     return {
         "model": name,
         "layers": shape.layers,
@@ -305,10 +316,18 @@ def measure_teacher(name: str) -> dict:
         "embedding_bits": 32,
         "teacher_bytes": float_bytes(shape),
         "file_bytes": on_disk,
-        "memory_bytes": weights_bytes(model),
+        "memory_bytes": in_memory,
         "file_ratio": round(float_bytes(shape) / on_disk, 6),
         "status": "teacher",
     }
+
+
+def _write_float(shape: Shape) -> tuple[int, int]:
+    """Bytes of the fp32 model's files on disk and of its weights in memory."""
+    model = random_model(shape)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(os.stat(path).st_size for path in Path(folder).glob("*.safetensors")), weights_bytes(model)
 
 
 def run(cases: Iterable[Case], teachers: Iterable[str] = ("bart-base",), out: str | None = None) -> dict:
@@ -360,7 +379,7 @@ def render(result: dict):
         table.add_row(
             line["model"],
             line["layers"],
-            "fp32" if line["status"] == "teacher" else bits,
+            "fp32" if line["weight_bits"] == FLOAT_BITS else bits,
             f"{line['paper_ratio']:.2f}" if "paper_ratio" in line else "",
             f"{line['file_bytes']:,}" if written else "not written",
             f"{line['file_ratio']:.2f}" if written else "",
