@@ -8,6 +8,8 @@ from dqkernels import packing, qmath, reference
 from dqkernels.config import GROUP_SIZES, QUANTIZERS_BY_BITS, WEIGHT_GRANULARITIES
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+#: 127 * 127 * 1040 < 2^24: up to here the reference's fp32 product of two int8 vectors is an exact integer.
+MAX_HEAD_DIM = 1040
 
 
 def check_float(name: str, tensor: torch.Tensor) -> None:
@@ -127,25 +129,101 @@ def check_passed(passed: torch.Tensor | None, m: int, k: int) -> None:
 
 
 def check_position(position: torch.Tensor | None, out_shape: tuple) -> None:
-    if position is None:
-        return
-    try:
-        fits = torch.broadcast_shapes(position.shape, out_shape) == torch.Size(out_shape)
-    except RuntimeError:
-        fits = False
-    if not fits:
-        raise ValueError(f"position must broadcast to {list(out_shape)}, got {list(position.shape)}")
+    if position is not None:
+        check_broadcast("position", position, out_shape)
 
 
-def check_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mode: str) -> None:
+def check_attention(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mode: str,
+    clip: float | None,
+) -> None:
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_float(name, tensor)
         if tensor.dim() != 4:
             raise ValueError(f"{name} must be [batch, heads, length, head_dim], got {list(tensor.shape)}")
     if k.shape != v.shape or q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3]:
         raise ValueError(f"q, k, v do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
+    _check_attention_sizes(q, k.shape[2], mode, clip)
+    scores = (*q.shape[:3], k.shape[2])
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, True where a key is visible, got {mask.dtype}")
+        check_broadcast("mask", mask, scores)
+    check_bias(bias, scores)
+
+
+def check_attention_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_cache: torch.Tensor,
+    v_scale: torch.Tensor,
+    lengths: torch.Tensor,
+    source: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    mode: str,
+    clip: float | None,
+) -> None:
+    check_float("q", q)
+    if q.dim() != 4:
+        raise ValueError(f"q must be [rows, heads, queries, head_dim], got {list(q.shape)}")
+    rows, heads, queries, head_dim = q.shape
+    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+        if cache.dtype != torch.int8 or cache.dim() != 4 or (cache.shape[1], cache.shape[3]) != (heads, head_dim):
+            raise ValueError(
+                f"{name}_cache must be int8 [caches, {heads}, capacity, {head_dim}], "
+                f"got {cache.dtype} {list(cache.shape)}"
+            )
+        if cache.shape != k_cache.shape:
+            raise ValueError(f"k_cache and v_cache differ: {list(k_cache.shape)}, {list(v_cache.shape)}")
+        if scale.dtype != torch.float32 or scale.shape != cache.shape[:3]:
+            raise ValueError(
+                f"{name}_scale must be float32 {list(cache.shape[:3])}, got {scale.dtype} {list(scale.shape)}"
+            )
+    caches, capacity = k_cache.shape[0], k_cache.shape[2]
+    _check_attention_sizes(q, capacity, mode, clip)
+    for name, tensor in (("lengths", lengths), ("source", source)):
+        if tensor is not None and (tensor.dtype != torch.int32 or tuple(tensor.shape) != (rows,)):
+            raise ValueError(f"{name} must be int32 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
+    if source is None and caches != rows:
+        raise ValueError(f"source must name the cache of each row: q has {rows} rows, k_cache {caches} caches")
+    # On a GPU a look at the values would wait for it; there a length counts as capacity at most.
+    if lengths.device.type == "cpu" and rows and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
+        raise ValueError(f"lengths must be in 0..{capacity}, got {int(lengths.min())}..{int(lengths.max())}")
+    if source is not None and source.device.type == "cpu" and rows:
+        if int(source.min()) < 0 or int(source.max()) >= caches:
+            raise IndexError(f"source must be in 0..{caches - 1}, got {int(source.min())}..{int(source.max())}")
+    check_bias(bias, (*q.shape[:3], capacity))
+
+
+def _check_attention_sizes(q: torch.Tensor, keys: int, mode: str, clip: float | None) -> None:
+    if not 0 < q.shape[3] <= MAX_HEAD_DIM:
+        raise ValueError(f"head_dim must be 1..{MAX_HEAD_DIM}, where q . k is exact in fp32, got {q.shape[3]}")
+    if keys > qmath.MAX_K:
+        raise ValueError(f"at most {qmath.MAX_K} keys keep the int32 sums exact, got {keys}")
     if mode not in ("per_token", "per_tensor"):
         raise ValueError(f"mode must be 'per_token' or 'per_tensor', got {mode!r}")
+    check_clip(clip)
+
+
+def check_bias(bias: torch.Tensor | None, shape: tuple) -> None:
+    if bias is not None:
+        check_float("bias", bias)
+        check_broadcast("bias", bias, shape)
+
+
+def check_broadcast(name: str, tensor: torch.Tensor, shape: tuple) -> None:
+    try:
+        fits = torch.broadcast_shapes(tensor.shape, shape) == torch.Size(shape)
+    except RuntimeError:
+        fits = False
+    if not fits:
+        raise ValueError(f"{name} must broadcast to {list(shape)}, got {list(tensor.shape)}")
 
 
 def check_ids(ids: torch.Tensor, num_embeddings: int) -> None:

@@ -37,6 +37,9 @@ SCHEMAS = {
     f"{_WHERE}) -> (Tensor, Tensor, Tensor)",
     "qattention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, bool causal, float softmax_scale, "
     f'str mode="per_token", float? clip=None, {_WHERE}) -> Tensor',
+    "qattention_decode": "(Tensor q, Tensor k_cache, Tensor k_scale, Tensor v_cache, Tensor v_scale, Tensor lengths, "
+    "Tensor? source, Tensor? bias, bool causal, float softmax_scale, "
+    f'str mode="per_token", float? clip=None, {_WHERE}) -> Tensor',
 }
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema)
@@ -366,13 +369,69 @@ def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict
 
 @_implement("qattention")
 def _qattention(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False):
-    checks.check_attention(q, k, v, mode)
-    module = backends.choose("qattention", q.device.type, backend, strict, mode=mode).module
+    checks.check_attention(q, k, v, mask, bias, mode, clip)
+    module = backends.choose("qattention", q.device.type, backend, strict, mode=mode, head_dim=q.shape[-1]).module
     return module.qattention(q, k, v, mask, bias, causal=causal, softmax_scale=softmax_scale, mode=mode, clip=clip)
 
 
 @_fake("qattention")
 def _(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False):
+    return torch.empty_like(q, memory_format=torch.contiguous_format)
+
+
+@_implement("qattention_decode")
+def _qattention_decode(
+    q,
+    k_cache,
+    k_scale,
+    v_cache,
+    v_scale,
+    lengths,
+    source,
+    bias,
+    causal,
+    softmax_scale,
+    mode="per_token",
+    clip=None,
+    backend="auto",
+    strict=False,
+):
+    checks.check_attention_decode(q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, mode, clip)
+    facts = {"mode": mode, "head_dim": q.shape[-1]}
+    module = backends.choose("qattention_decode", q.device.type, backend, strict, **facts).module
+    return module.qattention_decode(
+        q,
+        k_cache,
+        k_scale,
+        v_cache,
+        v_scale,
+        lengths,
+        source,
+        bias,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        mode=mode,
+        clip=clip,
+    )
+
+
+@_fake("qattention_decode")
+def _(
+    q,
+    k_cache,
+    k_scale,
+    v_cache,
+    v_scale,
+    lengths,
+    source,
+    bias,
+    causal,
+    softmax_scale,
+    mode="per_token",
+    clip=None,
+    backend="auto",
+    strict=False,
+):
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
@@ -457,3 +516,4 @@ qembedding = torch.ops.dqkernels.qembedding.default
 layernorm_quantize = torch.ops.dqkernels.layernorm_quantize.default
 gelu_quantize = torch.ops.dqkernels.gelu_quantize.default
 qattention = torch.ops.dqkernels.qattention.default
+qattention_decode = torch.ops.dqkernels.qattention_decode.default

@@ -312,7 +312,7 @@ def qattention(
     """Attention with int8 Q (after `softmax_scale`), K, V and 8-bit probabilities (design section 3).
 
     `s_j = float32(q . k_j) * qs * ks_j (+ bias)`, `m = max s` over visible keys,
-    `e_j = round(127 exp(s_j - m))`, `c_j = round(127 exp(s_j - m) vs_j / vs_max)`,
+    `e_j = round(127 exp(s_j - m))`, `c_j = round(127 exp(s_j - m) min(1, vs_j (1 / vs_max)))`,
     `out = vs_max * sum(c_j v_j) / sum(e_j)`; both sums int32. `per_tensor` gives every row the same scales. vs_max is
     taken over the visible rows of V that are not all zero.
 
@@ -333,28 +333,87 @@ def qattention(
     v8, v_scale, _ = qmath.quantize_activation(v, mode, clip)
     # A zero row's scale is 1 by convention: as vs_max it would round the other keys' c_j away. NaN rows stay NaN.
     v_scale = torch.where((v8 == 0).all(dim=-1) & v_scale.isfinite(), 0.0, v_scale)
-    if keys == 0 or q.numel() == 0:
-        return torch.zeros_like(q, memory_format=torch.contiguous_format)
-    # head_dim * 127 * 127 < 2^24 for head_dim <= 1040: fp32 products of codes are exact integers.
-    score = q8.float() @ k8.float().transpose(-1, -2)
-    score = score * q_scale.unsqueeze(-1) * k_scale.unsqueeze(-2)
-    if bias is not None:
-        score = score + bias.float()
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril(keys - queries)
     if mask is not None:
         visible = visible & mask
+    return _attend(q8, q_scale, k8, k_scale, v8, v_scale, visible, bias, q.dtype)
+
+
+def qattention_decode(
+    q: torch.Tensor,
+    k_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_cache: torch.Tensor,
+    v_scale: torch.Tensor,
+    lengths: torch.Tensor,
+    source: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    *,
+    causal: bool,
+    softmax_scale: float,
+    mode: str,
+    clip: float | None,
+) -> torch.Tensor:
+    """`qattention` of a few new queries over K and V that were quantized when they were written to a cache.
+
+    Args:
+        q: [rows, heads, queries, head_dim]; fp32, fp16 or bf16. A row is a sequence or a beam.
+        k_cache, v_cache: int8 [caches, heads, capacity, head_dim], codes of `quantize_activation`.
+        k_scale, v_scale: fp32 [caches, heads, capacity], their scales (`per_tensor`: one number repeated).
+        lengths: int32 [rows], how many keys are visible; what lies behind them is never looked at.
+        source: int32 [rows], the cache that a row reads (beams of one source share one), or None: its own.
+        bias: float, broadcastable to [rows, heads, queries, capacity], or None.
+        causal: query i of `queries` sees keys up to `lengths - queries + i`; else each sees all `lengths` keys.
+        mode: of Q; `per_tensor` takes one scale over all rows.
+
+    Returns:
+        [rows, heads, queries, head_dim] in q's dtype. A query that sees no key gets zeros.
+    """
+    queries, capacity = q.shape[2], k_cache.shape[2]
+    q8, q_scale, _ = qmath.quantize_activation(q.float() * softmax_scale, mode, clip)
+    if source is not None:
+        k_cache, k_scale, v_cache, v_scale = (t[source.long()] for t in (k_cache, k_scale, v_cache, v_scale))
+    last = lengths.reshape(-1, 1, 1, 1).long().expand(-1, 1, queries, 1)
+    if causal:
+        last = last - torch.arange(queries - 1, -1, -1, device=q.device).reshape(queries, 1)
+    visible = torch.arange(capacity, device=q.device) < last
+    return _attend(q8, q_scale, k_cache, k_scale, v_cache, v_scale, visible, bias, q.dtype)
+
+
+def _attend(
+    q8: torch.Tensor,
+    q_scale: torch.Tensor,
+    k8: torch.Tensor,
+    k_scale: torch.Tensor,
+    v8: torch.Tensor,
+    v_scale: torch.Tensor,
+    visible: torch.Tensor,
+    bias: torch.Tensor | None,
+    dtype: torch.dtype,
+) -> torch.Tensor:
+    """The attention formula on codes [batch, heads, tokens, head_dim] and scales [batch, heads, tokens]."""
+    batch, heads, queries, head_dim = q8.shape
+    keys = k8.shape[2]
+    if keys == 0 or q8.numel() == 0:
+        return torch.zeros(q8.shape, dtype=dtype, device=q8.device)
+    # head_dim * 127 * 127 < 2^24 for head_dim <= 1040: fp32 products of codes are exact integers.
+    score = q8.float() @ k8.float().transpose(-1, -2)
+    score = score * q_scale.unsqueeze(-1) * k_scale.unsqueeze(-2)
+    if bias is not None:
+        score = score + bias.float()
     visible = visible.expand(batch, heads, queries, keys)
     score = score.masked_fill(~visible, float("-inf"))
     top = score.amax(dim=-1, keepdim=True)
     share = torch.exp(score - torch.where(top == float("-inf"), 0.0, top))
     v_max = torch.where(visible, v_scale.unsqueeze(-2), 0.0).amax(dim=-1, keepdim=True)
-    ratio = v_scale.unsqueeze(-2) / torch.where(v_max > 0, v_max, 1.0)
+    # One quotient per query; the clamp takes back the ulp by which the product may exceed 1.
+    ratio = (v_scale.unsqueeze(-2) * qmath.divide(1.0, torch.where(v_max > 0, v_max, 1.0))).clamp(max=1.0)
     e = qmath.round_half_even(qmath.ACT_MAX * share)
     c = qmath.round_half_even(qmath.ACT_MAX * share * ratio.masked_fill(~visible, 0.0))
     # float64: up to 127 * 127 * keys, an exact int32.
     total = c.double() @ v8.double()
     weight = e.sum(dim=-1, keepdim=True)
     out = v_max * total.float() / torch.where(weight == 0, 1.0, weight)
-    return out.to(q.dtype)
+    return out.to(dtype)

@@ -23,6 +23,7 @@ OPS = (
     "layernorm_quantize",
     "gelu_quantize",
     "qattention",
+    "qattention_decode",
     "grad_input",
     "grad_weight",
 )

@@ -10,6 +10,7 @@ from dqkernels.config import LayerConfig
 layernorm_quantize = reference.layernorm_quantize
 gelu_quantize = reference.gelu_quantize
 qattention = reference.qattention
+qattention_decode = reference.qattention_decode
 qembedding = reference.qembedding
 quantize_activation = qmath.quantize_activation
 qgemm = reference.qgemm

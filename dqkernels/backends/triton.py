@@ -10,6 +10,7 @@ import sys
 import torch
 
 _MIN_CAPABILITY = (8, 0)  # Turing's int8 dot does not compile
+_MAX_HEAD_DIM = 128
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -34,8 +35,10 @@ def available(device_type: str) -> tuple[bool, str]:
     return True, "Triton kernels"
 
 
-def supports(op: str, *, group_size: int = -1, **facts) -> str | None:
-    """Per-channel and per-tensor weights of every width; no groups yet."""
+def supports(op: str, *, group_size: int = -1, head_dim: int = 1, **facts) -> str | None:
+    """Per-channel and per-tensor weights of every width, heads of up to 128; no groups yet."""
+    if head_dim > _MAX_HEAD_DIM:
+        return f"has no {op} of head_dim={head_dim}, only up to {_MAX_HEAD_DIM}"
     if group_size != -1 and op != "grad_input":
         return f"has no group-wise {op} (group_size={group_size}), only group_size=-1"
     return None
@@ -127,6 +130,27 @@ def qlinear(
         activation=activation,
         out_dtype=out_dtype,
     )
+
+
+def qattention(q, k, v, mask, bias, *, causal, softmax_scale, mode, clip):
+    """Int8 attention [batch, heads, queries, head_dim] in q's dtype, as `reference.qattention`."""
+    return _attention()[0].qattention(q, k, v, mask, bias, causal, softmax_scale, mode, clip)
+
+
+def qattention_decode(
+    q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, *, causal, softmax_scale, mode, clip
+):
+    """A few queries per row over an int8 cache, as `reference.qattention_decode`."""
+    return _attention()[1].qattention_decode(
+        q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, causal, softmax_scale, mode, clip
+    )
+
+
+@functools.cache
+def _attention():
+    from dqkernels.kernels import attention, attention_decode
+
+    return attention, attention_decode
 
 
 def grad_input(grad, qweight, weight_scale, group_mult, passed, **facts):
