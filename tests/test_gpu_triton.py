@@ -3,6 +3,7 @@
 import pytest
 import torch
 import triton_checks
+import triton_checks_attention
 
 pytestmark = pytest.mark.gpu
 
@@ -25,6 +26,11 @@ def backend():
 @pytest.mark.parametrize("name", list(triton_checks.CHECKS))
 def test_check(name):
     triton_checks.CHECKS[name]("cuda")
+
+
+@pytest.mark.parametrize("name", list(triton_checks_attention.CHECKS))
+def test_check_of_attention(name):
+    triton_checks_attention.CHECKS[name]("cuda")
 
 
 def layer(n, k, form, seed=0, dtype=torch.float16):
@@ -128,3 +134,29 @@ def test_second_device(backend):
     x = torch.randn(5, 64, dtype=torch.float16)
     y = backend.qlinear(x.to("cuda:1"), *(None if t is None else t.to("cuda:1") for t in weight), **facts)
     triton_checks.assert_same(y, backend.qlinear(x.cuda(), *cuda(weight), **facts).cpu(), "cuda:1")
+
+
+def test_attention_in_a_graph_on_a_side_stream_and_again(backend):
+    """Captured once and replayed on new inputs, 250 repeats, and a slow producer on another stream."""
+    q, k, v = triton_checks_attention.qkv(1, 4, 12, 100, 300, 64, "cuda", torch.float16)
+    facts = {"causal": False, "softmax_scale": 0.125, "mode": "per_token", "clip": None}
+    mask = torch.rand(4, 1, 1, 300, device="cuda") < 0.8
+    first = backend.qattention(q, k, v, mask, None, **facts)
+    for _ in range(250):
+        assert torch.equal(backend.qattention(q, k, v, mask, None, **facts), first)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = backend.qattention(q, k, v, mask, None, **facts)
+    for scale in (0.1, 1.0, 10.0):
+        q.mul_(scale)
+        graph.replay()
+        assert torch.equal(y, backend.qattention(q, k, v, mask, None, **facts)) and y.any()
+    want = backend.qattention(q, k, v, mask, None, **facts)
+    late, stream = torch.zeros_like(q), torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(200_000_000)
+        late.copy_(q)
+        y = backend.qattention(late, k, v, mask, None, **facts)
+    stream.synchronize()
+    assert torch.equal(y, want)

@@ -1,6 +1,7 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: every check of triton_checks.py, 0 mismatches.
+"""The Triton kernels in Triton's interpreter, on the CPU: every check of triton_checks*.py, 0 mismatches.
 
-TRITON_INTERPRET must be set before Triton is imported, so the checks run in one subprocess and each reports here.
+TRITON_INTERPRET must be set before Triton is imported, so each file of checks runs in a subprocess of its own and each
+check reports here.
 """
 
 import json
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import triton_checks
+import triton_checks_attention
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -24,19 +26,22 @@ def subprocess_env(**extra):
 @pytest.fixture(scope="module")
 def outcome():
     pytest.importorskip("triton", reason="triton is not installed")
-    done = subprocess.run(
-        [sys.executable, triton_checks.__file__],
-        env=subprocess_env(TRITON_INTERPRET="1"),
-        capture_output=True,
-        text=True,
-        timeout=1800,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    outcomes = {}
+    for checks in (triton_checks, triton_checks_attention):
+        done = subprocess.run(
+            [sys.executable, checks.__file__],
+            env=subprocess_env(TRITON_INTERPRET="1"),
+            capture_output=True,
+            text=True,
+            timeout=1800,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        print(done.stderr)
+        outcomes |= json.loads(done.stdout.splitlines()[-1])
+    return outcomes
 
 
-@pytest.mark.parametrize("name", list(triton_checks.CHECKS))
+@pytest.mark.parametrize("name", [*triton_checks.CHECKS, *triton_checks_attention.CHECKS])
 def test_in_the_interpreter(name, outcome):
     assert outcome[name] == "ok", outcome[name]
 

@@ -3,8 +3,8 @@
 The codes of a probability are rounded against the final maximum, so a tile of queries passes over the keys twice:
 first for the largest score and the largest visible V scale, then for the two integer sums. Maxima and integer sums
 have no order, hence a result depends on neither the tile nor the batch, and decoding a token (attention_decode.py)
-gives its prefill's bits. Q is quantized where it is used, K and V by `_quantize_tokens_kernel` beforehand, V
-transposed, because int8 matrix instructions read four consecutive keys of one column.
+gives its prefill's bits. Q, K and V are quantized by launches of their own, V transposed, because int8 matrix
+instructions read four consecutive keys of one column.
 
 Importing this file imports Triton; nothing imports it when the package is imported.
 """
@@ -56,6 +56,13 @@ def _scores(dots, q_scale, k_scale, bias, visible, USE_ASM: tl.constexpr):
     if bias is not None:
         s = _add(s, bias, USE_ASM)
     return tl.where(visible, s, float("-inf"))
+
+
+@triton.jit
+def _beside(seen, dots):
+    """`seen`, in the layout of the dots: the comparison always holds, but only we know that. Left to itself the
+    compiler takes the maximum of the V scales in another layout, with 16 shuffles where this one needs 2."""
+    return seen & (dots != -2147483648)
 
 
 @triton.jit
@@ -154,7 +161,8 @@ def _quantize_tokens_kernel(
     q_ptr,  # int8 [batch * heads, padded, DIM], or [batch * heads, DIM, padded] with TRANSPOSE
     scale_ptr,  # fp32 [batch * heads, padded]
     amax_bits_ptr,  # int32 [1] for per_tensor, else None
-    clip,
+    factor,
+    clip,  # fp32, +inf for none
     heads,
     count,
     padded,
@@ -166,12 +174,12 @@ def _quantize_tokens_kernel(
     DIM: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Int8 codes and scales of K or V, zero codes in the padding; a block of tokens of one head per program."""
+    """Int8 codes and scales of x * factor, zero codes in the padding; a block of tokens of one head per program."""
     tiles = padded // BLOCK
     head = (tl.program_id(0) // tiles).to(tl.int64)
     tokens = tl.program_id(0) % tiles * BLOCK + tl.arange(0, BLOCK)
     x_ptr += head // heads * stride_b + head % heads * stride_h
-    x = _load_rows(x_ptr + tokens.to(tl.int64) * stride_t, tokens < count, head_dim, 1.0, DIM)
+    x = _load_rows(x_ptr + tokens.to(tl.int64) * stride_t, tokens < count, head_dim, factor, DIM)
     codes, scale = _quantize_tile(x, amax_bits_ptr, clip)
     tl.store(scale_ptr + head * padded + tokens, scale)
     dims = tl.arange(0, DIM)
@@ -220,31 +228,29 @@ def _step(
     if bias_ptr is not None:
         bias = _tile(bias_ptr, rows, cols, queries, keys, stride_bq, stride_bk, BIAS_ROWS).to(tl.float32)
     dots = tl.dot(q, tl.load(k_ptrs), out_dtype=tl.int32)
+    if CAUSAL or MASK_ROWS:
+        seen = _beside(seen, dots)
     s = _scores(dots, q_scale, tl.load(k_scale_ptr + cols), bias, seen, USE_ASM)
     return s, tl.load(v_scale_ptr + cols), seen
 
 
 @triton.jit
 def _attention_kernel(
-    q_ptr,  # float [batch, heads, queries, head_dim] by strides
+    q_ptr,  # int8 [batch * heads, padded_q, DIM]
+    q_scale_ptr,  # fp32 [batch * heads, padded_q]
     k_ptr,  # int8 [batch * heads, padded, DIM]
     k_scale_ptr,  # fp32 [batch * heads, padded]
     v_ptr,  # int8 [batch * heads, DIM, padded], keys in the order of _pair_keys
     v_scale_ptr,  # fp32 [batch * heads, padded]
     mask_ptr,  # uint8 [batch, heads, queries, keys] by strides, or None
     bias_ptr,  # float [batch, heads, queries, keys] by strides, or None
-    amax_bits_ptr,  # int32 [1]: that of Q for per_tensor, else None
     out_ptr,  # float [batch, heads, queries, head_dim] contiguous
-    softmax_scale,
-    clip,  # fp32, +inf for none
     heads,
     queries,
     keys,
+    padded_q,
     padded,
     head_dim,
-    stride_qb,
-    stride_qh,
-    stride_qt,
     stride_mb,
     stride_mh,
     stride_mq,
@@ -267,7 +273,6 @@ def _attention_kernel(
     tile = tiles - 1 - tl.program_id(0) % tiles  # under a causal mask the last tile has the most keys
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     batch = head // heads
-    q_ptr += batch * stride_qb + head % heads * stride_qh
     if mask_ptr is not None:
         mask_ptr += batch * stride_mb + head % heads * stride_mh
     if bias_ptr is not None:
@@ -279,9 +284,9 @@ def _attention_kernel(
     block = tl.arange(0, BLOCK_N)
     k_ptrs = k_ptr + head * padded * DIM + block.to(tl.int64)[None, :] * DIM + dims[:, None]
     v_ptrs = v_ptr + head * padded * DIM + dims.to(tl.int64)[None, :] * padded + block[:, None]
-    x = _load_rows(q_ptr + rows.to(tl.int64) * stride_qt, rows < queries, head_dim, softmax_scale, DIM)
-    codes, q_scale = _quantize_tile(x, amax_bits_ptr, clip)
-    q = codes.to(tl.int8)
+    q_row = head * padded_q + rows
+    q = tl.load(q_ptr + q_row[:, None] * DIM + dims[None, :])
+    q_scale = tl.load(q_scale_ptr + q_row)
 
     end = keys
     if CAUSAL:  # keys past the last query's are visible to none
@@ -365,8 +370,8 @@ def amax_bits(x: torch.Tensor, factor: float) -> torch.Tensor:
     return bits
 
 
-def _quantize_tokens(x, per_tensor, clip, transpose):
-    """Codes and scales of K or V in the layout that `_attention_kernel` reads."""
+def _quantize_tokens(x, factor, per_tensor, clip, transpose=False):
+    """Codes and scales of Q, K or V in the layout that `_attention_kernel` reads."""
     batch, heads, count, head_dim = x.shape
     dim, padded = padded_dim(head_dim), triton.cdiv(count, _TOKENS) * _TOKENS
     codes = torch.empty(batch * heads, padded, dim, dtype=torch.int8, device=x.device)
@@ -375,7 +380,8 @@ def _quantize_tokens(x, per_tensor, clip, transpose):
         x,
         codes,
         scale,
-        amax_bits(x, 1.0) if per_tensor else None,
+        amax_bits(x, factor) if per_tensor else None,
+        factor,
         clip,
         heads,
         count,
@@ -434,26 +440,25 @@ def qattention(
     per_tensor = mode == "per_tensor"
     tile = tile or tile_for(queries, family(q.device))
     with device_of(q):
-        k_codes, k_scale = _quantize_tokens(k, per_tensor, clip, transpose=False)
-        v_codes, v_scale = _quantize_tokens(v, per_tensor, clip, transpose=True)
+        q_codes, q_scale = _quantize_tokens(q, softmax_scale, per_tensor, clip)
+        k_codes, k_scale = _quantize_tokens(k, 1.0, per_tensor, clip)
+        v_codes, v_scale = _quantize_tokens(v, 1.0, per_tensor, clip, transpose=True)
         _attention_kernel[(batch * heads * triton.cdiv(queries, tile.block_m),)](
-            q,
+            q_codes,
+            q_scale,
             k_codes,
             k_scale,
             v_codes,
             v_scale,
             mask,
             bias,
-            amax_bits(q, softmax_scale) if per_tensor else None,
             out,
-            softmax_scale,
-            clip,
             heads,
             queries,
             keys,
+            q_codes.shape[1],
             k_codes.shape[1],
             head_dim,
-            *q.stride()[:3],
             *mask_strides,
             *bias_strides,
             CAUSAL=causal,

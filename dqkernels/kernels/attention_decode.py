@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 
 from .attention import (
+    _beside,
     _finite_top,
     _load_rows,
     _output,
@@ -68,7 +69,9 @@ def _step(
     k = tl.load(k_ptr + cols.to(tl.int64)[None, :] * head_dim + dims[:, None], mask=inside, other=0)
     k_scale = tl.load(k_scale_ptr + cols, mask=written, other=0.0)
     v_scale = tl.load(v_scale_ptr + cols, mask=written, other=0.0)
-    return _scores(tl.dot(q, k, out_dtype=tl.int32), q_scale, k_scale, bias, seen, USE_ASM), v_scale, seen
+    dots = tl.dot(q, k, out_dtype=tl.int32)
+    seen = _beside(seen, dots)
+    return _scores(dots, q_scale, k_scale, bias, seen, USE_ASM), v_scale, seen
 
 
 @triton.jit

@@ -1,0 +1,113 @@
+"""Compiles the attention kernels for named architectures, as triton_sass.py does for the others, and counts.
+
+test_triton_compile_attention.py holds the budgets. By hand: `python tests/triton_sass_attention.py 80 90`.
+"""
+
+import json
+import os
+import sys
+
+from triton_sass import compiled, counts
+
+from dqkernels.kernels import attention, attention_decode
+
+
+def strided(name, kind, rows):
+    """Signature and constants of a mask or bias pointer and its strides; `rows`: it differs between queries."""
+    letter = name[0]
+    strides = [f"stride_{letter}{axis}" for axis in "bhqk"]
+    if kind is None:
+        return {}, dict.fromkeys(strides, 0)
+    signature = {name: kind, strides[0]: "i32", strides[1]: "i32"} | ({strides[2]: "i32"} if rows else {})
+    return signature, {strides[3]: 1} | ({} if rows else {strides[2]: 0})
+
+
+def attention_kernel(capability, dim, tile, causal=False, mask=None, bias=None, dtype="*fp16"):
+    """mask, bias: None, "keys" (one row for all queries) or "pairs"."""
+    signature = {"q_ptr": "*i8", "q_scale_ptr": "*fp32", "k_ptr": "*i8", "k_scale_ptr": "*fp32", "v_ptr": "*i8",
+                 "v_scale_ptr": "*fp32", "out_ptr": dtype}  # fmt: skip
+    signature |= dict.fromkeys(("heads", "queries", "keys", "padded_q", "padded", "head_dim"), "i32")
+    constants = {"CAUSAL": causal, "MASK_ROWS": mask == "pairs", "BIAS_ROWS": bias == "pairs", "DIM": dim,
+                 "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "USE_ASM": True}  # fmt: skip
+    for name, kind, rows in (
+        ("mask_ptr", mask and "*u8", mask == "pairs"),
+        ("bias_ptr", bias and dtype, bias == "pairs"),
+    ):
+        more, fixed = strided(name, kind, rows)
+        signature, constants = signature | more, constants | fixed
+    unaligned = {
+        "heads",
+        "queries",
+        "keys",
+        "stride_mb",
+        "stride_mh",
+        "stride_mq",
+        "stride_bb",
+        "stride_bh",
+        "stride_bq",
+    }
+    kernel = attention._attention_kernel
+    return compiled(kernel, signature, constants, unaligned, tile.num_warps, tile.num_stages, capability)
+
+
+def decode_kernel(capability, dim, source, bias=False, dtype="*fp16"):
+    """head_dim equal to `dim`; a causal step, with or without shared caches."""
+    signature = {"q_ptr": dtype, "k_ptr": "*i8", "k_scale_ptr": "*fp32", "v_ptr": "*i8", "v_scale_ptr": "*fp32",
+                 "lengths_ptr": "*i32", "out_ptr": dtype, "softmax_scale": "fp32", "clip": "fp32"}  # fmt: skip
+    numbers = ("rows", "heads", "queries", "caches", "capacity", "head_dim", "stride_qb", "stride_qh", "stride_qt")
+    signature |= dict.fromkeys(numbers, "i32")
+    if source:
+        signature["source_ptr"] = "*i32"
+    more, fixed = strided("bias_ptr", dtype if bias else None, True)
+    constants = fixed | {"CAUSAL": True, "EVEN_DIM": True, "DIM": dim, "SLOTS": attention_decode.SLOTS,
+                         "BLOCK_N": attention_decode.BLOCK_N, "USE_ASM": True}  # fmt: skip
+    unaligned = {"softmax_scale", "clip", "rows", "heads", "queries", "caches", "capacity", "stride_bb", "stride_bh"}
+    return compiled(
+        attention_decode._decode_kernel, signature | more, constants, unaligned | {"stride_bq"},
+        attention_decode.NUM_WARPS, attention_decode.NUM_STAGES, capability,
+    )  # fmt: skip
+
+
+def quantize_kernel(capability, dim, transpose, per_tensor=False, dtype="*fp16"):
+    signature = {"x_ptr": dtype, "q_ptr": "*i8", "scale_ptr": "*fp32", "factor": "fp32", "clip": "fp32"}
+    numbers = ("heads", "count", "padded", "head_dim", "stride_b", "stride_h", "stride_t")
+    signature |= dict.fromkeys(numbers, "i32") | ({"amax_bits_ptr": "*i32"} if per_tensor else {})
+    constants = {"TRANSPOSE": transpose, "DIM": dim, "BLOCK": 64}
+    return compiled(
+        attention._quantize_tokens_kernel, signature, constants, {"factor", "clip", "heads", "count"}, 4, 3, capability
+    )
+
+
+#: (causal, mask, bias): BART's encoder and decoder, T5's decoder, and a mask per pair
+VARIANTS = ((False, "keys", None), (True, None, None), (True, "keys", "pairs"), (False, "pairs", None))
+
+
+def every_kernel(capabilities):
+    """(name, counts): each tile on sm_80 and sm_90 with the masks dealt around, a sample elsewhere."""
+    for capability in capabilities:
+        main_line = capability in (80, 90)
+        tiles = list(dict.fromkeys(attention.TILES["sm90" if capability in (90, 100) else "sm80"].values()))
+        for dim in (64, 128):
+            for i, tile in enumerate(tiles if main_line else tiles[1:2]):
+                large = tile == tiles[-1] and main_line
+                for causal, mask, bias in VARIANTS if large else (VARIANTS[(i + dim // 64) % 2],):
+                    kernel = attention_kernel(capability, dim, tile, causal, mask, bias)
+                    words = ["causal" if causal else "whole", f"mask-{mask}", f"bias-{bias}"]
+                    name = f"attention sm_{capability} {dim} {'x'.join(map(str, tile))} {' '.join(words)}"
+                    yield name, {"dim": dim, "tile": tile, **counts(kernel)}
+            for source in (False, True):
+                name = f"decode sm_{capability} {dim} {'beams' if source else 'own'}"
+                yield name, {"dim": dim, **counts(decode_kernel(capability, dim, source, bias=not source))}
+        for transpose in (False, True):
+            name = f"tokens sm_{capability} 64 {'transposed' if transpose else 'rows'}"
+            yield name, {"dim": 64, **counts(quantize_kernel(capability, 64, transpose, per_tensor=transpose))}
+
+
+def main():
+    assert os.environ.get("TRITON_INTERPRET") != "1", "the interpreter compiles nothing"
+    for name, found in every_kernel([int(capability) for capability in sys.argv[1:]]):
+        print(json.dumps([name, found]), flush=True)
+
+
+if __name__ == "__main__":
+    main()
