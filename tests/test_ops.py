@@ -93,8 +93,22 @@ def samples(op):
         yield (q, q, q, None, None, True, 0.35, "per_tensor", 2.5), {}
         empty = k[:, :, :0]
         yield (q, empty, empty, None, None, False, 0.35), {}
+    elif op == "qattention_decode":
+        q = torch.randn(2, 2, 3, 8).transpose(1, 2)
+        for source, bias, rest in (
+            (None, torch.randn(1, 3, 1, 5), (False, 0.35)),
+            (torch.tensor([1, 1], dtype=torch.int32), None, (True, 0.35, "per_tensor", 2.5)),
+        ):
+            yield (q, *decode_cache(2), torch.tensor([5, 2], dtype=torch.int32), source, bias, *rest), {}
+        yield (q[:0], *decode_cache(0), torch.zeros(0, dtype=torch.int32), None, None, False, 0.35), {}
     else:
         raise AssertionError(f"{op} has no samples: every op needs some")
+
+
+def decode_cache(caches, heads=3, capacity=5, head_dim=8):
+    """k_cache, k_scale, v_cache, v_scale of random tokens."""
+    k, v = torch.randn(2, caches, heads, capacity, head_dim)
+    return *qmath.quantize_activation(k, "per_token")[:2], *qmath.quantize_activation(v, "per_token")[:2]
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
@@ -192,6 +206,29 @@ def pack(weight=None, bits=4, quantizer="absmax", granularity="per_channel", gro
 
 X = torch.randn(2, K)
 ACT_SCALE = "mode='static' needs act_scale, one fp32 number: run dqkernels.calibrate"
+
+
+def case_decode(**changes):
+    arguments = dict(zip(("k_cache", "k_scale", "v_cache", "v_scale"), decode_cache(2), strict=True))
+    arguments |= {"q": torch.randn(2, 3, 1, 8), "lengths": torch.tensor([1, 5], dtype=torch.int32), "source": None,
+                  "bias": None, "causal": False, "softmax_scale": 1.0, **changes}  # fmt: skip
+    return lambda: ops.qattention_decode(**arguments)
+
+
+def case_long_head(head_dim):
+    x = torch.randn(1, 1, 2, head_dim)
+    return lambda: ops.qattention(x, x, x, *ATTENTION)
+
+
+def test_the_nearest_attention_is_taken():
+    """Beside each refusal of the table stands what is just allowed."""
+    assert case_decode()().shape == (2, 3, 1, 8)
+    assert case_long_head(1040)().any()
+    with pytest.raises(IndexError, match=r"source must be in 0..1, got 0..2"):
+        case_decode(source=torch.tensor([0, 2], dtype=torch.int32))()
+    assert case_decode(source=torch.tensor([1, 1], dtype=torch.int32))().any()
+
+
 ATTENTION = (None, None, False, 1.0)
 A4 = torch.randn(1, 2, 3, 4)
 REFUSED = {
@@ -291,6 +328,49 @@ REFUSED = {
     "attention of rank 3": (lambda: ops.qattention(A4[0], A4, A4, *ATTENTION), r"q must be \[batch, heads, length"),
     "keys and values": (lambda: ops.qattention(A4, A4, A4[:, :, :2], *ATTENTION), "q, k, v do not fit"),
     "static attention": (lambda: ops.qattention(A4, A4, A4, *ATTENTION, "static"), "'per_token' or 'per_tensor'"),
+    "attention of a long head": (case_long_head(1041), r"head_dim must be 1..1040, .* got 1041"),
+    "additive mask": (
+        lambda: ops.qattention(A4, A4, A4, torch.zeros(3, 3), None, False, 1.0),
+        "mask must be bool, True where a key is visible, got torch.float32",
+    ),
+    "mask of other keys": (
+        lambda: ops.qattention(A4, A4, A4, torch.ones(1, 2, 1, 4, dtype=torch.bool), None, False, 1.0),
+        r"mask must broadcast to \[1, 2, 3, 3\], got \[1, 2, 1, 4\]",
+    ),
+    "bias of more batches": (
+        lambda: ops.qattention(A4, A4, A4, None, torch.ones(2, 2, 3, 3), False, 1.0),
+        r"bias must broadcast to \[1, 2, 3, 3\], got \[2, 2, 3, 3\]",
+    ),
+    "too many keys": (
+        lambda: ops.qattention(A4, *[A4[:, :, :1].expand(1, 2, 131_072, 4)] * 2, *ATTENTION),
+        "at most 131071 keys keep the int32 sums exact, got 131072",
+    ),
+    "decode, float cache": (
+        case_decode(k_cache=torch.ones(2, 3, 5, 8)),
+        r"k_cache must be int8 \[caches, 3, capacity, 8",
+    ),
+    "decode, other heads": (
+        case_decode(v_cache=torch.ones(2, 4, 5, 8, dtype=torch.int8)),
+        r"v_cache must be int8 .* got torch.int8 \[2, 4, 5, 8\]",
+    ),
+    "decode, other capacity": (
+        case_decode(v_cache=torch.ones(2, 3, 6, 8, dtype=torch.int8)),
+        "k_cache and v_cache differ",
+    ),
+    "decode, scale of a head": (case_decode(v_scale=torch.ones(2, 3)), r"v_scale must be float32 \[2, 3, 5\], got"),
+    "decode, int64 lengths": (
+        case_decode(lengths=torch.tensor([1, 2])),
+        r"lengths must be int32 \[2\], got torch.int64",
+    ),
+    "decode, too long": (
+        case_decode(lengths=torch.tensor([1, 6], dtype=torch.int32)),
+        r"lengths must be in 0..5, got 1..6",
+    ),
+    "decode, shared by whom": (
+        case_decode(q=torch.randn(3, 3, 1, 8), lengths=torch.ones(3, dtype=torch.int32)),
+        "source must name the cache of each row: q has 3 rows, k_cache 2 caches",
+    ),
+    "decode, static": (case_decode(mode="static"), "mode must be 'per_token' or 'per_tensor'"),
 }
 
 
@@ -407,7 +487,9 @@ def test_position_gradient_of_qembedding(shape):
     assert_bounded(position.grad, truth, upstream.sum_to_size(shape), "position")
 
 
-@pytest.mark.parametrize("op", ["quantize_activation", "gelu_quantize", "layernorm_quantize", "qattention"])
+@pytest.mark.parametrize(
+    "op", ["quantize_activation", "gelu_quantize", "layernorm_quantize", "qattention", "qattention_decode"]
+)
 def test_inference_ops_refuse_backward_in_words(op):
     x = torch.randn(1, 2, 3, 4, requires_grad=True)
     arguments = {
@@ -415,6 +497,15 @@ def test_inference_ops_refuse_backward_in_words(op):
         "gelu_quantize": (x, "per_token"),
         "layernorm_quantize": (x, None, torch.ones(4), None, 1e-5, "per_token"),
         "qattention": (x, x, x, *ATTENTION),
+        "qattention_decode": (
+            x,
+            *decode_cache(1, 2, 6, 4),
+            torch.tensor([6], dtype=torch.int32),
+            None,
+            None,
+            True,
+            1.0,
+        ),
     }[op]
     out = getattr(ops, op)(*arguments)
     floats = [t for t in (out if isinstance(out, tuple | list) else [out]) if t.requires_grad]

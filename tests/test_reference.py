@@ -9,6 +9,7 @@ from pathlib import Path
 import grids
 import numpy as np
 import oracle
+import oracle_attention
 import pytest
 import torch
 import torch.nn.functional as F
@@ -349,6 +350,77 @@ def test_qattention_keeps_its_dtype_and_scales_before_it_quantizes(dtype):
     scaled = attend((q.float() * 0.125).to(torch.float32), k.float(), v.float(), scale=1.0, clip=2.5)
     assert_same_bits(got, scaled.to(dtype))
     assert not torch.equal(got, attend(q, k, v, scale=0.125))
+
+
+@pytest.mark.parametrize("mode", ["per_token", "per_tensor"])
+@pytest.mark.parametrize("dtype", grids.DTYPES, ids=str)
+def test_qattention_is_its_oracle_but_for_flips(dtype, mode):
+    """Rows in which no code stands beside a half integer are exact; the others within oracle_attention's bound."""
+    rows = flips = 0
+    for seed, (queries, keys, causal) in enumerate(((1, 1, False), (7, 40, True), (5, 90, False), (9, 4, True))):
+        g = torch.Generator().manual_seed(seed)
+        q, k, v = (torch.randn(2, 2, n, 16, generator=g).to(dtype) for n in (queries, keys, keys))
+        v = (v * torch.randn(2, 2, keys, 1, generator=g).exp()).to(dtype)
+        mask = torch.rand(2, 1, 1, keys, generator=g) < 0.8
+        bias = torch.randn(2, queries, keys, generator=g)
+        got = attend(q, k, v, mask, bias, causal, 0.25, mode, 2.5)
+        codes = [
+            oracle_attention.quantize(x.numpy(), mode, 2.5)
+            for x in (q.float() * torch.tensor(0.25), k.float(), v.float())
+        ]
+        seen = oracle_attention.visible_keys(queries, keys, causal, mask.expand(2, 2, queries, keys).numpy())
+        found = oracle_attention.assert_attention(
+            got.float().numpy(), *(part for pair in codes for part in pair), seen,
+            bias.expand(2, 2, queries, keys).numpy(), str(dtype).split(".")[1], f"{queries} x {keys}",
+        )  # fmt: skip
+        rows, flips = rows + found[0], flips + found[1]
+    assert rows == 88 and flips < 10, f"{flips} possible flips: the bound proves little"
+
+
+def decode(q, cache, lengths, source=None, bias=None, causal=False, scale=0.25, mode="per_token"):
+    lengths = torch.tensor(lengths, dtype=torch.int32)
+    source = None if source is None else torch.tensor(source, dtype=torch.int32)
+    return reference.qattention_decode(
+        q, *cache, lengths, source, bias, causal=causal, softmax_scale=scale, mode=mode, clip=None
+    )
+
+
+def cache_of(k, v, capacity):
+    """Codes and scales as a cache holds them, with rubbish behind the last key."""
+    out = []
+    for x in (k, v):
+        codes, scale, _ = qmath.quantize_activation(x, "per_token")
+        missing = capacity - x.shape[2]
+        out += [F.pad(codes, (0, 0, 0, missing), value=-128), F.pad(scale, (0, missing), value=NAN)]
+    return out
+
+
+def test_qattention_decode_is_qattention_on_what_the_cache_holds():
+    q, k, v = (torch.randn(3, 2, 7, 8) for _ in range(3))
+    bias = torch.randn(1, 2, 7, 10)
+    cache = cache_of(k, v, 10)
+    whole = attend(q, k, v, None, bias[..., :7], causal=True)
+    for i in range(7):
+        step = decode(q[:, :, i : i + 1], cache, [i + 1] * 3, None, bias[:, :, i : i + 1])
+        assert_same_bits(step, whole[:, :, i : i + 1], f"step {i}")
+    assert_same_bits(
+        decode(q[:, :, 4:], cache, [7] * 3, None, bias[:, :, 4:], causal=True), whole[:, :, 4:], "three new"
+    )
+    lengths = [2, 7, 0]
+    got = decode(q, cache, lengths)
+    for row, length in enumerate(lengths):
+        one = slice(row, row + 1)
+        alone = attend(q[one], k[one, :, :length], v[one, :, :length])
+        assert_same_bits(got[one], alone, f"length {length}", may_be_zero=length == 0)
+
+
+def test_qattention_decode_reads_the_cache_of_its_source():
+    k, v = torch.randn(2, 2, 5, 8), torch.randn(2, 2, 5, 8)
+    q, source, lengths = torch.randn(4, 2, 1, 8), [1, 0, 1, 1], [5, 3, 4, 1]
+    cache = cache_of(k, v, 6)
+    got = decode(q, cache, lengths, source)
+    assert_same_bits(got, decode(q, [t[source] for t in cache], lengths))
+    assert not torch.equal(got, decode(q, [t[[0, 0, 1, 1]] for t in cache], lengths))
 
 
 # --------------------------------------------------------------------------------------------------- embedding
