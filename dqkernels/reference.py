@@ -331,14 +331,21 @@ def qattention(
     q8, q_scale, _ = qmath.quantize_activation(q.float() * softmax_scale, mode, clip)
     k8, k_scale, _ = qmath.quantize_activation(k, mode, clip)
     v8, v_scale, _ = qmath.quantize_activation(v, mode, clip)
-    # A zero row's scale is 1 by convention: as vs_max it would round the other keys' c_j away. NaN rows stay NaN.
-    v_scale = torch.where((v8 == 0).all(dim=-1) & v_scale.isfinite(), 0.0, v_scale)
+    v_scale = value_scale(v8, v_scale)
     visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
     if causal:
         visible = visible.tril(keys - queries)
     if mask is not None:
         visible = visible & mask
     return _attend(q8, q_scale, k8, k_scale, v8, v_scale, visible, bias, q.dtype)
+
+
+def value_scale(v8: torch.Tensor, v_scale: torch.Tensor) -> torch.Tensor:
+    """The scales [...] of V's codes [..., head_dim] with 0 for zero rows, as attention and its caches want them.
+
+    The quantizer's 1 would become vs_max and round the other keys' c_j away. A NaN (a row that was not finite) stays.
+    """
+    return torch.where((v8 == 0).all(dim=-1) & v_scale.isfinite(), 0.0, v_scale)
 
 
 def qattention_decode(
@@ -361,7 +368,8 @@ def qattention_decode(
     Args:
         q: [rows, heads, queries, head_dim]; fp32, fp16 or bf16. A row is a sequence or a beam.
         k_cache, v_cache: int8 [caches, heads, capacity, head_dim], codes of `quantize_activation`.
-        k_scale, v_scale: fp32 [caches, heads, capacity], their scales (`per_tensor`: one number repeated).
+        k_scale, v_scale: fp32 [caches, heads, capacity], their scales (`per_tensor`: one number repeated); of V, what
+            `value_scale` makes of them.
         lengths: int32 [rows], how many keys are visible; what lies behind them is never looked at.
         source: int32 [rows], the cache that a row reads (beams of one source share one), or None: its own.
         bias: float, broadcastable to [rows, heads, queries, capacity], or None.

@@ -42,6 +42,7 @@ def attend(q, qs, k, ks, v, vs, bias=None) -> Row:
     """
     if not len(k):
         return Row(np.zeros(v.shape[1], F32), 0.0, 0)
+    vs = np.where((v == 0).all(axis=1) & np.isfinite(vs), F32(0), vs)  # a zero row has no say in the largest scale
     with np.errstate(all="ignore"):
         s = (k @ q).astype(F32) * qs * ks
         if bias is not None:

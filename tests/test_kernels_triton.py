@@ -15,6 +15,7 @@ import triton_checks
 import triton_checks_attention
 
 ROOT = Path(__file__).resolve().parents[1]
+FILES = (triton_checks, triton_checks_attention)
 
 
 def subprocess_env(**extra):
@@ -24,12 +25,17 @@ def subprocess_env(**extra):
 
 
 @pytest.fixture(scope="module")
-def outcome():
+def outcome(request):
+    """{check: "ok" or its traceback} of the checks that this run selected."""
     pytest.importorskip("triton", reason="triton is not installed")
+    selected = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
     outcomes = {}
-    for checks in (triton_checks, triton_checks_attention):
+    for checks in FILES:
+        names = [name for name in checks.CHECKS if name in selected]
+        if not names:
+            continue
         done = subprocess.run(
-            [sys.executable, checks.__file__],
+            [sys.executable, checks.__file__, *names],
             env=subprocess_env(TRITON_INTERPRET="1"),
             capture_output=True,
             text=True,
@@ -41,7 +47,7 @@ def outcome():
     return outcomes
 
 
-@pytest.mark.parametrize("name", [*triton_checks.CHECKS, *triton_checks_attention.CHECKS])
+@pytest.mark.parametrize("name", [name for checks in FILES for name in checks.CHECKS])
 def test_in_the_interpreter(name, outcome):
     assert outcome[name] == "ok", outcome[name]
 

@@ -1,7 +1,8 @@
 """Checks of the Triton kernels against tests/oracle.py, element by element, on a device named by the caller.
 
 test_kernels_triton.py runs them in Triton's interpreter, test_gpu_triton.py on a GPU. By hand:
-`TRITON_INTERPRET=1 python tests/triton_checks.py` prints a line per check, and their outcomes as JSON.
+`TRITON_INTERPRET=1 python tests/triton_checks.py` prints a line per check (or per named one), and
+their outcomes as JSON.
 """
 
 import itertools
@@ -383,7 +384,8 @@ def equals_reference(device):
 def main(checks=CHECKS):
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: these checks run on the CPU"
     outcome = {}
-    for name, function in checks.items():
+    for name in sys.argv[1:] or checks:
+        function = checks[name]
         start = time.perf_counter()
         try:
             with np.errstate(all="ignore"):  # numpy plays the GPU here, and warns where a GPU is silent

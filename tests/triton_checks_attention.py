@@ -9,6 +9,7 @@ import numpy as np
 import oracle_attention
 import torch
 import triton_checks
+from compare import assert_bounded
 from triton_checks import DTYPES, assert_same, refuses
 
 CHECKS = {}
@@ -193,6 +194,7 @@ def attention_special_values(device):
     zero_row = v.clone()
     zero_row[0, 0, 5] = 0
     assert_attention(q, k, zero_row, mask)
+    assert_attention(q, k, zero_row * 1e-3, mask)  # its scale, 1 by convention, must not become the largest
 
 
 @check
@@ -231,6 +233,8 @@ def cache_of(k, v, capacity, mode="per_token", clip=None):
     out = []
     for x in (k, v):
         codes, scale = oracle_attention.quantize(wide(x), mode, clip)
+        if x is v:
+            scale = np.where((codes == 0).all(axis=-1) & np.isfinite(scale), np.float32(0), scale)
         batch, heads, keys, head_dim = x.shape
         cache = torch.full((batch, heads, capacity, head_dim), -128, dtype=torch.int8)
         cache[:, :, :keys] = torch.from_numpy(codes).to(torch.int8)
@@ -337,6 +341,22 @@ def decode_special_values(device):
     assert lost[1:].isnan().all()
     for empty in (decode(q[:0], [t[:0] for t in cache], []), decode(q, [t[:, :, :0] for t in cache], [0, 0, 0])):
         assert not empty.any()
+
+
+@check
+def attention_error_is_the_references(device):
+    """Error to unquantized attention in float64 <= twice that of the plain-torch specification, plus one rounding."""
+    from dqkernels import reference
+
+    for seed, (dtype, mode, causal) in enumerate(itertools.product(DTYPES, ("per_token", "per_tensor"), (False, True))):
+        q, k, v = (x.cpu() for x in qkv(seed, 1, 2, 20, 90, 64, device, dtype, values=0.3))
+        score = q.double() @ k.double().mT / 8
+        if causal:
+            score = score.masked_fill(~torch.ones(20, 90, dtype=torch.bool).tril(70), -INF)
+        truth = score.softmax(dim=-1) @ v.double()
+        eager = reference.qattention(q, k, v, None, None, causal=causal, softmax_scale=0.125, mode=mode, clip=None)
+        got = attend(q.to(device), k.to(device), v.to(device), causal=causal, mode=mode)
+        assert_bounded(got, truth, eager, f"{dtype}, {mode}, causal {causal}")
 
 
 @check

@@ -100,6 +100,8 @@ def counts(kernel):
         "FFMA": by_name["FFMA"] + 2 * by_name["FFMA2"],
         "FMUL": by_name["FMUL"] + 2 * by_name["FMUL2"],
         "FADD": by_name["FADD"] + 2 * by_name["FADD2"],
+        "FFMA2": by_name["FFMA2"],
+        "SHFL": by_name["SHFL"],
         "wide_stores": sum(opcode.startswith("STG") and opcode.endswith("128") for opcode in opcodes),
         "ptx_fma": len(re.findall(r"\bfma\.", ptx)),
         "ptx_div_rn": len(re.findall(r"\bdiv\.rn\.f32", ptx)),

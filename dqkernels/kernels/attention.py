@@ -181,6 +181,10 @@ def _quantize_tokens_kernel(
     x_ptr += head // heads * stride_b + head % heads * stride_h
     x = _load_rows(x_ptr + tokens.to(tl.int64) * stride_t, tokens < count, head_dim, factor, DIM)
     codes, scale = _quantize_tile(x, amax_bits_ptr, clip)
+    if TRANSPOSE:
+        # V. The scale 1 of a zero row would become vs_max and round the other keys' c away.
+        empty = (tl.max(tl.abs(codes), 1) == 0) & (scale == scale)
+        scale = tl.where(empty, 0.0, scale)
     tl.store(scale_ptr + head * padded + tokens, scale)
     dims = tl.arange(0, DIM)
     q_ptr += head * padded * DIM

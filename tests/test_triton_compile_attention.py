@@ -1,0 +1,95 @@
+"""The attention kernels as machine code for sm_80, sm_90, sm_100 and sm_120, compiled here without a GPU.
+
+What it guards: two dots per loop body (with one, Triton 3.8 spills int8 fragments on sm_80), probabilities that stay
+in their thread between the two products, maxima taken in the layout of the product, and no contraction.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from test_triton_compile import SHARED_BYTES, capability, each, report
+
+TOOL = Path(__file__).with_name("triton_sass_attention.py")
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """{name: counts}, from two compiling processes."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOL.parents[1]), env.get("PYTHONPATH")]))
+    runs = [
+        subprocess.Popen([sys.executable, TOOL, *capabilities], env=env, stdout=subprocess.PIPE, text=True)
+        for capabilities in (("80", "100"), ("90", "120"))
+    ]
+    try:
+        lines = [line for run in runs for line in run.communicate(timeout=1800)[0].splitlines()]
+    finally:
+        for run in runs:
+            run.kill()
+    assert not any(run.returncode for run in runs), "compiling failed, see the captured stderr"
+    found = dict(json.loads(line) for line in lines)
+    assert len(found) > 40
+    return found
+
+
+def test_nothing_spills(kernels):
+    report([f"{name}: {found}" for name, found in kernels.items() if found["spills"] or found["stack"]])
+
+
+def test_both_products_run_on_tensor_cores(kernels):
+    """Exactly the multiply instructions of two products in the first loop and two in the second."""
+    failures = []
+    for name, found in each(kernels, "attention"):
+        block_m, block_n, num_warps, _ = found["tile"]
+        dim, arch = found["dim"], capability(name)
+        if arch == 90 and block_m >= 64:  # wgmma: 64 rows, 32 deep, one of any width
+            got, wanted = found["IGMMA"], (3 * dim // 32 + block_n // 32) * block_m * 4 // (64 * num_warps)
+        elif arch == 100:  # tcgen05 from Triton 3.8 on, mma.sync before
+            got = found["UTCIMMA"] + found["IMMA"]
+            wanted = max(got, 4)
+        else:
+            got, wanted = found["IMMA"], 4 * block_m * block_n * dim // (16 * 8 * 32 * num_warps)
+        if got != wanted:
+            failures.append(f"{name}: {got} instead of {wanted} multiply instructions")
+    for name, found in each(kernels, "decode"):
+        wanted = 3 * 16 * 64 * found["dim"] // (16 * 8 * 32 * 4)
+        if found["IMMA"] != wanted:
+            failures.append(f"{name}: {found['IMMA']} instead of {wanted} multiply instructions")
+    report(failures)
+
+
+def test_only_row_maxima_and_sums_cross_threads(kernels):
+    """Tiles of 64 and more rows: three reductions in two steps for each half and row of a thread, and no others."""
+    report(
+        [
+            f"{name}: {found['SHFL']} SHFL"
+            for name, found in each(kernels, "attention")
+            if found["tile"][0] >= 64 and capability(name) in (80, 90) and found["SHFL"] > 56
+        ]
+    )
+
+
+def test_nothing_is_contracted(kernels):
+    """No fused multiply-add but those of the divisions, and none of the paired form that ptxas makes on Blackwell."""
+    report(
+        [
+            f"{name}: {found}"
+            for name, found in kernels.items()
+            if found["ptx_fma"] or found["FFMA2"] or found["ptx_div_fast"] or not found["ptx_div_rn"]
+        ]
+    )
+
+
+def test_shared_memory_fits_the_smallest_part(kernels):
+    report(
+        [
+            f"{name}: {found['shared']} bytes"
+            for name, found in kernels.items()
+            if found["shared"] > SHARED_BYTES[capability(name)]
+        ]
+    )
