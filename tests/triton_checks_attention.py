@@ -114,9 +114,9 @@ def attention_every_tile(device):
     g = torch.Generator().manual_seed(2)
     rest = (mask_of("pairs", g, 1, 1, 70, 150, device), bias_of("heads", g, 1, 70, 150, device), True)
     first, _ = assert_attention(q, k, v, *rest)
-    tiles = {tile for table in attention.TILES.values() for tile in table.values()}
-    assert len(tiles) > 2
-    for tile in tiles | {attention.Tile(32, 32, 4, 2), attention.Tile(16, 128, 4, 2)}:
+    tiles = {attention.tile_for(*key) for key in itertools.product((1, 17, 65), (64, 128), (False, True))}
+    assert len(tiles) == 6
+    for tile in tiles | {attention.Tile(16, 128, 4, 2)}:
         assert_same(attend(q, k, v, *rest, tile=tile), first.cpu(), f"{tile}")
 
 
@@ -295,14 +295,16 @@ def decode_beams(device):
     g = torch.Generator().manual_seed(12)
     _, k, v = qkv(12, 5, 2, 1, 70, 48, device)
     cache = cache_of(k, v, 75)
-    many = torch.randint(0, 5, (150,), generator=g).tolist()
+    many = torch.randint(0, 5, (131,), generator=g).tolist()
     for source in ([0, 0, 0, 0], [3, 1, 3, 0, 1, 3], [2] * 19 + [4] + [2] * 3, many):
         rows = len(source)
-        for queries, causal in ((1, False), (2, True)) if rows < 100 else ((1, False),):
-            q = torch.randn(rows, 2, queries, 48, generator=g).to(device)
+        heads = 2 if rows < 100 else 1  # the interpreter takes its time
+        for queries, causal in ((1, False), (2, True))[:heads]:
+            q = torch.randn(rows, heads, queries, 48, generator=g).to(device)
             lengths = torch.randint(0, 71, (rows,), generator=g).tolist()
-            got = assert_decode(q, cache, lengths, source, None, causal)
-            alone = [t[source].contiguous() for t in cache]
+            there = [t[:, :heads] for t in cache]
+            got = assert_decode(q, there, lengths, source, None, causal)
+            alone = [t[source].contiguous() for t in there]
             assert_same(decode(q, alone, lengths, None, None, causal), got.cpu(), "each with a copy of its cache")
 
 

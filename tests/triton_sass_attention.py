@@ -86,11 +86,12 @@ def every_kernel(capabilities):
     """(name, counts): each tile on sm_80 and sm_90 with the masks dealt around, a sample elsewhere."""
     for capability in capabilities:
         main_line = capability in (80, 90)
-        tiles = list(dict.fromkeys(attention.TILES["sm90" if capability in (90, 100) else "sm80"].values()))
         for dim in (64, 128):
-            for i, tile in enumerate(tiles if main_line else tiles[1:2]):
-                large = tile == tiles[-1] and main_line
-                for causal, mask, bias in VARIANTS if large else (VARIANTS[(i + dim // 64) % 2],):
+            for i, queries in enumerate((16, 64, 1024)):
+                for j, (causal, mask, bias) in enumerate(VARIANTS):
+                    if (queries != 1024 and j != (i + dim // 64) % 3) or (not main_line and (queries, j) != (64, 1)):
+                        continue
+                    tile = attention.tile_for(queries, dim, "pairs" in (mask, bias))
                     kernel = attention_kernel(capability, dim, tile, causal, mask, bias)
                     words = ["causal" if causal else "whole", f"mask-{mask}", f"bias-{bias}"]
                     name = f"attention sm_{capability} {dim} {'x'.join(map(str, tile))} {' '.join(words)}"

@@ -17,7 +17,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import _add, _round_to, family, interpreted
+from .gemm import _add, _round_to, interpreted
 from .quantize import _INF_BITS, _MAGIC, _MAGIC_BITS, _TINY_BITS, _abs_bits, _codes, device_of
 
 MAX_HEAD_DIM = 128
@@ -200,13 +200,16 @@ def _quantize_tokens_kernel(
 
 @triton.jit
 def _tile(ptr, rows, keys, count, key_count, stride_q, stride_k, ROWS: tl.constexpr):
-    """A [rows, keys] tile of the mask or the bias; [1, keys] where all queries share one row (not ROWS)."""
-    at = ptr + keys.to(tl.int64)[None, :] * stride_k
+    """A [rows, keys] tile of the mask or the bias; [1, keys] where all queries share one row (not ROWS).
+
+    `ptr` is that of the tile's first row; from there 32 bits reach (see `strides`), and leave registers free.
+    """
+    at = keys[None, :] * stride_k
     inside = (keys < key_count)[None, :]
     if ROWS:
-        at += rows.to(tl.int64)[:, None] * stride_q
+        at = at + tl.arange(0, rows.shape[0])[:, None] * stride_q
         inside = inside & (rows < count)[:, None]
-    return tl.load(at, mask=inside, other=0)
+    return tl.load(ptr + at, mask=inside, other=0)
 
 
 @triton.jit
@@ -278,9 +281,9 @@ def _attention_kernel(
     rows = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     batch = head // heads
     if mask_ptr is not None:
-        mask_ptr += batch * stride_mb + head % heads * stride_mh
+        mask_ptr += batch * stride_mb + head % heads * stride_mh + (tile * BLOCK_M).to(tl.int64) * stride_mq
     if bias_ptr is not None:
-        bias_ptr += batch * stride_bb + head % heads * stride_bh
+        bias_ptr += batch * stride_bb + head % heads * stride_bh + (tile * BLOCK_M).to(tl.int64) * stride_bq
     k_scale_ptr += head * padded
     v_scale_ptr += head * padded
 
@@ -336,17 +339,19 @@ class Tile(NamedTuple):
     num_stages: int
 
 
-#: By the largest number of queries of the bucket, then by the padded head_dim; results never depend on the tile.
+#: By the largest number of queries of the bucket; results never depend on the tile.
 _ANY = 1 << 62
-TILES = {
-    "sm80": {16: Tile(16, 64, 4, 3), 64: Tile(64, 64, 4, 3), _ANY: Tile(128, 64, 8, 3)},
-    "sm90": {16: Tile(16, 64, 4, 3), 64: Tile(64, 64, 4, 3), _ANY: Tile(128, 64, 8, 3)},
-}
+TILES = {16: Tile(16, 64, 4, 3), 64: Tile(64, 64, 4, 3), _ANY: Tile(128, 64, 8, 3)}
 
 
-def tile_for(queries: int, arch: str) -> Tile:
-    """The tile for this many queries on a device of the family `arch` (see gemm.family)."""
-    return next(tile for limit, tile in TILES[arch].items() if queries <= limit)
+def tile_for(queries: int, dim: int, pairs: bool) -> Tile:
+    """The tile for this many queries; `pairs`: the mask or the bias holds a value for each query and key.
+
+    tests/test_triton_compile_attention.py compiles every one of them and checks that nothing spills: beside a total of
+    128 columns there are registers for 32 keys of such a mask or bias, not for 64.
+    """
+    tile = next(tile for limit, tile in TILES.items() if queries <= limit)
+    return tile._replace(block_n=32) if pairs and dim == 128 else tile
 
 
 def padded_dim(head_dim: int) -> int:
@@ -401,10 +406,15 @@ def _quantize_tokens(x, factor, per_tensor, clip, transpose=False):
 
 
 def strides(x: torch.Tensor | None, shape: tuple) -> tuple[torch.Tensor | None, tuple[int, ...]]:
-    """x broadcast to `shape` without a copy (bool as uint8), and its strides; zeros for None."""
+    """x broadcast to `shape` (bool as uint8) and its strides; zeros for None.
+
+    Copied only where 128 rows or a row of keys span more than 32-bit offsets reach.
+    """
     if x is None:
         return None, (0,) * len(shape)
     x = x.expand(shape)
+    if 128 * x.stride(2) + shape[3] * x.stride(3) >= 1 << 31:
+        x = x.contiguous()
     return x.view(torch.uint8) if x.dtype == torch.bool else x, x.stride()
 
 
@@ -442,7 +452,8 @@ def qattention(
     bias, bias_strides = strides(bias, (batch, heads, queries, keys))
     clip = float("inf") if clip is None else float(clip)
     per_tensor = mode == "per_tensor"
-    tile = tile or tile_for(queries, family(q.device))
+    mask_rows, bias_rows = mask_strides[2] != 0, bias_strides[2] != 0
+    tile = tile or tile_for(queries, dim, mask_rows or bias_rows)
     with device_of(q):
         q_codes, q_scale = _quantize_tokens(q, softmax_scale, per_tensor, clip)
         k_codes, k_scale = _quantize_tokens(k, 1.0, per_tensor, clip)
@@ -466,8 +477,8 @@ def qattention(
             *mask_strides,
             *bias_strides,
             CAUSAL=causal,
-            MASK_ROWS=mask_strides[2] != 0,
-            BIAS_ROWS=bias_strides[2] != 0,
+            MASK_ROWS=mask_rows,
+            BIAS_ROWS=bias_rows,
             DIM=dim,
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
