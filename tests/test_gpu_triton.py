@@ -3,8 +3,9 @@
 import pytest
 import torch
 import triton_checks
-import triton_checks_attention
+import triton_files
 
+CHECKS = {name: check for file in triton_files.FILES for name, check in file.CHECKS.items()}
 pytestmark = pytest.mark.gpu
 
 # (N, K): projections and FFN of BART-base and BART-large, and the head, whose odd N defeats wide stores
@@ -23,14 +24,9 @@ def backend():
     return backend
 
 
-@pytest.mark.parametrize("name", list(triton_checks.CHECKS))
+@pytest.mark.parametrize("name", list(CHECKS))
 def test_check(name):
-    triton_checks.CHECKS[name]("cuda")
-
-
-@pytest.mark.parametrize("name", list(triton_checks_attention.CHECKS))
-def test_check_of_attention(name):
-    triton_checks_attention.CHECKS[name]("cuda")
+    CHECKS[name]("cuda")
 
 
 def layer(n, k, form, seed=0, dtype=torch.float16):
@@ -115,16 +111,56 @@ def test_side_stream(backend):
 
 
 def test_repeats_and_tiles_give_the_same_bits(backend):
-    from dqkernels.kernels import gemm
+    from dqkernels.kernels import gemm, tiles
 
     weight, facts = layer(1000, 1040, (4, False))
     there = cuda(weight)
     q, scale, _ = backend.quantize_activation(torch.randn(300, 1040, device="cuda"), "per_token")
     arguments = (q, scale, None, there[0], there[1], 4, False, 1000)
     first = gemm.qgemm(*arguments)
-    for tile in gemm.CONFIGS[gemm.family(q.device), 4].values():
+    for tile in tiles.table(tiles.family(q.device), 4).values():
         for _ in range(20):
             assert torch.equal(gemm.qgemm(*arguments, tile=tile), first)
+
+
+@pytest.mark.parametrize("form", [(8, False, -1), (4, False, 64), (2, True, 128)], ids=str)
+def test_250_repeats_of_split_k(backend, form):
+    """Whichever block arrives last, the bits are the same; 8 splits over memory that other launches have just left."""
+    given, codes = triton_checks_gemm.operands(1, 17, 300, 4096, form)
+    want = torch.from_numpy(triton_checks_gemm.expected(given, codes, form))
+    for repeat in range(250):
+        got = triton_checks_gemm.call("cuda", given, codes, form, tile=None, split_k=1 + repeat % 8)
+        triton_checks.assert_same(got, want, f"{form}, repeat {repeat}")
+
+
+def test_split_k_in_a_graph_and_on_two_streams(backend):
+    """Counters and slabs belong to the call: replays and neighbours do not meet in them."""
+    from dqkernels.kernels import gemm
+
+    form = (4, False, 64)
+    given, codes = triton_checks_gemm.operands(2, 16, 768, 4096, form)
+    want = torch.from_numpy(triton_checks_gemm.expected(given, codes, form)).cuda()
+    there = {name: None if tensor is None else tensor.cuda() for name, tensor in given.items()}
+    arguments = {"row_sum": None, "qweight": triton_checks.pack(codes, 4, "cuda"), "bits": 4, "four_level": False,
+                 "out_features": 768, "group_size": 64, "split_k": 8, **there}  # fmt: skip
+    gemm.qgemm(**arguments)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = gemm.qgemm(**arguments)
+    for _ in range(20):
+        y.zero_()
+        graph.replay()
+        assert torch.equal(y, want)
+    streams = [torch.cuda.Stream() for _ in range(2)]
+    results = []
+    for stream in streams:
+        stream.wait_stream(torch.cuda.current_stream())
+    for _ in range(50):
+        for stream in streams:
+            with torch.cuda.stream(stream):
+                results.append(gemm.qgemm(**arguments))
+    torch.cuda.synchronize()
+    assert all(torch.equal(result, want) for result in results)
 
 
 def test_second_device(backend):

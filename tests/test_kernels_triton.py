@@ -1,9 +1,9 @@
-"""The Triton kernels in Triton's interpreter, on the CPU: every check of triton_checks*.py, 0 mismatches.
+"""The Triton kernels in Triton's interpreter, on the CPU: every check of the triton_checks files, 0 mismatches.
 
-TRITON_INTERPRET must be set before Triton is imported, so each file of checks runs in a subprocess of its own and each
-check reports here.
+TRITON_INTERPRET must be set before Triton is imported, so each file runs in a subprocess and each check reports here.
 """
 
+import functools
 import json
 import os
 import subprocess
@@ -11,11 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import triton_checks
-import triton_checks_attention
+from triton_files import FILES
 
 ROOT = Path(__file__).resolve().parents[1]
-FILES = (triton_checks, triton_checks_attention)
 
 
 def subprocess_env(**extra):
@@ -24,32 +22,29 @@ def subprocess_env(**extra):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
-@pytest.fixture(scope="module")
-def outcome(request):
-    """{check: "ok" or its traceback} of the checks that this run selected."""
+@functools.cache
+def outcome(path, names):
+    """{check: "ok" or its traceback} of one file."""
+    done = subprocess.run(
+        [sys.executable, path, *names],
+        env=subprocess_env(TRITON_INTERPRET="1"),
+        capture_output=True,
+        text=True,
+        timeout=1800,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    print(done.stderr)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+@pytest.mark.parametrize("file, name", [pytest.param(file, name, id=name) for file in FILES for name in file.CHECKS])
+def test_in_the_interpreter(file, name, request):
     pytest.importorskip("triton", reason="triton is not installed")
-    selected = [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")]
-    outcomes = {}
-    for checks in FILES:
-        names = [name for name in checks.CHECKS if name in selected]
-        if not names:
-            continue
-        done = subprocess.run(
-            [sys.executable, checks.__file__, *names],
-            env=subprocess_env(TRITON_INTERPRET="1"),
-            capture_output=True,
-            text=True,
-            timeout=1800,
-        )
-        assert done.returncode == 0, done.stdout + done.stderr
-        print(done.stderr)
-        outcomes |= json.loads(done.stdout.splitlines()[-1])
-    return outcomes
-
-
-@pytest.mark.parametrize("name", [name for checks in FILES for name in checks.CHECKS])
-def test_in_the_interpreter(name, outcome):
-    assert outcome[name] == "ok", outcome[name]
+    # -k asked for some of a file's checks: only these run. A check that faults takes its file's others along.
+    asked = [item.callspec.params for item in request.session.items if item.originalname == request.node.originalname]
+    names = tuple(params["name"] for params in asked if params["file"] is file)
+    found = outcome(file.__file__, names)[name]
+    assert found == "ok", found
 
 
 def test_import_stays_away_from_triton():

@@ -34,7 +34,7 @@ def kernels():
             run.kill()
     assert not any(run.returncode for run in runs), "compiling failed, see the captured stderr"
     found = dict(json.loads(line) for line in lines)
-    assert len(found) > 80
+    assert len(found) > 140
     return found
 
 
@@ -82,7 +82,11 @@ def test_tensor_cores_do_the_work_once(kernels):
 
 def test_unpacking_permutes_no_bytes(kernels):
     """With an fp32 output no PRMT is left but one or two of address arithmetic; half outputs pack two per PRMT."""
-    budget = {"full": lambda found: 2, "half": lambda found: outputs(found) * 5 // 8 + 2}
+    budget = {
+        "full": lambda found: 2,
+        "half": lambda found: outputs(found) * 5 // 8 + 2,
+        "int8": lambda found: outputs(found) * 2,
+    }
     report(
         [
             f"{name}: {found['PRMT']} PRMT"
@@ -109,10 +113,21 @@ def test_epilogue_is_not_contracted(kernels):
     for name, found in each(kernels, "gemm"):
         adds = {"half": 1, "full": 2}.get(found["epilogue"])
         if adds is None:
-            continue  # erf is made of FMAs
+            continue  # erf is made of FMAs; its own test holds int8
         per_output = [found[op] / outputs(found) for op in ("FMUL", "FADD", "FFMA")]
         if per_output != [2, adds, 0] or found["ptx_fma"]:
             failures.append(f"{name}: FMUL, FADD, FFMA per output {per_output}, not {[2, adds, 0]}")
+    report(failures)
+
+
+def test_int8_output_is_rounded_as_specified(kernels):
+    """Three multiplies and two adds per output (bias, magic number); FMAs only in the one IEEE quotient per block."""
+    failures = []
+    for name, found in each(kernels, "gemm", "int8"):
+        n = outputs(found)
+        fine = found["FMUL"] == 3 * n and 0 <= found["FADD"] - 2 * n <= 4 and found["FFMA"] <= 16
+        if not (fine and found["ptx_div_rn"] == 1 and found["ptx_magic"] and not found["ptx_fma"]):
+            failures.append(f"{name}: {found}")
     report(failures)
 
 

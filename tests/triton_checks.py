@@ -1,10 +1,10 @@
 """Checks of the Triton kernels against tests/oracle.py, element by element, on a device named by the caller.
 
 test_kernels_triton.py runs them in Triton's interpreter, test_gpu_triton.py on a GPU. By hand:
-`TRITON_INTERPRET=1 python tests/triton_checks.py` prints a line per check (or per named one), and
-their outcomes as JSON.
+`TRITON_INTERPRET=1 python tests/triton_checks.py [NAME ...]` prints a line per check, and their outcomes as JSON.
 """
 
+import faulthandler
 import itertools
 import json
 import os
@@ -109,12 +109,12 @@ def gemm_every_epilogue(device):
 @check
 def gemm_every_tile(device):
     """Each tile of the table gives the same bits, on a K with a tail and on one without."""
-    from dqkernels.kernels import gemm
+    from dqkernels.kernels import tiles
 
-    arch = gemm.family(torch.device(device))
-    tiles = [(bits, tile) for (name, bits), table in gemm.CONFIGS.items() for tile in dict.fromkeys(table.values())
-             if device == "cpu" or name == arch]  # fmt: skip
-    for seed, ((bits, tile), k) in enumerate(itertools.product(tiles, (320, 512))):
+    arch = tiles.family(torch.device(device))
+    each = [(bits, tile) for (name, bits), table in tiles.CONFIGS.items() for tile in dict.fromkeys(table.values())
+            if device == "cpu" or name == arch]  # fmt: skip
+    for seed, ((bits, tile), k) in enumerate(itertools.product(each, (320, 512))):
         assert_gemm(seed, 35, 150, k, (bits, bits == 2), DTYPES[seed % 3], True, "none", True, False, device, tile)
 
 
@@ -346,15 +346,15 @@ def refuses(word, call):
 
 @check
 def backend_refusals(device):
-    """Groups are refused by name; the backend counts itself available here and not on devices it does not know."""
+    """Groups that do not exist are refused by name; the backend is available here, not on devices it does not know."""
     from dqkernels.backends import triton as backend
 
     usable, reason = backend.available(device)
     assert usable and reason and not backend.available("meta")[0]
-    assert backend.supports("qgemm", bits=4, group_size=-1) is None
-    assert "group_size=64" in backend.supports("qgemm", bits=4, group_size=64)
-    facts = {"bits": 4, "four_level": False, "out_features": 1, "activation": "none", "out_dtype": torch.float32}
-    refuses("group_size", lambda: backend.qgemm(*[None] * 8, group_size=32, **facts))
+    for bits, group_size in ((8, -1), (4, -1), (2, -1), (4, 32), (2, 64), (4, 128)):
+        assert backend.supports("qgemm", bits=bits, group_size=group_size) is None
+    assert "group_size=64" in backend.supports("qgemm", bits=8, group_size=64)
+    assert "group_size=16" in backend.supports("qgemm", bits=4, group_size=16)
 
 
 @check
@@ -381,11 +381,14 @@ def equals_reference(device):
         assert_same(backend.qgemm(mine[0], mine[1], None, *there, **facts), want, f"qgemm {form}, no row_sum")
 
 
-def main(checks=CHECKS):
+def main(checks):
+    """Runs the checks named on the command line, else all; their outcomes are the last line."""
+    faulthandler.enable()  # a read past an operand may end in a fault
     assert os.environ.get("TRITON_INTERPRET") == "1", "set TRITON_INTERPRET=1: these checks run on the CPU"
     outcome = {}
-    for name in sys.argv[1:] or checks:
-        function = checks[name]
+    for name, function in checks.items():
+        if sys.argv[1:] and name not in sys.argv[1:]:
+            continue
         start = time.perf_counter()
         try:
             with np.errstate(all="ignore"):  # numpy plays the GPU here, and warns where a GPU is silent
@@ -399,4 +402,4 @@ def main(checks=CHECKS):
 
 
 if __name__ == "__main__":
-    main()
+    main(CHECKS)

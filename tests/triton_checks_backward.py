@@ -1,4 +1,4 @@
-"""Checks of the two backward GEMMs, run like those of triton_checks.py, to whose CHECKS they add.
+"""Checks of the two backward GEMMs, run like those of triton_checks.py.
 
 Exact where it can be asked for: with small integers as gradients, powers of two as scales and codes as they are, every
 product and every sum is exact in each dtype, so that a result may not differ in a single bit. Random values meet a
@@ -6,7 +6,9 @@ worst-case bound derived from the roundings that the kernel makes.
 """
 
 import torch
-from triton_checks import DTYPES, FORMS, assert_same, check, pack, random_codes
+from triton_checks import DTYPES, FORMS, assert_same, main, pack, random_codes
+
+CHECKS = {}
 
 # (M, N, K): around the tiles of 32, 64 and 128, the packing block of 128 and its planes; primes between.
 SHAPES = (
@@ -14,6 +16,11 @@ SHAPES = (
     (31, 40, 300), (32, 32, 64), (33, 127, 70), (64, 67, 130), (65, 129, 200), (129, 20, 90), (130, 143, 259),
 )  # fmt: skip
 UNIT_ROUNDOFF = {torch.float32: 2.0**-24, torch.float16: 2.0**-11, torch.bfloat16: 2.0**-8}
+
+
+def check(function):
+    CHECKS[function.__name__] = function
+    return function
 
 
 def weights(generator, n, k, form, group_size, exact):
@@ -126,3 +133,7 @@ def backward_of_nothing(device):
     q = torch.ones(0, 5, dtype=torch.int8, device=device)
     got = backward.grad_weight(torch.ones(0, 3, device=device), q, torch.ones(0, device=device), torch.float32)
     assert got.shape == (3, 5) and not got.any()
+
+
+if __name__ == "__main__":
+    main(CHECKS)

@@ -4,6 +4,7 @@ Uses the ptxas, cuobjdump and nvdisasm inside Triton's wheel. test_triton_compil
 `python tests/triton_sass.py 80 90` prints one line per kernel.
 """
 
+import itertools
 import json
 import os
 import re
@@ -17,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dqkernels.kernels import gemm, quantize
+from dqkernels.kernels import gemm, quantize, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # name: (output, bias, residual, activation, K a multiple of BLOCK_K)
@@ -25,6 +26,7 @@ EPILOGUES = {
     "half": ("*fp16", "*fp16", None, 0, True),
     "full": ("*fp32", "*fp32", "*fp32", 1, False),
     "gelu": ("*bf16", "*bf16", "*bf16", 2, True),
+    "int8": ("*i8", "*fp16", None, 0, True),
 }
 
 
@@ -42,18 +44,26 @@ def compiled(kernel, signature, constants, unaligned, num_warps, num_stages, cap
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
 
 
-def gemm_kernel(capability, bits, four_level, tile, epilogue):
+def gemm_kernel(capability, bits, four_level, tile, epilogue, group_size=-1, split=False):
     out, bias, residual, activation, even_k = EPILOGUES[epilogue]
     signature = {"x_ptr": "*i8", "act_scale_ptr": "*fp32", "w_ptr": "*u8", "weight_scale_ptr": "*fp32"}
-    signature |= {"bias_ptr": bias, "y_ptr": out, "m": "i32", "n": "i32", "k": "i32", "row_bytes": "i32"}
-    if four_level:
+    signature |= {"bias_ptr": bias, "y_ptr": out}
+    signature |= dict.fromkeys(("m", "n", "k", "row_bytes", "groups"), "i32")
+    if four_level and group_size == -1:
         signature["row_sum_ptr"] = "*i32"
     if residual:
         signature["residual_ptr"] = residual
-    constants = {"BITS": bits, "FOUR_LEVEL": four_level, "TENSOR_SCALE": False, "ACTIVATION": activation,
-                 "EVEN_K": even_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "BLOCK_K": tile.block_k,
-                 "USE_ASM": True}  # fmt: skip
-    return compiled(gemm._gemm_kernel, signature, constants, {"m"}, tile.num_warps, tile.num_stages, capability)
+    if group_size != -1:
+        signature["group_mult_ptr"] = "*u8"
+    if out == "*i8":
+        signature["out_scale_ptr"] = "*fp32"
+    if split:
+        signature |= {"slab_ptr": "*i32", "counter_ptr": "*i32"}
+    constants = {"BITS": bits, "GROUP": group_size, "FOUR_LEVEL": four_level, "TENSOR_SCALE": False,
+                 "ACTIVATION": activation, "EVEN_K": even_k, "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n,
+                 "BLOCK_K": tile.block_k, "USE_ASM": True}  # fmt: skip
+    unaligned = {"m", "groups"}  # and a launch without groups passes 0
+    return compiled(gemm._gemm_kernel, signature, constants, unaligned, tile.num_warps, tile.num_stages, capability)
 
 
 def quantize_kernel(capability, dtype, mode, k):
@@ -111,17 +121,34 @@ def counts(kernel):
     }
 
 
+def gemm_variants(capability):
+    """(bits, group_size, split, tile, epilogue): on sm_80 and sm_90 every tile of the tables, elsewhere a sample."""
+    arch, main_line = "sm90" if capability in (90, 100) else "sm80", capability in (80, 90)
+    for bits in (8, 4, 2):
+        shipped = list(dict.fromkeys(tiles.table(arch, bits).values()))
+        for tile in shipped if main_line else shipped[1:2]:
+            for epilogue in ("half", "full", "gelu") if bits == 4 and tile == shipped[-1] else ("half", "full"):
+                yield bits, -1, False, tile, epilogue
+        yield bits, -1, True, shipped[0], "half"
+        if main_line:
+            yield bits, -1, True, shipped[3], "full"  # the largest tile that K is split for
+            yield bits, -1, False, shipped[2 if bits == 4 else -1], "int8"
+    for bits in (4, 2):
+        grouped = list(dict.fromkeys(tiles.table(arch, bits, 64).values()))
+        for group_size, tile in itertools.product((32, 64, 128), grouped) if main_line else [(64, grouped[1])]:
+            yield bits, group_size, False, tile, "full"
+        yield bits, 64, True, grouped[1], "half"
+
+
 def every_kernel(capabilities):
-    """(name, counts): on sm_80 and sm_90 each tile with two epilogues and the quantizers, elsewhere a sample."""
+    """(name, counts) of the GEMMs of `gemm_variants` and of the quantizers."""
     for capability in capabilities:
-        arch, main_line = "sm90" if capability in (90, 100) else "sm80", capability in (80, 90)
-        for bits in (8, 4, 2):
-            tiles = list(dict.fromkeys(gemm.CONFIGS[arch, bits].values()))
-            for tile in tiles if main_line else tiles[1:2]:
-                for epilogue in ("half", "full", "gelu") if bits == 4 and tile == tiles[-1] else ("half", "full"):
-                    kernel = gemm_kernel(capability, bits, bits == 2, tile, epilogue)
-                    name = f"gemm sm_{capability} W{bits} {'x'.join(map(str, tile))} {epilogue}"
-                    yield name, {"bits": bits, "tile": tile, "epilogue": epilogue, **counts(kernel)}
+        main_line = capability in (80, 90)
+        for bits, group_size, split, tile, epilogue in gemm_variants(capability):
+            kernel = gemm_kernel(capability, bits, bits == 2, tile, epilogue, group_size, split)
+            words = [f"gemm sm_{capability} W{bits} {'x'.join(map(str, tile))} {epilogue}"]
+            words += [f"group{group_size}"] * (group_size != -1) + ["split"] * split
+            yield " ".join(words), {"bits": bits, "tile": tile, "epilogue": epilogue, **counts(kernel)}
         cases = [("*fp16", "per_token", 1024), ("*bf16", "per_token", 65536)]
         if capability == 80:
             cases += [("*fp32", "per_token", 8192), ("*fp16", "static", 768), ("*fp16", "per_tensor", 768)]

@@ -1,4 +1,4 @@
-"""Triton on a CUDA device, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). Exact, per-channel."""
+"""Triton on a CUDA device, or on CPU tensors in Triton's interpreter (TRITON_INTERPRET=1). Exact."""
 
 from __future__ import annotations
 
@@ -35,12 +35,15 @@ def available(device_type: str) -> tuple[bool, str]:
     return True, "Triton kernels"
 
 
-def supports(op: str, *, group_size: int = -1, head_dim: int = 1, **facts) -> str | None:
-    """Per-channel and per-tensor weights of every width, heads of up to 128; no groups yet."""
+_GROUP_SIZES = (-1, 32, 64, 128)
+
+
+def supports(op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, **facts) -> str | None:
+    """Per-channel and per-tensor weights of every width, groups at 2 and 4 bits, and heads of up to 128."""
     if head_dim > _MAX_HEAD_DIM:
         return f"has no {op} of head_dim={head_dim}, only up to {_MAX_HEAD_DIM}"
-    if group_size != -1 and op != "grad_input":
-        return f"has no group-wise {op} (group_size={group_size}), only group_size=-1"
+    if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
+        return f"has no {op} with group_size={group_size} at {bits} bits, only -1, and 32, 64 or 128 at 2 and 4 bits"
     return None
 
 
@@ -69,18 +72,17 @@ def qgemm(
     """int8 xq [..., K] times packed weights, with the epilogue -> [..., out_features].
 
     Raises:
-        ValueError: for group_size other than -1.
+        ValueError: for a group_size that `supports` refuses, or without its group_mult.
     """
-    if group_size != -1 or group_mult is not None:
-        raise ValueError(f"group_size must be -1 on the triton backend, got {group_size}")
     lead, k = xq.shape[:-1], xq.shape[-1]
     rows = xq.reshape(-1, k).contiguous()
-    if four_level and (row_sum is None or row_sum.numel() != rows.shape[0]):
+    want_sum = four_level and group_size == -1  # with groups the kernel has the sums in its dots
+    if want_sum and (row_sum is None or row_sum.numel() != rows.shape[0]):
         row_sum = rows.sum(dim=1, dtype=torch.int32)
     y = _kernels()[1].qgemm(
         rows,
         act_scale.reshape(-1).contiguous(),
-        row_sum.reshape(-1).contiguous() if four_level else None,
+        row_sum.reshape(-1).contiguous() if want_sum else None,
         qweight.contiguous(),
         weight_scale.contiguous(),
         bits,
@@ -90,6 +92,8 @@ def qgemm(
         activation,
         None if residual is None else residual.reshape(-1, out_features),
         out_dtype,
+        group_mult=None if group_mult is None else group_mult.contiguous(),
+        group_size=group_size,
     )
     return y.reshape(*lead, out_features)
 
@@ -113,7 +117,7 @@ def qlinear(
     out_dtype,
 ):
     """Quantizes x [..., K], then `qgemm` -> [..., out_features]."""
-    xq, scale, row_sum = quantize_activation(x, act_mode, act_clip, act_scale, four_level)
+    xq, scale, row_sum = quantize_activation(x, act_mode, act_clip, act_scale, four_level and group_size == -1)
     return qgemm(
         xq,
         scale,

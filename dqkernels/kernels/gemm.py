@@ -5,27 +5,30 @@ each plane into the top bits of its bytes: code * 2^(8 - bits). The power of two
 The weight tile is the left operand of the dot, so the accumulator is a tile of Y^T: sm_90 then feeds wgmma from
 registers, with no trip of the unpacked weights through shared memory.
 
+Split-K: the blocks of one tile each sum a part of K, write the int32 partial tile to a slab of their own and count
+themselves in; the last to arrive adds the slabs up and runs the epilogue, once. Slabs need no zeroing. The counters
+are zeroed by the launcher on the call's own stream, in memory of the call: two streams, or two replayed graphs, can
+then never meet in one counter, and a launch that died leaves nothing behind. The price is one small memset.
+
 Importing this file imports Triton; nothing imports it when the package is imported.
 """
 
 from __future__ import annotations
 
-import functools
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 
-from .quantize import device_of
+from .quantize import _MAGIC, _MAGIC_BITS, device_of
+from .tiles import Config, choose, count, family, multiprocessors
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _MAX_K = 131_071  # int32 holds K * 127 * 128 up to here
 
 
 @triton.jit
-def _top_bits(packed, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.constexpr):
-    """uint8 holding 8 / BITS planes -> int8 code * 2^(8 - BITS) of one plane."""
+def _top_bits(packed, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.constexpr, HALF: tl.constexpr = 0):
+    """uint8 holding 8 / BITS planes -> int8 code * 2^(8 - BITS) of one plane, with the bits of HALF set below it."""
     SHIFT: tl.constexpr = 8 - BITS - BITS * PLANE
     MASK: tl.constexpr = 0xFF & ~((1 << (8 - BITS)) - 1)
     if BITS == 8:
@@ -34,7 +37,7 @@ def _top_bits(packed, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.const
         # Four bytes per 32-bit register: bits shifted over from the byte below land under the mask. Plain
         # operators mean the same, but cost up to 10 PRMT per IMMA, since the compiler widens each byte.
         return tl.inline_asm_elementwise(
-            f"shl.b32 $0, $1, {SHIFT}; and.b32 $0, $0, {MASK * 0x01010101};",
+            f"shl.b32 $0, $1, {SHIFT}; and.b32 $0, $0, {MASK * 0x01010101}; or.b32 $0, $0, {HALF * 0x01010101};",
             "=r,r",
             [packed],
             dtype=tl.int8,
@@ -42,7 +45,7 @@ def _top_bits(packed, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.const
             pack=4,
         )
     else:
-        return ((packed << SHIFT) & MASK).to(tl.int8, bitcast=True)
+        return (((packed << SHIFT) & MASK) | HALF).to(tl.int8, bitcast=True)
 
 
 @triton.jit
@@ -73,30 +76,25 @@ def _round_to(t, dtype: tl.constexpr, USE_ASM: tl.constexpr):
 
 
 @triton.jit
-def _gemm_kernel(
-    x_ptr,  # int8 [M, K] contiguous
-    act_scale_ptr,  # fp32 [M]
-    row_sum_ptr,  # int32 [M] for four_level, else None
-    w_ptr,  # uint8 [ceil16(N), row_bytes]
-    weight_scale_ptr,  # fp32 [N], or [1] with TENSOR_SCALE
-    bias_ptr,  # float [N], or None
-    residual_ptr,  # float [M, N] contiguous, or None
-    y_ptr,  # float [M, N] contiguous
+def _sum_channel(
+    x_ptr,
+    w_ptr,
+    rows_m,
+    rows_n,
     m,
     n,
     k,
     row_bytes,
+    k_first,
+    k_last,
     BITS: tl.constexpr,
-    FOUR_LEVEL: tl.constexpr,
-    TENSOR_SCALE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K: no mask along K
+    EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    USE_ASM: tl.constexpr,  # False in the interpreter, which has no inline assembly
+    USE_ASM: tl.constexpr,
 ):
-    """Y = act(float(acc) * act_scale[m] * weight_scale[n] + bias[n]) + residual, each step rounded on its own."""
+    """int32 [BLOCK_N, BLOCK_M]: sum of code * q over k_first..k_last."""
     # 8-bit codes have one plane; two half-K dots keep two dots per loop body. With a single one, Triton 3.8 and
     # 3.9 split the int8 fragments into bytes on sm_80 and spill.
     PLANES: tl.constexpr = 8 // BITS
@@ -104,23 +102,17 @@ def _gemm_kernel(
     RUN: tl.constexpr = 64 if BITS == 8 else 128 // PLANES  # consecutive codes that one dot takes from a 128-block
     SPAN: tl.constexpr = BLOCK_K // DOTS
 
-    grid_m = tl.cdiv(m, BLOCK_M)
-    pid_m = tl.program_id(0) % grid_m  # neighbours share a weight tile
-    pid_n = tl.program_id(0) // grid_m
-    rows_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    rows_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-
     # Of each 128-block, dot d takes the codes at d * RUN + 0..RUN-1: a plane of RUN bytes (at W8 a half of 128).
     span = tl.arange(0, SPAN)
     in_block = (span // RUN) * 128 + span % RUN
-    x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * k + in_block[:, None]
+    x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * k + (k_first + in_block)[:, None]
     # Rows past N repeat the last one; their results are never stored.
     w_rows = w_ptr + tl.minimum(rows_n, n - 1).to(tl.int64)[:, None] * row_bytes
-    w_ptrs = w_rows + (in_block if BITS == 8 else span)[None, :]
+    w_ptrs = w_rows + (k_first * BITS // 8 + (in_block if BITS == 8 else span))[None, :]
     in_m = (rows_m < m)[None, :]
 
     acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
-    for k_start in range(0, k, BLOCK_K):
+    for k_start in range(k_first, k_last, BLOCK_K):
         if BITS != 8:
             if EVEN_K:
                 packed = tl.load(w_ptrs)
@@ -143,11 +135,102 @@ def _gemm_kernel(
             acc = tl.dot(w, x, acc, out_dtype=tl.int32)
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * BITS // 8
+    return acc >> (8 - BITS)  # exact: every term carries this power of two
 
-    acc = acc >> (8 - BITS)  # exact: every term carries this power of two
+
+@triton.jit
+def _sum_groups(
+    x_ptr,
+    w_ptr,
+    group_mult_ptr,
+    rows_m,
+    rows_n,
+    m,
+    n,
+    k,
+    row_bytes,
+    groups,
+    k_first,
+    k_last,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,
+    FOUR_LEVEL: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """int32 [BLOCK_N, BLOCK_M]: sum of mult * level * q over k_first..k_last.
+
+    A dot takes the SPAN codes that share a plane, a 128-block and a group, so each group's sum is one or more whole
+    dots. For four_level a set bit below the code makes the byte (2 * code + 1) * 2^5, an int8 too: the dot then
+    includes the group's row sum, of which the quantizer knows only the total.
+    """
+    RUN: tl.constexpr = 16 * BITS  # consecutive codes of one plane of a 128-block
+    SPAN: tl.constexpr = GROUP if GROUP < RUN else RUN
+    HALF: tl.constexpr = 32 if FOUR_LEVEL else 0
+    SHIFT: tl.constexpr = 5 if FOUR_LEVEL else 8 - BITS
+
+    span = tl.arange(0, SPAN)
+    x_ptrs = x_ptr + rows_m.to(tl.int64)[None, :] * k + (k_first + span)[:, None]
+    row = tl.minimum(rows_n, n - 1).to(tl.int64)
+    w_ptrs = w_ptr + row[:, None] * row_bytes + (k_first * BITS // 8 + span)[None, :]
+    mult_ptrs = group_mult_ptr + row * groups
+    in_m = (rows_m < m)[None, :]
+
+    acc = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+    for k_start in range(k_first, k_last, BLOCK_K):
+        for b in tl.static_range(BLOCK_K // 128):
+            for part in tl.static_range(RUN // SPAN):
+                if EVEN_K:
+                    packed = tl.load(w_ptrs + b * RUN + part * SPAN)
+                else:
+                    in_row = (k_start * BITS // 8 + b * RUN + part * SPAN + span < row_bytes)[None, :]
+                    packed = tl.load(w_ptrs + b * RUN + part * SPAN, mask=in_row, other=0)
+                for plane in tl.static_range(8 // BITS):
+                    w = _top_bits(packed, plane, BITS, USE_ASM, HALF)
+                    at = b * 128 + plane * RUN + part * SPAN
+                    if EVEN_K:
+                        x = tl.load(x_ptrs + at, mask=in_m, other=0)
+                    else:
+                        x = tl.load(x_ptrs + at, mask=in_m & (k_start + at + span < k)[:, None], other=0)
+                    if (plane * RUN + part * SPAN) % GROUP == 0:
+                        # Asked for before the dot that hides its latency. Past K, x is 0 and any multiplier serves.
+                        mult = tl.load(mult_ptrs + tl.minimum((k_start + at) // GROUP, groups - 1))
+                        group_acc = tl.dot(w, x, out_dtype=tl.int32)
+                    else:
+                        group_acc = tl.dot(w, x, group_acc, out_dtype=tl.int32)
+                    if (plane * RUN + part * SPAN + SPAN) % GROUP == 0:
+                        # The power of two first: with it the products could leave int32.
+                        acc += (group_acc >> SHIFT) * mult.to(tl.int32)[:, None]
+        x_ptrs += BLOCK_K
+        w_ptrs += BLOCK_K * BITS // 8
+    return acc
+
+
+@triton.jit
+def _finish(
+    acc,
+    act_scale_ptr,
+    row_sum_ptr,
+    weight_scale_ptr,
+    bias_ptr,
+    residual_ptr,
+    out_scale_ptr,
+    y_ptr,
+    rows_m,
+    rows_n,
+    m,
+    n,
+    TENSOR_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):
+    """Y = act(float(acc) * act_scale[m] * weight_scale[n] + bias[n]) + residual, each step rounded on its own."""
     store_m = rows_m < m
     store_n = rows_n < n
-    if FOUR_LEVEL:
+    if row_sum_ptr is not None:
         acc = 2 * acc + tl.load(row_sum_ptr + rows_m, mask=store_m, other=0)[None, :]
     t = acc.to(tl.float32)
     t = t * tl.load(act_scale_ptr + rows_m, mask=store_m, other=0.0)[None, :]
@@ -168,96 +251,101 @@ def _gemm_kernel(
     mask = store_m[None, :] & store_n[:, None]
     if residual_ptr is not None:
         t = _add(t, tl.load(residual_ptr + offsets, mask=mask, other=0.0).to(tl.float32), USE_ASM)
-    tl.store(y_ptr + offsets, _round_to(t, y_ptr.dtype.element_ty, USE_ASM), mask=mask)
+    if out_scale_ptr is not None:
+        y = _static_codes(t, tl.load(out_scale_ptr))
+    else:
+        y = _round_to(t, y_ptr.dtype.element_ty, USE_ASM)
+    tl.store(y_ptr + offsets, y, mask=mask)
 
 
-class Config(NamedTuple):
-    block_m: int
-    block_n: int
-    block_k: int
-    num_warps: int
-    num_stages: int
+@triton.jit
+def _static_codes(t, scale):
+    """round_half_even(clamp(t / scale, -127, 127)) as int8, with the quotient as t * (1 / scale); NaN gives 0."""
+    scaled = tl.minimum(tl.maximum(t * tl.div_rn(1.0, scale), -127.0), 127.0)
+    # The integer is read off the bits of the sum (see quantize.py); the clamp between keeps it from being fused.
+    codes = (scaled + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
+    return tl.where(t == t, codes, 0).to(tl.int8)
 
 
-# By the largest M of the bucket. One table per instruction family: mma.sync on sm_80..89 and sm_120, wgmma and its
-# successors elsewhere. tests/test_triton_compile.py compiles every entry and checks spills, byte permutes, shared
-# memory ("sm80" fits the 99 KB of sm_86) and multiply instructions (64 x 64 on 8 warps would do each twice).
-_ANY = 1 << 62
-_BUSY_TILES = 128  # about one tile per multiprocessor
-CONFIGS = {
-    ("sm80", 8): {
-        16: Config(16, 64, 256, 4, 4),
-        32: Config(32, 64, 256, 4, 4),
-        64: Config(64, 64, 128, 4, 4),
-        256: Config(64, 128, 128, 4, 3),
-        _ANY: Config(128, 128, 128, 8, 3),
-    },
-    ("sm80", 4): {
-        16: Config(16, 64, 256, 4, 4),
-        32: Config(32, 64, 256, 4, 4),
-        64: Config(64, 64, 128, 4, 4),
-        256: Config(64, 128, 128, 4, 3),
-        _ANY: Config(128, 128, 128, 8, 3),
-    },
-    ("sm80", 2): {
-        16: Config(16, 64, 512, 4, 4),
-        32: Config(32, 64, 256, 4, 4),
-        64: Config(64, 64, 256, 4, 2),
-        256: Config(64, 128, 256, 4, 3),
-        _ANY: Config(128, 128, 128, 8, 3),
-    },
-    ("sm90", 8): {
-        16: Config(16, 64, 256, 4, 4),
-        32: Config(32, 64, 256, 4, 4),
-        64: Config(64, 64, 128, 4, 4),
-        256: Config(128, 64, 128, 4, 4),
-        _ANY: Config(128, 128, 128, 8, 4),
-    },
-    ("sm90", 4): {
-        16: Config(16, 64, 256, 4, 4),
-        32: Config(32, 64, 256, 4, 4),
-        64: Config(64, 64, 256, 4, 4),
-        256: Config(128, 64, 256, 4, 3),
-        _ANY: Config(128, 128, 128, 8, 4),
-    },
-    ("sm90", 2): {
-        16: Config(16, 64, 512, 4, 4),
-        32: Config(32, 64, 512, 4, 3),
-        64: Config(64, 64, 256, 4, 4),
-        256: Config(128, 64, 256, 4, 3),
-        _ANY: Config(128, 128, 256, 8, 3),
-    },
-}
+@triton.jit
+def _gemm_kernel(
+    x_ptr,  # int8 [M, K] contiguous
+    act_scale_ptr,  # fp32 [M]
+    row_sum_ptr,  # int32 [M] for four_level without groups, else None
+    w_ptr,  # uint8 [ceil16(N), row_bytes]
+    weight_scale_ptr,  # fp32 [N], or [1] with TENSOR_SCALE
+    group_mult_ptr,  # uint8 [N, groups] contiguous, or None
+    bias_ptr,  # float [N], or None
+    residual_ptr,  # float [M, N] contiguous, or None
+    out_scale_ptr,  # fp32 [1] for an int8 Y, else None
+    y_ptr,  # float or int8 [M, N] contiguous
+    slab_ptr,  # int32 [splits, tiles, BLOCK_N, BLOCK_M] with more than one split, else None
+    counter_ptr,  # int32 [tiles], zero before the launch, or None
+    m,
+    n,
+    k,
+    row_bytes,
+    groups,
+    BITS: tl.constexpr,
+    GROUP: tl.constexpr,  # group_size, or -1
+    FOUR_LEVEL: tl.constexpr,
+    TENSOR_SCALE: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    EVEN_K: tl.constexpr,  # K is a multiple of BLOCK_K: no mask along K
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    USE_ASM: tl.constexpr,  # False in the interpreter, which has no inline assembly
+):
+    """One tile of Y, or with split-K one part of its sum; see `_finish` for the formula."""
+    tile = tl.program_id(0)
+    grid_m = tl.cdiv(m, BLOCK_M)
+    pid_m = tile % grid_m  # neighbours share a weight tile
+    pid_n = tile // grid_m
+    rows_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
+    k_first = 0
+    k_last = k
+    if slab_ptr is not None:
+        share = tl.cdiv(tl.cdiv(k, BLOCK_K), tl.num_programs(1)) * BLOCK_K
+        k_first = tl.program_id(1) * share
+        k_last = tl.minimum(k_first + share, k)
+    if GROUP == -1:
+        acc = _sum_channel(
+            x_ptr, w_ptr, rows_m, rows_n, m, n, k, row_bytes, k_first, k_last,
+            BITS, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, USE_ASM,
+        )  # fmt: skip
+    else:
+        acc = _sum_groups(
+            x_ptr, w_ptr, group_mult_ptr, rows_m, rows_n, m, n, k, row_bytes, groups, k_first, k_last,
+            BITS, GROUP, FOUR_LEVEL, EVEN_K, BLOCK_M, BLOCK_N, BLOCK_K, USE_ASM,
+        )  # fmt: skip
 
-@functools.cache
-def family(device: torch.device) -> str:
-    """The table that a device reads; the interpreter's CPU tensors read the first."""
-    if device.type != "cuda":
-        return "sm80"
-    return "sm90" if torch.cuda.get_device_capability(device)[0] in (9, 10, 11) else "sm80"
-
-
-def config(m: int, n: int, bits: int, arch: str) -> Config:
-    """The tile for [M, N]; results never depend on it.
-
-    M picks the bucket; above 64 tokens a smaller bucket serves where the larger tiles would leave most of the
-    machine idle.
-    """
-    table = CONFIGS[arch, bits]
-    choice = table[_bucket(m)]
-    for smaller in (256, 64):
-        if m > smaller and _tiles(m, n, choice) < _BUSY_TILES:
-            choice = table[smaller]
-    return choice
-
-
-def _bucket(m: int) -> int:
-    return next(limit for limit in (16, 32, 64, 256, _ANY) if m <= limit)
-
-
-def _tiles(m: int, n: int, cfg: Config) -> int:
-    return -(-m // cfg.block_m) * -(-n // cfg.block_n)
+    if slab_ptr is None:
+        _finish(
+            acc, act_scale_ptr, row_sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr,
+            rows_m, rows_n, m, n, TENSOR_SCALE, ACTIVATION, USE_ASM,
+        )  # fmt: skip
+    else:
+        splits = tl.num_programs(1)
+        stride = tl.num_programs(0).to(tl.int64) * (BLOCK_N * BLOCK_M)
+        in_tile = tl.arange(0, BLOCK_N)[:, None] * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
+        slabs = slab_ptr + tile.to(tl.int64) * (BLOCK_N * BLOCK_M) + in_tile
+        tl.store(slabs + tl.program_id(1) * stride, acc)
+        # The barrier puts every thread's stores before the one thread's release; the acquire of the last block
+        # to arrive then sees all slabs.
+        tl.debug_barrier()
+        arrived = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel", scope="gpu")
+        if arrived == splits - 1:
+            total = tl.zeros([BLOCK_N, BLOCK_M], tl.int32)
+            for _ in range(splits):
+                total += tl.load(slabs, cache_modifier=".cg")  # L2: where the other blocks wrote it
+                slabs += stride
+            _finish(
+                total, act_scale_ptr, row_sum_ptr, weight_scale_ptr, bias_ptr, residual_ptr, out_scale_ptr, y_ptr,
+                rows_m, rows_n, m, n, TENSOR_SCALE, ACTIVATION, USE_ASM,
+            )  # fmt: skip
 
 
 def interpreted() -> bool:
@@ -279,19 +367,30 @@ def qgemm(
     residual: torch.Tensor | None = None,
     out_dtype: torch.dtype = torch.float32,
     tile: Config | None = None,
+    split_k: int | None = None,
+    group_mult: torch.Tensor | None = None,
+    group_size: int = -1,
+    out_scale: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Y[M, N] in `out_dtype`.
 
     Args:
         xq: int8 [M, K], contiguous.
-        act_scale: fp32 [M]. row_sum: int32 [M], read only under `four_level`.
+        act_scale: fp32 [M]. row_sum: int32 [M], read only under `four_level` without groups.
         qweight: uint8 [ceil16(N), ceil128(K) * bits / 8]. weight_scale: fp32 [N] or [1].
         bias: float [N] or None. residual: float [M, N] or None.
         activation: "none", "relu" or "gelu" (the erf form).
-        tile: in place of the table's choice; changes the speed, never a bit.
+        out_dtype: a float type, or int8 with `out_scale`.
+        tile, split_k: in place of `tiles.choose`; they change the speed, never a bit. `split_k` is the most blocks
+            that share a tile; with fewer K steps than that, each gets one.
+        group_mult: uint8 [N, ceil(K / group_size)], contiguous, for group_size 32, 64 or 128.
+        out_scale: fp32, one element. Y is then int8 codes by the `static` rule (design section 3) of the fp32
+            result. A NaN gets code 0: int8 has none, so whoever reads the codes marks the rows whose act_scale is
+            NaN, as the quantizer's scales do.
 
     Raises:
-        ValueError: where `qweight` is too small for [N, K], or K could overflow the int32 sum.
+        ValueError: where `qweight` or `group_mult` is too small for [N, K], K could overflow the int32 sum, the
+            group size does not exist, `row_sum` is missing, or `out_dtype` and `out_scale` do not fit together.
     """
     m, k = xq.shape
     n = out_features
@@ -302,6 +401,11 @@ def qgemm(
         raise ValueError(
             f"qweight {list(qweight.shape)} is too small for out_features={n}, in_features={k}, bits={bits}"
         )
+    if four_level and group_mult is None and row_sum is None:
+        raise ValueError("four_level without groups needs row_sum, the sum of each row of xq")
+    if (out_dtype == torch.int8) != (out_scale is not None):
+        raise ValueError(f"an int8 output and out_scale need each other, got {out_dtype} and out_scale={out_scale}")
+    _check_groups(group_mult, group_size, n, k, bits)
     y = torch.empty(m, n, dtype=out_dtype, device=xq.device)
     if m == 0 or n == 0:
         return y
@@ -309,22 +413,37 @@ def qgemm(
         # Rows that start off 16-byte boundaries would be read byte by byte, with spills. Zeros add nothing.
         xq = torch.nn.functional.pad(xq, (0, -k % 16))
         k = xq.shape[1]
-    cfg = tile or config(m, n, bits, family(xq.device))
+    cfg, split = choose(m, n, k, bits, group_size, family(xq.device), multiprocessors(xq.device))
+    cfg, split = tile or cfg, split_k or split
+    # As many splits as have a step to do: 5 steps among 4 are 2, 2, 1.
+    steps = triton.cdiv(k, cfg.block_k)
+    split = triton.cdiv(steps, triton.cdiv(steps, split))
+    tiles = count(m, n, cfg)
+    slabs = counters = None
+    if split > 1:
+        slabs = torch.empty(split, tiles, cfg.block_n * cfg.block_m, dtype=torch.int32, device=xq.device)
+        counters = torch.zeros(tiles, dtype=torch.int32, device=xq.device)
     with device_of(xq):
-        _gemm_kernel[(_tiles(m, n, cfg),)](
+        _gemm_kernel[(tiles, split)](
             xq,
             act_scale,
-            row_sum if four_level else None,
+            row_sum if four_level and group_mult is None else None,
             qweight,
             weight_scale,
+            group_mult,
             bias,
             residual if residual is None else residual.contiguous(),
+            out_scale,
             y,
+            slabs,
+            counters,
             m,
             n,
             k,
             row_bytes,
+            0 if group_mult is None else group_mult.shape[1],
             BITS=bits,
+            GROUP=group_size,
             FOUR_LEVEL=four_level,
             TENSOR_SCALE=weight_scale.numel() == 1,
             ACTIVATION=_ACTIVATIONS[activation],
@@ -338,3 +457,18 @@ def qgemm(
             enable_fp_fusion=False,
         )
     return y
+
+
+def _check_groups(group_mult: torch.Tensor | None, group_size: int, n: int, k: int, bits: int) -> None:
+    """A wrong group size or a short `group_mult` would read other memory."""
+    if group_size == -1 and group_mult is None:
+        return
+    if group_size not in (32, 64, 128) or bits == 8 or group_mult is None:
+        raise ValueError(
+            f"group_size must be -1, or 32, 64 or 128 at 2 and 4 bits with group_mult, "
+            f"got {group_size} at {bits} bits, group_mult={None if group_mult is None else list(group_mult.shape)}"
+        )
+    if group_mult.dtype != torch.uint8 or tuple(group_mult.shape) != (n, -(-k // group_size)):
+        raise ValueError(
+            f"group_mult must be uint8 [{n}, {-(-k // group_size)}], got {group_mult.dtype} {list(group_mult.shape)}"
+        )

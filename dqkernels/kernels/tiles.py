@@ -1,0 +1,125 @@
+"""Tile shapes of the Triton GEMM and the rule that picks one: for every GPU, from its number of multiprocessors.
+
+Nothing here was measured. The tables hold what tests/test_triton_compile.py compiles and budgets (spills, byte
+permutes, shared memory, multiply instructions); `choose` is arithmetic on M, N, K. Neither ever changes a result.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+
+
+class Config(NamedTuple):
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+ANY = 1 << 62
+SPLIT_M = 256  # the largest M that split-K is for; beyond it there are tiles enough
+MAX_SPLIT = 8
+_MIN_STEPS = 4  # K steps that each split keeps, so that its load pipeline fills
+_DEFAULT_MULTIPROCESSORS = 108  # an A100's, for the interpreter's CPU tensors
+
+# By the largest M of the bucket. One table per instruction family: mma.sync on sm_80..89 and sm_120, wgmma and its
+# successors elsewhere. "sm80" fits the 99 KB of sm_86, and 64 x 64 on 8 warps would do each multiply twice.
+CONFIGS = {
+    ("sm80", 8): {
+        16: Config(16, 64, 256, 4, 4),
+        32: Config(32, 64, 256, 4, 4),
+        64: Config(64, 64, 128, 4, 4),
+        256: Config(64, 128, 128, 4, 3),
+        ANY: Config(128, 128, 128, 8, 3),
+    },
+    ("sm80", 4): {
+        16: Config(16, 64, 256, 4, 4),
+        32: Config(32, 64, 256, 4, 4),
+        64: Config(64, 64, 128, 4, 4),
+        256: Config(64, 128, 128, 4, 3),
+        ANY: Config(128, 128, 128, 8, 3),
+    },
+    ("sm80", 2): {
+        16: Config(16, 64, 512, 4, 4),
+        32: Config(32, 64, 256, 4, 4),
+        64: Config(64, 64, 256, 4, 2),
+        256: Config(64, 128, 256, 4, 3),
+        ANY: Config(128, 128, 128, 8, 3),
+    },
+    ("sm90", 8): {
+        16: Config(16, 64, 256, 4, 4),
+        32: Config(32, 64, 256, 4, 4),
+        64: Config(64, 64, 128, 4, 4),
+        256: Config(128, 64, 128, 4, 4),
+        ANY: Config(128, 128, 128, 8, 4),
+    },
+    ("sm90", 4): {
+        16: Config(16, 64, 256, 4, 4),
+        32: Config(32, 64, 256, 4, 4),
+        64: Config(64, 64, 256, 4, 4),
+        256: Config(128, 64, 256, 4, 3),
+        ANY: Config(128, 128, 128, 8, 4),
+    },
+    ("sm90", 2): {
+        16: Config(16, 64, 512, 4, 4),
+        32: Config(32, 64, 512, 4, 3),
+        64: Config(64, 64, 256, 4, 4),
+        256: Config(128, 64, 256, 4, 3),
+        ANY: Config(128, 128, 256, 8, 3),
+    },
+}
+
+# With groups a thread holds two accumulators, the group's and the total, and the dots of one 128-block are a loop
+# body of their own already.
+_GROUP_CONFIGS = {32: Config(32, 64, 128, 4, 5), 64: Config(64, 64, 128, 4, 4), ANY: Config(128, 128, 128, 8, 3)}
+
+
+def table(arch: str, bits: int, group_size: int = -1) -> dict[int, Config]:
+    """The tiles of one family and weight width, by the largest M that each is for."""
+    return CONFIGS[arch, bits] if group_size == -1 else _GROUP_CONFIGS
+
+
+@functools.cache
+def family(device: torch.device) -> str:
+    """The table that a device reads; the interpreter's CPU tensors read the first."""
+    if device.type != "cuda":
+        return "sm80"
+    return "sm90" if torch.cuda.get_device_capability(device)[0] in (9, 10, 11) else "sm80"
+
+
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many blocks run side by side, one per multiprocessor; asked of the device at the first call."""
+    if device.type != "cuda":
+        return _DEFAULT_MULTIPROCESSORS
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+def choose(m: int, n: int, k: int, bits: int, group_size: int, arch: str, sms: int) -> tuple[Config, int]:
+    """Tile and number of K splits for [M, K] x [N, K]^T on `sms` multiprocessors.
+
+    M picks the bucket; a smaller one serves where its tiles would leave multiprocessors idle. Up to 256 tokens, K is
+    then split in two, four or eight, as long as all blocks still run at once, two per multiprocessor, and each keeps
+    `_MIN_STEPS` steps.
+    """
+    buckets = table(arch, bits, group_size)
+    limits = [limit for limit in buckets if limit >= m]
+    cfg = buckets[limits[0]]
+    for smaller in (256, 64):
+        if m > smaller and smaller in buckets and count(m, n, cfg) < sms:
+            cfg = buckets[smaller]
+    split = 1
+    if m <= SPLIT_M:
+        blocks, steps = count(m, n, cfg), -(-k // cfg.block_k)
+        while split < MAX_SPLIT and 2 * split * blocks <= 2 * sms and steps // (2 * split) >= _MIN_STEPS:
+            split *= 2
+    return cfg, split
+
+
+def count(m: int, n: int, cfg: Config) -> int:
+    """Tiles of Y."""
+    return -(-m // cfg.block_m) * -(-n // cfg.block_n)

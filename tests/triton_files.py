@@ -1,0 +1,8 @@
+"""Every file of checks of the Triton kernels: test_kernels_triton.py and test_gpu_triton.py run what is named here."""
+
+import triton_checks
+import triton_checks_attention
+import triton_checks_backward
+import triton_checks_gemm
+
+FILES = (triton_checks, triton_checks_gemm, triton_checks_attention, triton_checks_backward)
