@@ -84,6 +84,14 @@ def amax_kernel(capability, dtype, k):
     return compiled(quantize._tensor_amax_kernel, signature, constants, {"m"}, shape["num_warps"], 3, capability)
 
 
+def handed_over(ptx):
+    """Of a split-K kernel: slab stores, a barrier, the acq_rel count, a barrier, loads from L2, in this order."""
+    before, count, after = ptx.partition("atom.global.gpu.acq_rel.add")
+    stored, barrier = before.rfind("st.global"), before.rfind("bar.sync")
+    seen, loaded = after.find("bar.sync"), after.find("ld.global.cg")
+    return bool(count) and 0 <= stored < barrier and 0 <= seen < loaded and "atom." not in after
+
+
 def counts(kernel):
     """Registers, stack, spills and instruction counts of the machine code, and what the PTX says of rounding."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -117,6 +125,7 @@ def counts(kernel):
         "ptx_div_rn": len(re.findall(r"\bdiv\.rn\.f32", ptx)),
         "ptx_div_fast": len(re.findall(r"\bdiv\.(?:full|approx)", ptx)),
         "ptx_ftz": ptx.count(".ftz"),
+        "handed_over": handed_over(ptx),
         "ptx_magic": ptx.count("0f4B400000"),
     }
 

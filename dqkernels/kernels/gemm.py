@@ -416,7 +416,7 @@ def qgemm(
     cfg, split = choose(m, n, k, bits, group_size, family(xq.device), multiprocessors(xq.device))
     cfg, split = tile or cfg, split_k or split
     # As many splits as have a step to do: 5 steps among 4 are 2, 2, 1.
-    steps = triton.cdiv(k, cfg.block_k)
+    steps = max(1, triton.cdiv(k, cfg.block_k))
     split = triton.cdiv(steps, triton.cdiv(steps, split))
     tiles = count(m, n, cfg)
     slabs = counters = None

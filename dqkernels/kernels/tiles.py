@@ -99,6 +99,7 @@ def multiprocessors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 
+@functools.lru_cache(maxsize=1024)
 def choose(m: int, n: int, k: int, bits: int, group_size: int, arch: str, sms: int) -> tuple[Config, int]:
     """Tile and number of K splits for [M, K] x [N, K]^T on `sms` multiprocessors.
 
