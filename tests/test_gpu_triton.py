@@ -3,6 +3,8 @@
 import pytest
 import torch
 import triton_checks
+import triton_checks_attention
+import triton_checks_gemm
 import triton_files
 
 CHECKS = {name: check for file in triton_files.FILES for name, check in file.CHECKS.items()}

@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from .gemm import _add, _round_to, interpreted
+from .launch import Launcher
 from .quantize import _INF_BITS, _MAGIC, _MAGIC_BITS, _TINY_BITS, _abs_bits, _codes, device_of
 
 MAX_HEAD_DIM = 128
@@ -332,6 +333,11 @@ def _attention_kernel(
     tl.store(at, _round_to(out, out_ptr.dtype.element_ty, USE_ASM), mask=inside)
 
 
+_amax = Launcher(_amax_kernel)
+_quantize_tokens = Launcher(_quantize_tokens_kernel)
+_attention = Launcher(_attention_kernel)
+
+
 class Tile(NamedTuple):
     block_m: int
     block_n: int
@@ -373,19 +379,29 @@ def amax_bits(x: torch.Tensor, factor: float) -> torch.Tensor:
     """int32 [1]: the bits of max|x * factor| of [batch, heads, count, head_dim], the one row of `per_tensor`."""
     batch, heads, count, head_dim = x.shape
     bits = torch.zeros(1, dtype=torch.int32, device=x.device)
-    _amax_kernel[(batch * heads * triton.cdiv(count, 64),)](
-        x, bits, factor, heads, count, head_dim, *x.stride()[:3], DIM=padded_dim(head_dim), BLOCK=64
+    _amax(
+        (batch * heads * triton.cdiv(count, 64),),
+        x,
+        bits,
+        factor,
+        heads,
+        count,
+        head_dim,
+        *x.stride()[:3],
+        DIM=padded_dim(head_dim),
+        BLOCK=64,
     )
     return bits
 
 
-def _quantize_tokens(x, factor, per_tensor, clip, transpose=False):
+def _codes_of_tokens(x, factor, per_tensor, clip, transpose=False):
     """Codes and scales of Q, K or V in the layout that `_attention_kernel` reads."""
     batch, heads, count, head_dim = x.shape
     dim, padded = padded_dim(head_dim), triton.cdiv(count, _TOKENS) * _TOKENS
     codes = torch.empty(batch * heads, padded, dim, dtype=torch.int8, device=x.device)
     scale = torch.empty(batch * heads, padded, dtype=torch.float32, device=x.device)
-    _quantize_tokens_kernel[(batch * heads * (padded // 64),)](
+    _quantize_tokens(
+        (batch * heads * (padded // 64),),
         x,
         codes,
         scale,
@@ -400,7 +416,6 @@ def _quantize_tokens(x, factor, per_tensor, clip, transpose=False):
         TRANSPOSE=transpose,
         DIM=dim,
         BLOCK=64,
-        enable_fp_fusion=False,
     )
     return codes, scale
 
@@ -455,10 +470,11 @@ def qattention(
     mask_rows, bias_rows = mask_strides[2] != 0, bias_strides[2] != 0
     tile = tile or tile_for(queries, dim, mask_rows or bias_rows)
     with device_of(q):
-        q_codes, q_scale = _quantize_tokens(q, softmax_scale, per_tensor, clip)
-        k_codes, k_scale = _quantize_tokens(k, 1.0, per_tensor, clip)
-        v_codes, v_scale = _quantize_tokens(v, 1.0, per_tensor, clip, transpose=True)
-        _attention_kernel[(batch * heads * triton.cdiv(queries, tile.block_m),)](
+        q_codes, q_scale = _codes_of_tokens(q, softmax_scale, per_tensor, clip)
+        k_codes, k_scale = _codes_of_tokens(k, 1.0, per_tensor, clip)
+        v_codes, v_scale = _codes_of_tokens(v, 1.0, per_tensor, clip, transpose=True)
+        _attention(
+            (batch * heads * triton.cdiv(queries, tile.block_m),),
             q_codes,
             q_scale,
             k_codes,
@@ -485,6 +501,5 @@ def qattention(
             USE_ASM=not interpreted(),
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            enable_fp_fusion=False,
         )
     return out

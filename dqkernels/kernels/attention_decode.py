@@ -27,6 +27,7 @@ from .attention import (
     strides,
 )
 from .gemm import _round_to, interpreted
+from .launch import Launcher
 from .quantize import device_of
 
 SLOTS = 16  # (row, query) pairs of one program: the height of an int8 matrix instruction
@@ -194,6 +195,9 @@ def _decode_kernel(
         tl.store(out_rows[:, None] + dims[None, :], _round_to(out, out_ptr.dtype.element_ty, USE_ASM), mask=inside)
 
 
+_decode = Launcher(_decode_kernel)
+
+
 def qattention_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -225,7 +229,8 @@ def qattention_decode(
     q = _unit_stride(q)
     bias, bias_strides = strides(bias, (rows, heads, queries, capacity))
     with device_of(q):
-        _decode_kernel[(rows * heads,)](
+        _decode(
+            (rows * heads,),
             q,
             k_cache.contiguous(),
             k_scale.contiguous(),
@@ -254,6 +259,5 @@ def qattention_decode(
             USE_ASM=not interpreted(),
             num_warps=NUM_WARPS,
             num_stages=NUM_STAGES,
-            enable_fp_fusion=False,
         )
     return out

@@ -19,6 +19,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import Launcher
 from .quantize import _MAGIC, _MAGIC_BITS, device_of
 from .tiles import Config, choose, count, family, multiprocessors
 
@@ -267,7 +268,7 @@ def _static_codes(t, scale):
     return tl.where(t == t, codes, 0).to(tl.int8)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["m"])  # M only bounds masks: one variant for any number of tokens
 def _gemm_kernel(
     x_ptr,  # int8 [M, K] contiguous
     act_scale_ptr,  # fp32 [M]
@@ -348,9 +349,12 @@ def _gemm_kernel(
             )  # fmt: skip
 
 
+_gemm = Launcher(_gemm_kernel)
+
+
 def interpreted() -> bool:
     """True when TRITON_INTERPRET=1 was set as this file was imported: kernels then run in numpy."""
-    return not isinstance(_gemm_kernel, triton.JITFunction)
+    return _gemm.interpreted
 
 
 def qgemm(
@@ -424,7 +428,8 @@ def qgemm(
         slabs = torch.empty(split, tiles, cfg.block_n * cfg.block_m, dtype=torch.int32, device=xq.device)
         counters = torch.zeros(tiles, dtype=torch.int32, device=xq.device)
     with device_of(xq):
-        _gemm_kernel[(tiles, split)](
+        _gemm(
+            (tiles, split),
             xq,
             act_scale,
             row_sum if four_level and group_mult is None else None,
@@ -454,7 +459,6 @@ def qgemm(
             USE_ASM=not interpreted(),
             num_warps=cfg.num_warps,
             num_stages=cfg.num_stages,
-            enable_fp_fusion=False,
         )
     return y
 
