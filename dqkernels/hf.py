@@ -154,7 +154,8 @@ class DQHfQuantizer(HfQuantizer):
             lacking = info.missing_and_mismatched()
             adjust(info)  # takes out what the architecture itself ignores
             if self.pre_quantized:
-                _refuse_incomplete(model, info)
+                file = model.config.name_or_path or serialize.WEIGHTS_FILE
+                serialize.check_complete(model, info.missing_and_mismatched(), info.unexpected_keys, file)
             else:
                 _initialise_biases(model, lacking)
 
@@ -454,24 +455,6 @@ def _attach(model: nn.Module, config: plain.DQConfig) -> None:
 
 
 convert.after_convert.append(_attach)
-
-
-def _refuse_incomplete(model, info) -> None:
-    """Refuses a packed folder that lacks a tensor or has one too many; `info` is transformers' LoadStateDictInfo."""
-    file = model.config.name_or_path or serialize.WEIGHTS_FILE
-
-    def refuse(names: set[str], found: str, wanted: str) -> None:
-        # Codes first: they say most about what is wrong.
-        first, *more = sorted(names, key=lambda name: (not name.endswith(".qweight"), name))
-        also = f" (and {len(more)} more)" if more else ""
-        serialize.refuse(file, f"tensor {first!r}{also}", found, wanted)
-
-    if lacking := info.missing_and_mismatched():
-        refuse(lacking, "missing or of another shape", "in the file")
-    # Another class reads the same folder with or without its head: there it stays transformers' report.
-    names = model.config.architectures
-    if info.unexpected_keys and (not names or type(model).__name__ in names):
-        refuse(info.unexpected_keys, "in the file", f"none by this name: {type(model).__name__} has no place for it")
 
 
 @torch.no_grad()

@@ -42,6 +42,7 @@ __all__ = [
     "FileFormatError",
     "Manifest",
     "atomic_write",
+    "check_complete",
     "check_files",
     "check_folder",
     "check_quantization_config",
@@ -96,6 +97,33 @@ def check_shapes(model: nn.Module, tensors: Mapping[str, Entry], prefix: str = "
             refuse(entry.file, f"tensor {name!r}: its dtype", entry.dtype, wanted[key].dtype)
         found.add(key)
     return found
+
+
+def check_complete(model: nn.Module, lacking: set[str], unknown: set[str], file: str | os.PathLike) -> None:
+    """Refuses a file that lacks a tensor of a Hugging Face model, or has one that the model has no place for.
+
+    Args:
+        model: whose architecture's exceptions are out of both sets already.
+        lacking: names in the model that the file did not give.
+        unknown: names in the file that the model did not take.
+        file: for the message.
+
+    Raises:
+        FileFormatError: otherwise. Another class than the saved one may leave tensors over (a model without its
+            head): transformers reports them.
+    """
+
+    def refuse_names(names: set[str], found: str, wanted: str) -> None:
+        # Codes first: they say most about what is wrong.
+        first, *more = sorted(names, key=lambda name: (not name.endswith(".qweight"), name))
+        also = f" (and {len(more)} more)" if more else ""
+        refuse(file, f"tensor {first!r}{also}", found, wanted)
+
+    if lacking:
+        refuse_names(lacking, "missing or of another shape", "in the file")
+    classes = model.config.architectures
+    if unknown and (not classes or type(model).__name__ in classes):
+        refuse_names(unknown, "in the file", f"none by this name: {type(model).__name__} has no place for it")
 
 
 def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> None:
