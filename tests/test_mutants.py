@@ -1,5 +1,6 @@
 """Would we notice? A few planted defects on every change; all of them: `python tests/mutants/run.py`."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -25,6 +26,8 @@ def test_every_mutant_still_applies(mutant):
 @pytest.mark.parametrize("mutant", QUICK, ids=lambda mutant: mutant.name)
 def test_the_tests_notice(mutant):
     """The rest of this suite, in the same run, is the proof that the unchanged tree is green."""
+    if "triton" in mutant.tests[0] and importlib.util.find_spec("triton") is None:
+        pytest.skip("triton is not installed: its checks would be skipped, not red")
     said = mutants.survives(mutant)
     assert said is None, f"{mutant.name} survived ({mutant.why}):\n{said}"
 
