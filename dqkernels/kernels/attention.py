@@ -350,14 +350,14 @@ _ANY = 1 << 62
 TILES = {16: Tile(16, 64, 4, 3), 64: Tile(64, 64, 4, 3), _ANY: Tile(128, 64, 8, 3)}
 
 
-def tile_for(queries: int, dim: int, pairs: bool) -> Tile:
+def tile_for(queries: int, pairs: bool) -> Tile:
     """The tile for this many queries; `pairs`: the mask or the bias holds a value for each query and key.
 
-    tests/test_triton_compile_attention.py compiles every one of them and checks that nothing spills: beside a total of
-    128 columns there are registers for 32 keys of such a mask or bias, not for 64.
+    tests/test_triton_compile_attention.py compiles them and checks that nothing spills: there are registers for 32 keys
+    of such a mask or bias, not for 64.
     """
     tile = next(tile for limit, tile in TILES.items() if queries <= limit)
-    return tile._replace(block_n=32) if pairs and dim == 128 else tile
+    return tile._replace(block_n=32) if pairs else tile
 
 
 def padded_dim(head_dim: int) -> int:
@@ -468,7 +468,7 @@ def qattention(
     clip = float("inf") if clip is None else float(clip)
     per_tensor = mode == "per_tensor"
     mask_rows, bias_rows = mask_strides[2] != 0, bias_strides[2] != 0
-    tile = tile or tile_for(queries, dim, mask_rows or bias_rows)
+    tile = tile or tile_for(queries, mask_rows or bias_rows)
     with device_of(q):
         q_codes, q_scale = _codes_of_tokens(q, softmax_scale, per_tensor, clip)
         k_codes, k_scale = _codes_of_tokens(k, 1.0, per_tensor, clip)
