@@ -347,7 +347,7 @@ class Tile(NamedTuple):
 
 #: By the largest number of queries of the bucket; results never depend on the tile.
 _ANY = 1 << 62
-TILES = {16: Tile(16, 64, 4, 3), 64: Tile(64, 64, 4, 3), _ANY: Tile(128, 64, 8, 3)}
+TILES = {16: Tile(16, 64, 4, 3), 64: Tile(64, 64, 4, 2), _ANY: Tile(128, 64, 8, 3)}
 
 
 def tile_for(queries: int, pairs: bool) -> Tile:
