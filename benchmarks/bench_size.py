@@ -2,7 +2,7 @@
 
     python benchmarks/bench_size.py            BART-base and BART-large, about two minutes
     python benchmarks/bench_size.py --all      and mBART-large (250,027 tokens), some minutes more; each file is
-                                               deleted once it is measured: 4 GB of memory, 1 GB of disk
+                                               deleted once it is measured
     python benchmarks/bench_size.py --goals    only the four files with a goal
     python benchmarks/bench_size.py --check    exit 1 when a goal is missed
 

@@ -262,8 +262,7 @@ class Case:
 def measure(case: Case) -> dict:
     """Makes the student with random weights in bf16, packs it, writes it, and compares bytes: one row.
 
-    The file is gone when this returns. At most the bf16 model, its packed form and the file exist at once: 2.5 GB for
-    mBART-large at 8 bits.
+    The file is gone when this returns: at most one student and its file exist at a time.
     """
     from dqkernels.convert import quantize_
 
