@@ -57,7 +57,7 @@ def test_both_products_run_on_tensor_cores(kernels):
         if got != wanted:
             failures.append(f"{name}: {got} instead of {wanted} multiply instructions")
     for name, found in each(kernels, "decode"):
-        wanted = 3 * 16 * 64 * found["dim"] // (16 * 8 * 32 * 4)
+        wanted = 3 * 16 * 32 * found["dim"] // (16 * 8 * 32 * 4)
         if found["IMMA"] != wanted:
             failures.append(f"{name}: {found['IMMA']} instead of {wanted} multiply instructions")
     report(failures)
