@@ -203,7 +203,7 @@ def _sum_groups(
                     else:
                         group_acc = tl.dot(w, x, group_acc, out_dtype=tl.int32)
                     if (plane * RUN + part * SPAN + SPAN) % GROUP == 0:
-                        # The power of two first: with it the products could leave int32.
+                        # The power of two first: with it the sum over groups could leave int32.
                         acc += (group_acc >> SHIFT) * mult.to(tl.int32)[:, None]
         x_ptrs += BLOCK_K
         w_ptrs += BLOCK_K * BITS // 8
