@@ -116,6 +116,12 @@ def check_gemm(
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
 
 
+def check_norm(weight: torch.Tensor, bias: torch.Tensor | None, k: int) -> None:
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        if tensor is not None and tuple(tensor.shape) != (k,):
+            raise ValueError(f"{name} must be [{k}], got {list(tensor.shape)}")
+
+
 def check_residual(residual: torch.Tensor | None, out_shape: tuple) -> None:
     if residual is not None and tuple(residual.shape) != tuple(out_shape):
         raise ValueError(f"residual must be {list(out_shape)}, got {list(residual.shape)}")

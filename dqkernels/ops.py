@@ -22,7 +22,7 @@ SCHEMAS = {
     f"float? clip=None, {_WHERE}) -> (Tensor, Tensor, Tensor)",
     "quantize_activation": "(Tensor x, str mode, float? clip=None, Tensor? act_scale=None, bool want_sum=False, "
     f"{_WHERE}) -> (Tensor, Tensor, Tensor)",
-    "dequantize_weight": f"({_WEIGHT}, {_FORMAT}, int out_features, int in_features) -> Tensor",
+    "dequantize_weight": f"({_WEIGHT}, {_FORMAT}, int out_features, int in_features, {_WHERE}) -> Tensor",
     "qgemm": f"(Tensor q, Tensor act_scale, Tensor? row_sum, {_WEIGHT}, Tensor? bias, Tensor? residual, "
     f"{_FORMAT}, int out_features, str activation, ScalarType out_dtype, {_WHERE}) -> Tensor",
     "qlinear": f"(Tensor x, {_WEIGHT}, Tensor? bias, Tensor? residual, {_FORMAT}, int out_features, "
@@ -67,7 +67,8 @@ def _fake(name: str):
 def _quantize_weight(weight, bits, quantizer, granularity, group_size=-1, clip=None, backend="auto", strict=False):
     checks.check_weight(weight, bits, quantizer, granularity, group_size, clip)
     layer = LayerConfig(bits, quantizer, granularity, group_size, weight_clip=clip)
-    module = backends.choose("quantize_weight", weight.device.type, backend, strict).module
+    facts = {"bits": bits, "quantizer": quantizer, "granularity": granularity, "group_size": group_size}
+    module = backends.choose("quantize_weight", weight.device.type, backend, strict, **facts).module
     qweight, scale, group_mult = module.quantize_weight(weight, layer)
     return qweight, scale, scale.new_empty(0, dtype=torch.uint8) if group_mult is None else group_mult
 
@@ -105,8 +106,24 @@ def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict
 
 
 @_implement("dequantize_weight")
-def _dequantize_weight(qweight, weight_scale, group_mult, bits, four_level, group_size, out_features, in_features):
-    return reference.dequantize(
+def _dequantize_weight(
+    qweight,
+    weight_scale,
+    group_mult,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    in_features,
+    backend="auto",
+    strict=False,
+):
+    checks.check_gemm(
+        in_features, qweight, weight_scale, group_mult, None, bits, group_size, out_features, "none", torch.float32
+    )
+    facts = {"bits": bits, "group_size": group_size}
+    module = backends.choose("dequantize_weight", qweight.device.type, backend, strict, **facts).module
+    return module.dequantize_weight(
         qweight,
         weight_scale,
         group_mult,
@@ -119,7 +136,18 @@ def _dequantize_weight(qweight, weight_scale, group_mult, bits, four_level, grou
 
 
 @_fake("dequantize_weight")
-def _(qweight, weight_scale, group_mult, bits, four_level, group_size, out_features, in_features):
+def _(
+    qweight,
+    weight_scale,
+    group_mult,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    in_features,
+    backend="auto",
+    strict=False,
+):
     return weight_scale.new_empty(out_features, in_features)
 
 
@@ -343,6 +371,7 @@ def _layernorm_quantize(
     x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False
 ):
     checks.check_activation(x, mode, act_scale, clip)
+    checks.check_norm(weight, bias, x.shape[-1])
     checks.check_residual(residual, x.shape)
     module = backends.choose("layernorm_quantize", x.device.type, backend, strict, mode=mode).module
     return module.layernorm_quantize(

@@ -138,11 +138,7 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
     Raises:
         ValueError: if K could overflow the int32 sum (K > 131,071), or the matrix is empty in K.
     """
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be [out_features, in_features], got shape {list(weight.shape)}")
-    n, k = weight.shape
-    if not 0 < k <= MAX_K:
-        raise ValueError(f"in_features must be 1..{MAX_K} so that int32 sums stay exact, got {k}")
+    n, k = weight_shape(weight)
     weight = weight.detach().float()
     if layer.weight_clip is not None:
         # NaN must survive the clamp; Inf must not become a number.
@@ -153,6 +149,16 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
     step = _step(rows, layer)
     codes = _codes(rows, step, layer).reshape(n, k)
     return QuantizedWeight(codes, _level_scale(step, layer))
+
+
+def weight_shape(weight: torch.Tensor) -> tuple[int, int]:
+    """[N, K] of a matrix that can be quantized; the refusals of `quantize_weight`."""
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be [out_features, in_features], got shape {list(weight.shape)}")
+    n, k = weight.shape
+    if not 0 < k <= MAX_K:
+        raise ValueError(f"in_features must be 1..{MAX_K} so that int32 sums stay exact, got {k}")
+    return n, k
 
 
 def dequantize_weight(quantized: QuantizedWeight, layer: LayerConfig) -> torch.Tensor:
@@ -188,7 +194,7 @@ def _quantize_groups(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeigh
     whole = k // size * size
     steps = []
     if whole:
-        steps.append(_step(weight[:, :whole].reshape(-1, size), layer).reshape(n, -1))
+        steps.append(_step(weight[:, :whole].reshape(-1, size), layer).reshape(n, whole // size))
     if whole < k:
         steps.append(_step(weight[:, whole:], layer).reshape(n, 1))
     group_step = torch.cat(steps, dim=1)

@@ -17,6 +17,7 @@ from types import ModuleType
 #: The ops a backend may offer; `eager` offers all of them.
 OPS = (
     "quantize_weight",
+    "dequantize_weight",
     "quantize_activation",
     "qgemm",
     "qembedding",

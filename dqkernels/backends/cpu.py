@@ -34,3 +34,9 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Ten
     """Codes by `qmath`, packed by the core."""
     quantized = qmath.quantize_weight(weight, layer)
     return native.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult
+
+
+def dequantize_weight(qweight, weight_scale, group_mult, *, bits, four_level, group_size, out_features, in_features):
+    """Codes unpacked by the core, floats by `qmath`: fp32 [out_features, in_features]."""
+    codes = native.unpack(qweight, out_features, in_features, bits)
+    return qmath.dequantize_codes(codes, weight_scale, group_mult, four_level, group_size)

@@ -7,6 +7,7 @@ import torch
 from dqkernels import packing, qmath, reference
 from dqkernels.config import LayerConfig
 
+dequantize_weight = reference.dequantize
 layernorm_quantize = reference.layernorm_quantize
 gelu_quantize = reference.gelu_quantize
 qattention = reference.qattention

@@ -38,10 +38,14 @@ def available(device_type: str) -> tuple[bool, str]:
 _GROUP_SIZES = (-1, 32, 64, 128)
 
 
-def supports(op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, **facts) -> str | None:
-    """Per-channel and per-tensor weights of every width, groups at 2 and 4 bits, and heads of up to 128."""
+def supports(
+    op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, quantizer: str = "absmax", **facts
+) -> str | None:
+    """Everything but weight rules that sum floats, and heads of more than 128."""
     if head_dim > _MAX_HEAD_DIM:
         return f"has no {op} of head_dim={head_dim}, only up to {_MAX_HEAD_DIM}"
+    if op == "quantize_weight" and quantizer != "absmax":
+        return f"has no {quantizer} weight quantizer: its sums would have another order than eager's"
     if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
         return f"has no {op} with group_size={group_size} at {bits} bits, only -1, and 32, 64 or 128 at 2 and 4 bits"
     return None
@@ -174,9 +178,68 @@ def _backward():
     return backward
 
 
+def layernorm_quantize(x, residual, weight, bias, *, eps, mode, clip, act_scale, want_sum):
+    """LayerNorm of x (+ residual) -> y [..., K] in x's dtype, then q, scale, row_sum of its quantization."""
+    return _row_kernels()[0].layernorm_quantize(x, residual, weight, bias, eps, mode, clip, act_scale, want_sum)
+
+
+def gelu_quantize(x, *, mode, clip, act_scale, want_sum):
+    """GELU (erf form), rounded to x's dtype and quantized."""
+    return _row_kernels()[0].gelu_quantize(x, mode, clip, act_scale, want_sum)
+
+
+def qembedding(
+    ids,
+    qweight,
+    weight_scale,
+    group_mult,
+    position,
+    *,
+    bits,
+    four_level,
+    group_size,
+    embedding_dim,
+    embed_scale,
+    out_dtype,
+):
+    """Rows `ids` of the packed table, scaled, plus `position` -> [..., embedding_dim] in `out_dtype`."""
+    return _row_kernels()[1].qembedding(
+        ids,
+        qweight,
+        weight_scale,
+        group_mult,
+        position,
+        bits,
+        four_level,
+        group_size,
+        embedding_dim,
+        embed_scale,
+        out_dtype,
+    )
+
+
+def dequantize_weight(qweight, weight_scale, group_mult, *, bits, four_level, group_size, out_features, in_features):
+    """The float matrix of packed weights -> fp32 [out_features, in_features]."""
+    return _row_kernels()[1].dequantize_weight(
+        qweight, weight_scale, group_mult, bits, four_level, group_size, out_features, in_features
+    )
+
+
+def quantize_weight(weight, layer):
+    """Float [N, K] by the absmax rule -> packed codes, scale [N] or [1], group multipliers [N, G] or None."""
+    return _row_kernels()[2].quantize_weight(weight, layer)
+
+
 @functools.cache
 def _kernels():
     """The launchers; importing them imports Triton, so this waits for the first call."""
     from dqkernels.kernels import gemm, quantize
 
     return quantize, gemm
+
+
+@functools.cache
+def _row_kernels():
+    from dqkernels.kernels import embedding, norm, weight
+
+    return norm, embedding, weight

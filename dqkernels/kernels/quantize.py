@@ -41,13 +41,37 @@ def _abs_bits(x):
 
 
 @triton.jit
-def _codes(x, inv, clip, usable):
-    """round_half_even(clamp(clip(x) * inv, -127, 127)) as int32, or 0 where the row is not usable."""
+def _row_scale(bits, act_scale_ptr, clip, MODE: tl.constexpr):
+    """Of a row whose largest |x| has these bits: the scale to store, the factor `inv`, and whether it has codes."""
+    finite = bits < _INF_BITS  # judged on the raw input, before the clip
+    if MODE == 2:
+        scale = tl.load(act_scale_ptr)
+        inv = tl.div_rn(1.0, scale)
+        usable = finite
+    else:
+        # The clip is symmetric, so max|clip(x)| = min(max|x|, clip).
+        amax = tl.minimum(bits.to(tl.float32, bitcast=True), clip)
+        usable = finite & (amax.to(tl.int32, bitcast=True) >= _TINY_BITS)
+        amax = tl.where(usable, amax, 127.0)  # a zero row has scale 1
+        scale = tl.div_rn(amax, 127.0)
+        inv = tl.div_rn(127.0, amax)
+    return tl.where(finite, scale, float("nan")), inv, usable
+
+
+@triton.jit
+def _codes(x, inv, clip, usable, LIMIT: tl.constexpr = 127.0):
+    """round_half_even(clamp(clip(x) * inv, -LIMIT, LIMIT)) as int32, or 0 where not usable."""
     x = tl.minimum(tl.maximum(x, -clip), clip)
-    scaled = tl.minimum(tl.maximum(x * inv, -127.0), 127.0)
+    scaled = tl.minimum(tl.maximum(x * inv, -LIMIT), LIMIT)
     # Reading the integer off the bits of the sum replaces the subtraction, so no compiler can fold the pair away.
     rounded = (scaled + _MAGIC).to(tl.int32, bitcast=True) - _MAGIC_BITS
     return tl.where(usable, rounded, 0)
+
+
+@triton.jit
+def _store_codes(q_row, codes, offset, k, BLOCK: tl.constexpr):
+    cols = offset + tl.arange(0, BLOCK)
+    tl.store(q_row + cols, codes.to(tl.int8), mask=cols < k)
 
 
 @triton.jit(do_not_specialize=["m"])
@@ -101,32 +125,19 @@ def _quantize_kernel(
             best = tl.maximum(best, _abs_bits(_load_row(x_row, offset, k, BLOCK)))
         bits = tl.max(best, 0)
 
-    finite = bits < _INF_BITS  # judged on the raw input, before the clip
-    if MODE == 2:
-        scale = tl.load(act_scale_ptr)
-        inv = tl.div_rn(1.0, scale)
-        usable = finite
-    else:
-        # The clip is symmetric, so max|clip(x)| = min(max|x|, clip).
-        amax = tl.minimum(bits.to(tl.float32, bitcast=True), clip)
-        usable = finite & (amax.to(tl.int32, bitcast=True) >= _TINY_BITS)
-        amax = tl.where(usable, amax, 127.0)  # a zero row has scale 1
-        scale = tl.div_rn(amax, 127.0)
-        inv = tl.div_rn(127.0, amax)
-    tl.store(scale_ptr + row, tl.where(finite, scale, float("nan")))
+    scale, inv, usable = _row_scale(bits, act_scale_ptr, clip, MODE)
+    tl.store(scale_ptr + row, scale)
 
     if ONE_BLOCK:
         codes = _codes(x, inv, clip, usable)
-        cols = tl.arange(0, BLOCK)
-        tl.store(q_row + cols, codes.to(tl.int8), mask=cols < k)
+        _store_codes(q_row, codes, 0, k, BLOCK)
         if row_sum_ptr is not None:
             tl.store(row_sum_ptr + row, tl.sum(codes, 0))
     else:
         total = tl.zeros([BLOCK], tl.int32)
         for offset in range(0, k, BLOCK):
             codes = _codes(_load_row(x_row, offset, k, BLOCK), inv, clip, usable)
-            cols = offset + tl.arange(0, BLOCK)
-            tl.store(q_row + cols, codes.to(tl.int8), mask=cols < k)
+            _store_codes(q_row, codes, offset, k, BLOCK)
             total += codes
         if row_sum_ptr is not None:
             tl.store(row_sum_ptr + row, tl.sum(total, 0))
@@ -149,7 +160,12 @@ def device_of(x: torch.Tensor):
 
 
 def quantize_activation(
-    x: torch.Tensor, mode: str, clip: float | None = None, act_scale: torch.Tensor | None = None, want_sum: bool = False
+    x: torch.Tensor,
+    mode: str,
+    clip: float | None = None,
+    act_scale: torch.Tensor | None = None,
+    want_sum: bool = False,
+    amax_bits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Quantizes rows along the last dimension.
 
@@ -159,6 +175,7 @@ def quantize_activation(
         clip: inputs are clipped to [-clip, clip] before the maximum is taken; None for no clip.
         act_scale: fp32, one element, for "static" only.
         want_sum: also return the int32 sum of each row's codes.
+        amax_bits: int32 [1], the largest bit pattern of |x|, for "per_tensor" where the producer of x took it.
 
     Returns:
         int8 codes [..., K], fp32 scale [...], int32 row sums [...] (or [0] without `want_sum`).
@@ -176,8 +193,7 @@ def quantize_activation(
         rows = rows.contiguous()
     shape = launch_shape(k)
     with device_of(x):
-        amax_bits = None
-        if mode == "per_tensor":
+        if mode == "per_tensor" and amax_bits is None:
             amax_bits = torch.zeros(1, dtype=torch.int32, device=x.device)
             _tensor_amax(
                 (min(m, 512),),
