@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from compare import assert_bounded, assert_equal, assert_same_bits
 
-from dqkernels import ops, packing, qmath
+from dqkernels import backends, ops, packing, qmath
 
 N, K = 19, 70
 FORMATS = {
@@ -122,9 +122,9 @@ def test_opcheck(op):
 @pytest.mark.parametrize("op", ops.SCHEMAS)
 def test_every_op_has_its_python_spelling_and_its_backends(op):
     assert getattr(ops, op) is getattr(torch.ops.dqkernels, op).default
-    if op != "dequantize_weight":  # one plain-torch form on every device
-        arguments = [argument.name for argument in getattr(ops, op)._schema.arguments]
-        assert arguments[-2:] == ["backend", "strict"]
+    arguments = [argument.name for argument in getattr(ops, op)._schema.arguments]
+    assert arguments[-2:] == ["backend", "strict"]
+    assert op in backends.OPS or op == "qlinear"  # a quantizer and a GEMM
 
 
 @pytest.mark.parametrize("op", ops.SCHEMAS)
@@ -323,6 +323,18 @@ REFUSED = {
     "layernorm residual": (
         lambda: ops.layernorm_quantize(X, X[:1], torch.ones(K), None, 1e-5, "per_token"),
         r"residual must be \[2, 70\], got \[1, 70\]",
+    ),
+    "layernorm weight": (
+        lambda: ops.layernorm_quantize(X, None, torch.ones(K - 1), None, 1e-5, "per_token"),
+        r"weight must be \[70\], got \[69\]",
+    ),
+    "layernorm bias": (
+        lambda: ops.layernorm_quantize(X, None, torch.ones(K), torch.ones(1, K), 1e-5, "per_token"),
+        r"bias must be \[70\], got \[1, 70\]",
+    ),
+    "dequantize with the scales of another matrix": (
+        lambda: ops.dequantize_weight(*weight_of("w4")[:2], None, 4, False, -1, 18, K),
+        "weight_scale must be float32 with 18 values or 1, got torch.float32 with 19",
     ),
     "gelu of integers": (lambda: ops.gelu_quantize(X.int(), "per_token"), "x must be float32"),
     "attention of rank 3": (lambda: ops.qattention(A4[0], A4, A4, *ATTENTION), r"q must be \[batch, heads, length"),

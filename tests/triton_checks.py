@@ -396,6 +396,7 @@ def main(checks):
             outcome[name] = "ok"
         except Exception:
             outcome[name] = traceback.format_exc()
+            print(outcome[name], file=sys.stderr)
         verdict = "ok" if outcome[name] == "ok" else "FAILED"
         print(f"{name}: {verdict}, {time.perf_counter() - start:.1f} s", file=sys.stderr)
     print(json.dumps(outcome))

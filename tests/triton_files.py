@@ -4,5 +4,14 @@ import triton_checks
 import triton_checks_attention
 import triton_checks_backward
 import triton_checks_gemm
+import triton_checks_packed
+import triton_checks_rows
 
-FILES = (triton_checks, triton_checks_gemm, triton_checks_attention, triton_checks_backward)
+FILES = (
+    triton_checks,
+    triton_checks_gemm,
+    triton_checks_rows,
+    triton_checks_packed,
+    triton_checks_attention,
+    triton_checks_backward,
+)
