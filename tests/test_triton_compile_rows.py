@@ -1,0 +1,127 @@
+"""The Triton row kernels as machine code for sm_80, sm_90, sm_100 and sm_120, compiled here without a GPU.
+
+What it guards: spills where a row is held in registers, narrow memory instructions where rows are aligned, fast
+quotients, and multiplies contracted into adds where a result is promised bit for bit.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TOOL = Path(__file__).with_name("triton_sass_rows.py")
+REGISTERS = 128  # two blocks of 8 warps on a multiprocessor
+# kind: IEEE quotients of one launch per mode; LayerNorm has mean, rest, variance and 1 / sqrt besides scale and inv.
+QUOTIENTS = {
+    "layernorm": {"per_token": 6, "static": 5, "per_tensor": 4},
+    "gelu": {"per_token": 2, "static": 1, "per_tensor": 2, "collects": 0},
+}
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    """{name: counts}, from two compiling processes."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOL.parents[1]), env.get("PYTHONPATH")]))
+    runs = [
+        subprocess.Popen([sys.executable, TOOL, *capabilities], env=env, stdout=subprocess.PIPE, text=True)
+        for capabilities in (("80", "100"), ("90", "120"))
+    ]
+    try:
+        lines = [line for run in runs for line in run.communicate(timeout=1800)[0].splitlines()]
+    finally:
+        for run in runs:
+            run.kill()
+    assert not any(run.returncode for run in runs), "compiling failed, see the captured stderr"
+    found = dict(json.loads(line) for line in lines)
+    assert len(found) > 40
+    return found
+
+
+def each(kernels, *words):
+    """Kernels whose name holds every word; all failures in one message, not the first."""
+    chosen = {name: found for name, found in kernels.items() if all(word in name.split() for word in words)}
+    assert chosen, f"no kernel is named {words}"
+    return chosen.items()
+
+
+def report(failures):
+    assert not failures, "\n".join(failures)
+
+
+def test_nothing_spills(kernels):
+    report(
+        [
+            f"{name}: {found}"
+            for name, found in kernels.items()
+            if found["spills"] or found["stack"] or found["registers"] > REGISTERS
+        ]
+    )
+
+
+def test_what_is_exact_is_not_contracted(kernels):
+    """No fused multiply-add in the PTX (erf is made of them), and none in machine code that holds no quotient."""
+    failures = []
+    for name, found in kernels.items():
+        kind = name.split()[1]
+        if (kind != "gelu" and found["ptx_fma"]) or (kind == "gather" and found["FFMA"]):
+            failures.append(f"{name}: {found['ptx_fma']} fma in PTX, {found['FFMA']} FFMA")
+        if found["ptx_div_fast"] or (kind != "gelu" and found["ptx_ftz"]):
+            failures.append(f"{name}: {found['ptx_div_fast']} fast quotients, {found['ptx_ftz']} flushing instructions")
+    report(failures)
+
+
+def test_gather_multiplies_twice_and_adds_once_per_element(kernels):
+    """float32(level) * weight_scale, * embed_scale, + position: each an instruction of its own."""
+    failures = []
+    for name, found in each(kernels, "gather"):
+        outputs = 2048 // 128 * 8 // found["bits"]  # 2048 packed bytes on 4 warps
+        adds = outputs if "position" in found else 0
+        if (found["FMUL"], found["FADD"]) != (2 * outputs, adds):
+            failures.append(f"{name}: {found['FMUL']} FMUL, {found['FADD']} FADD for {outputs} outputs")
+    report(failures)
+
+
+def test_quotients_are_ieee(kernels):
+    """div.rn, and as many of them as the formulas have: none replaced by a reciprocal."""
+    failures = []
+    for kind, by_mode in QUOTIENTS.items():
+        for name, found in each(kernels, kind):
+            wanted = by_mode[name.split()[3]]
+            if found["ptx_div_rn"] != wanted:
+                failures.append(f"{name}: {found['ptx_div_rn']} quotients, not {wanted}")
+    for name, found in each(kernels, "weight"):
+        enough = found["ptx_div_rn"] > 3 if "groups" in name else found["ptx_div_rn"] == 2
+        if not enough:
+            failures.append(f"{name}: {found['ptx_div_rn']} quotients")
+    report(failures)
+
+
+def test_rounding_is_by_the_magic_number(kernels):
+    failures = []
+    for name, found in kernels.items():
+        quantizes = name.split()[1] != "gather" and "collects" not in name
+        if name.split()[1] == "layernorm" and "per_tensor" in name:
+            quantizes = False  # that launch takes the maximum
+        if bool(found["ptx_magic"]) != quantizes:
+            failures.append(f"{name}: magic number {found['ptx_magic']} times")
+    report(failures)
+
+
+def test_aligned_rows_move_16_bytes_at_a_time(kernels):
+    """No load of a byte or of 16 bits; codes leave 16 bytes at a time where a thread has that many."""
+    failures = []
+    for name, found in kernels.items():
+        kind = name.split()[1]
+        grouped = kind == "gather" and "group_size" in found  # their multipliers are single bytes
+        if not found["wide_loads"] or (found["narrow_loads"] and not grouped):
+            failures.append(f"{name}: {found['wide_loads']} wide loads, {found['narrow_loads']} narrow ones")
+        if kind in ("gather", "layernorm") and not found["wide_stores"]:
+            failures.append(f"{name}: no wide store")
+        if kind != "weight" and found["narrow_stores"]:
+            failures.append(f"{name}: {found['narrow_stores']} narrow stores")
+    report(failures)
