@@ -167,7 +167,7 @@ def test_quantize_weight_then_qlinear(bits, quantizer, granularity, group_size):
     n, k, m = 21, 131, 5
     w, x = torch.randn(n, k), torch.randn(m, k)
     four_level = quantizer == "four_level"
-    names = backends_for("quantize_weight")
+    names = backends_for("quantize_weight", bits=bits, quantizer=quantizer, group_size=group_size)
     first = None
     for backend in names:
         stored = ops.quantize_weight(w, bits, quantizer, granularity, group_size, None, backend)
@@ -189,9 +189,10 @@ def test_quantize_weight_then_qlinear(bits, quantizer, granularity, group_size):
         activation="none", dtype="float32",
     )  # fmt: skip
     assert_equal(y, wanted)
-    matrix = ops.dequantize_weight(qweight, scale, mult, bits, four_level, group_size, n, k)
     multipliers = None if mult is None else mult.numpy()
-    assert_equal(matrix, oracle.dequantize(codes, scale.numpy(), multipliers, four_level, group_size))
+    for backend in backends_for("dequantize_weight", bits=bits, group_size=group_size):
+        matrix = ops.dequantize_weight(qweight, scale, mult, bits, four_level, group_size, n, k, backend)
+        assert_equal(matrix, oracle.dequantize(codes, scale.numpy(), multipliers, four_level, group_size), backend)
     assert float((y - x @ matrix.t()).abs().max()) < 0.1 * float(y.abs().max()), "8-bit activations are that close"
 
 

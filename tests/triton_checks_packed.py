@@ -239,8 +239,8 @@ def weight_special_rows(device):
 def weight_layouts_and_types(device):
     """Transposed, sliced, expanded matrices, float64 masters, a long row, no row."""
     base = torch.randn(17, 70, generator=torch.Generator().manual_seed(14)).to(device)
-    views = (base[:, :20].t(), base[::3, 3:], base[:, ::2], base[:1].expand(5, 70), base[:, :1], base.double(), base[:0])
-    for w, form in itertools.product(views, WEIGHTS):
+    views = (base[:, :9].t(), base[::3, 3:], base[:, ::2], base[:1].expand(5, 70), base[:, :1], base.double(), base[:0])
+    for w, form in itertools.product(views, (WEIGHTS[0], WEIGHTS[3], WEIGHTS[4])):
         if w.numel() or form[1] != "per_tensor":
             assert_weight(w, *form, 1.5)
     long = torch.randn(1, 5001, generator=torch.Generator().manual_seed(15)).to(device)
