@@ -12,6 +12,11 @@ FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_HEAD_DIM = 1040
 
 
+def given(tensor: torch.Tensor | None) -> torch.Tensor | None:
+    """None for an empty tensor: what an op returns in place of nothing is taken as nothing."""
+    return None if tensor is None or tensor.numel() == 0 else tensor
+
+
 def check_float(name: str, tensor: torch.Tensor) -> None:
     if tensor.dtype not in FLOAT_DTYPES:
         raise ValueError(f"{name} must be float32, float16 or bfloat16, got {tensor.dtype}")

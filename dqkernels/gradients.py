@@ -1,15 +1,15 @@
-"""The ops of the backward pass: `qlinear_grad_input` and `qlinear_grad_weight`. Schemas and refusals, no arithmetic.
+"""The backward pass: the ops `qlinear_grad_input` and `qlinear_grad_weight`, and the formulas of the ops in `ops`.
 
 Straight through the quantizers (DQ-BART, section 3; paper.md section 1.5): the gradient of a quantized linear is that
 of the float linear whose weight and input are the dequantized ones, and zero where the activation clip saturated.
-`ops.qlinear` calls the first of them in its backward pass; training calls both.
+`ops.qlinear` calls the first of them in its backward pass; training calls both. Calls and refusals, no arithmetic.
 """
 
 from __future__ import annotations
 
 import torch
 
-from dqkernels import backends, checks
+from dqkernels import backends, checks, reference
 
 _LIB = torch.library.Library("dqkernels", "FRAGMENT")
 _WHERE = 'str backend="auto", bool strict=False'
@@ -38,6 +38,7 @@ def _grad_input(
     strict=False,
 ):
     checks.check_float("grad", grad)
+    group_mult = checks.given(group_mult)
     checks.check_gemm(
         in_features, qweight, weight_scale, group_mult, None, bits, group_size, grad.shape[-1], "none", out_dtype
     )
@@ -113,3 +114,75 @@ for _name in SCHEMAS:
 qlinear_grad_input = torch.ops.dqkernels.qlinear_grad_input.default
 #: grad float [..., N], the forward's int8 q [..., K] and act_scale fp32 [...] -> grad_w [N, K].
 qlinear_grad_weight = torch.ops.dqkernels.qlinear_grad_weight.default
+
+
+# ------------------------------------------------------------------------------------------- formulas of the ops
+
+
+def _qlinear_context(ctx, inputs, output):
+    (x, qweight, weight_scale, group_mult, bias, residual, bits, four_level, group_size, out_features) = inputs[:10]
+    act_clip, activation = inputs[11], inputs[13]
+    ctx.save_for_backward(x, qweight, weight_scale, group_mult, bias)
+    ctx.format = (bits, four_level, group_size)
+    ctx.rest = inputs[6:]
+    ctx.act_clip, ctx.activation = act_clip, activation
+    ctx.dtypes = (None if bias is None else bias.dtype, None if residual is None else residual.dtype)
+
+
+def _qlinear_backward(ctx, grad):
+    """Straight through the activation quantizer, zero where the clip saturates (paper.md section 1.5)."""
+    x, qweight, weight_scale, group_mult, bias = ctx.saved_tensors
+    bias_dtype, residual_dtype = ctx.dtypes
+    grad_residual = grad.to(residual_dtype) if residual_dtype is not None else None
+    grad_pre = grad.float()
+    if ctx.activation != "none":
+        # The pre-activation is computed again rather than kept.
+        rest = list(ctx.rest)
+        rest[7], rest[8] = "none", torch.float32
+        with torch.enable_grad():
+            pre = torch.ops.dqkernels.qlinear(x.detach(), qweight, weight_scale, group_mult, bias, None, *rest)
+            pre = pre.detach().requires_grad_()
+            (grad_pre,) = torch.autograd.grad(reference.activate(pre, ctx.activation), pre, grad_pre)
+    grad_x = grad_bias = None
+    if ctx.needs_input_grad[0]:
+        clip, k = ctx.act_clip, x.shape[-1]
+        passed = None if clip is None else reference.pack_bits((x.abs() < clip).reshape(-1, k))
+        incoming = grad if ctx.activation == "none" else grad_pre.to(grad.dtype)
+        grad_x = qlinear_grad_input(
+            incoming, qweight, weight_scale, group_mult, passed, *ctx.format, k, x.dtype, *ctx.rest[-2:]
+        )
+    if bias_dtype is not None and ctx.needs_input_grad[4]:
+        grad_bias = grad_pre.reshape(-1, grad_pre.shape[-1]).sum(dim=0).to(bias_dtype)
+    return grad_x, None, None, None, grad_bias, grad_residual, *([None] * 11)
+
+
+def _qembedding_context(ctx, inputs, output):
+    ctx.position = None if inputs[4] is None else (inputs[4].shape, inputs[4].dtype)
+
+
+def _qembedding_backward(ctx, grad):
+    if ctx.position is None:
+        return (None,) * 14
+    shape, dtype = ctx.position
+    return None, None, None, None, grad.float().sum_to_size(shape).to(dtype), *([None] * 9)
+
+
+def _inference_only(name: str):
+    def backward(ctx, *grads):
+        raise RuntimeError(
+            f"dqkernels::{name} has no gradient: it is an inference op. Train in float and quantize afterwards, "
+            "or run it under torch.no_grad()"
+        )
+
+    return backward
+
+
+def register(library: torch.library.Library, names) -> None:
+    """Gives every op of `names` its formula, or a refusal in words; `ops` calls this once."""
+    formulas = {
+        "qlinear": (_qlinear_backward, _qlinear_context),
+        "qembedding": (_qembedding_backward, _qembedding_context),
+    }
+    for name in names:
+        backward, context = formulas.get(name, (_inference_only(name), None))
+        torch.library.register_autograd(f"dqkernels::{name}", backward, setup_context=context, lib=library)

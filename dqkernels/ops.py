@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import backends, checks, gradients, packing, reference
+from dqkernels import backends, checks, gradients, packing
 from dqkernels.config import LayerConfig
 
 _LIB = torch.library.Library("dqkernels", "DEF")
@@ -20,7 +20,7 @@ _FORMAT = "int bits, bool four_level, int group_size"
 SCHEMAS = {
     "quantize_weight": "(Tensor weight, int bits, str quantizer, str granularity, int group_size=-1, "
     f"float? clip=None, {_WHERE}) -> (Tensor, Tensor, Tensor)",
-    "quantize_activation": "(Tensor x, str mode, float? clip=None, Tensor? act_scale=None, bool want_sum=False, "
+    "quantize_activation": "(Tensor x, str mode, float? clip=None, bool want_sum=False, Tensor? act_scale=None, "
     f"{_WHERE}) -> (Tensor, Tensor, Tensor)",
     "dequantize_weight": f"({_WEIGHT}, {_FORMAT}, int out_features, int in_features, {_WHERE}) -> Tensor",
     "qgemm": f"(Tensor q, Tensor act_scale, Tensor? row_sum, {_WEIGHT}, Tensor? bias, Tensor? residual, "
@@ -31,9 +31,9 @@ SCHEMAS = {
     "qembedding": f"(Tensor ids, {_WEIGHT}, Tensor? position, {_FORMAT}, int num_embeddings, "
     f"int embedding_dim, float embed_scale, ScalarType out_dtype, {_WHERE}) -> Tensor",
     "layernorm_quantize": "(Tensor x, Tensor? residual, Tensor weight, Tensor? bias, float eps, str mode, "
-    f"float? clip=None, Tensor? act_scale=None, bool want_sum=False, {_WHERE}) "
+    f"float? clip=None, bool want_sum=False, Tensor? act_scale=None, {_WHERE}) "
     "-> (Tensor, Tensor, Tensor, Tensor)",
-    "gelu_quantize": "(Tensor x, str mode, float? clip=None, Tensor? act_scale=None, bool want_sum=False, "
+    "gelu_quantize": "(Tensor x, str mode, float? clip=None, bool want_sum=False, Tensor? act_scale=None, "
     f"{_WHERE}) -> (Tensor, Tensor, Tensor)",
     "qattention": "(Tensor q, Tensor k, Tensor v, Tensor? mask, Tensor? bias, bool causal, float softmax_scale, "
     f'str mode="per_token", float? clip=None, {_WHERE}) -> Tensor',
@@ -85,7 +85,7 @@ def _(weight, bits, quantizer, granularity, group_size=-1, clip=None, backend="a
 
 
 @_implement("quantize_activation")
-def _quantize_activation(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+def _quantize_activation(x, mode, clip=None, want_sum=False, act_scale=None, backend="auto", strict=False):
     checks.check_activation(x, mode, act_scale, clip)
     module = backends.choose("quantize_activation", x.device.type, backend, strict, mode=mode).module
     return module.quantize_activation(x, mode, clip, act_scale, want_sum)
@@ -101,7 +101,7 @@ def _fake_quantized(x, want_sum):
 
 
 @_fake("quantize_activation")
-def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+def _(x, mode, clip=None, want_sum=False, act_scale=None, backend="auto", strict=False):
     return _fake_quantized(x, want_sum)
 
 
@@ -118,6 +118,7 @@ def _dequantize_weight(
     backend="auto",
     strict=False,
 ):
+    group_mult = checks.given(group_mult)
     checks.check_gemm(
         in_features, qweight, weight_scale, group_mult, None, bits, group_size, out_features, "none", torch.float32
     )
@@ -170,6 +171,7 @@ def _qgemm(
     backend="auto",
     strict=False,
 ):
+    group_mult = checks.given(group_mult)
     checks.check_codes(q, act_scale, row_sum)
     checks.check_gemm(
         q.shape[-1], qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
@@ -236,6 +238,7 @@ def _qlinear(
     backend="auto",
     strict=False,
 ):
+    group_mult = checks.given(group_mult)
     checks.check_activation(x, act_mode, act_scale, act_clip)
     checks.check_gemm(
         x.shape[-1], qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
@@ -325,6 +328,7 @@ def _qembedding(
     backend="auto",
     strict=False,
 ):
+    group_mult = checks.given(group_mult)
     checks.check_ids(ids, num_embeddings)
     checks.check_gemm(
         embedding_dim, qweight, weight_scale, group_mult, None, bits, group_size, num_embeddings, "none", out_dtype
@@ -368,7 +372,7 @@ def _(
 
 @_implement("layernorm_quantize")
 def _layernorm_quantize(
-    x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False
+    x, residual, weight, bias, eps, mode, clip=None, want_sum=False, act_scale=None, backend="auto", strict=False
 ):
     checks.check_activation(x, mode, act_scale, clip)
     checks.check_norm(weight, bias, x.shape[-1])
@@ -380,19 +384,19 @@ def _layernorm_quantize(
 
 
 @_fake("layernorm_quantize")
-def _(x, residual, weight, bias, eps, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+def _(x, residual, weight, bias, eps, mode, clip=None, want_sum=False, act_scale=None, backend="auto", strict=False):
     return torch.empty_like(x, memory_format=torch.contiguous_format), *_fake_quantized(x, want_sum)
 
 
 @_implement("gelu_quantize")
-def _gelu_quantize(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+def _gelu_quantize(x, mode, clip=None, want_sum=False, act_scale=None, backend="auto", strict=False):
     checks.check_activation(x, mode, act_scale, clip)
     module = backends.choose("gelu_quantize", x.device.type, backend, strict, mode=mode).module
     return module.gelu_quantize(x, mode=mode, clip=clip, act_scale=act_scale, want_sum=want_sum)
 
 
 @_fake("gelu_quantize")
-def _(x, mode, clip=None, act_scale=None, want_sum=False, backend="auto", strict=False):
+def _(x, mode, clip=None, want_sum=False, act_scale=None, backend="auto", strict=False):
     return _fake_quantized(x, want_sum)
 
 
@@ -464,74 +468,7 @@ def _(
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 
-# ---------------------------------------------------------------------------------------------------- autograd
-
-
-def _qlinear_context(ctx, inputs, output):
-    (x, qweight, weight_scale, group_mult, bias, residual, bits, four_level, group_size, out_features) = inputs[:10]
-    act_clip, activation = inputs[11], inputs[13]
-    ctx.save_for_backward(x, qweight, weight_scale, group_mult, bias)
-    ctx.format = (bits, four_level, group_size)
-    ctx.rest = inputs[6:]
-    ctx.act_clip, ctx.activation = act_clip, activation
-    ctx.dtypes = (None if bias is None else bias.dtype, None if residual is None else residual.dtype)
-
-
-def _qlinear_backward(ctx, grad):
-    """Straight through the activation quantizer, zero where the clip saturates (paper.md section 1.5)."""
-    x, qweight, weight_scale, group_mult, bias = ctx.saved_tensors
-    bias_dtype, residual_dtype = ctx.dtypes
-    grad_residual = grad.to(residual_dtype) if residual_dtype is not None else None
-    grad_pre = grad.float()
-    if ctx.activation != "none":
-        # The pre-activation is computed again rather than kept.
-        rest = list(ctx.rest)
-        rest[7], rest[8] = "none", torch.float32
-        with torch.enable_grad():
-            pre = torch.ops.dqkernels.qlinear(x.detach(), qweight, weight_scale, group_mult, bias, None, *rest)
-            pre = pre.detach().requires_grad_()
-            (grad_pre,) = torch.autograd.grad(reference.activate(pre, ctx.activation), pre, grad_pre)
-    grad_x = grad_bias = None
-    if ctx.needs_input_grad[0]:
-        clip, k = ctx.act_clip, x.shape[-1]
-        passed = None if clip is None else reference.pack_bits((x.abs() < clip).reshape(-1, k))
-        incoming = grad if ctx.activation == "none" else grad_pre.to(grad.dtype)
-        grad_x = gradients.qlinear_grad_input(
-            incoming, qweight, weight_scale, group_mult, passed, *ctx.format, k, x.dtype, *ctx.rest[-2:]
-        )
-    if bias_dtype is not None and ctx.needs_input_grad[4]:
-        grad_bias = grad_pre.reshape(-1, grad_pre.shape[-1]).sum(dim=0).to(bias_dtype)
-    return grad_x, None, None, None, grad_bias, grad_residual, *([None] * 11)
-
-
-def _qembedding_context(ctx, inputs, output):
-    ctx.position = None if inputs[4] is None else (inputs[4].shape, inputs[4].dtype)
-
-
-def _qembedding_backward(ctx, grad):
-    if ctx.position is None:
-        return (None,) * 14
-    shape, dtype = ctx.position
-    return None, None, None, None, grad.float().sum_to_size(shape).to(dtype), *([None] * 9)
-
-
-def _inference_only(name: str):
-    def backward(ctx, *grads):
-        raise RuntimeError(
-            f"dqkernels::{name} has no gradient: it is an inference op. Train in float and quantize afterwards, "
-            "or run it under torch.no_grad()"
-        )
-
-    return backward
-
-
-torch.library.register_autograd("dqkernels::qlinear", _qlinear_backward, setup_context=_qlinear_context, lib=_LIB)
-torch.library.register_autograd(
-    "dqkernels::qembedding", _qembedding_backward, setup_context=_qembedding_context, lib=_LIB
-)
-for _name in SCHEMAS:
-    if _name not in ("qlinear", "qembedding"):
-        torch.library.register_autograd(f"dqkernels::{_name}", _inference_only(_name), lib=_LIB)
+gradients.register(_LIB, SCHEMAS)
 
 
 # ------------------------------------------------------------------------------------------- the Python spelling

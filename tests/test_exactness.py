@@ -101,7 +101,7 @@ def test_qgemm_and_the_quantizers_apart(case):
     flat = as_numpy(x).reshape(case.m, case.k)
     wanted_q, wanted_scale, wanted_sum = oracle.quantize_activation(flat, case.mode, case.clip, act_scale)
     for backend in backends_for("quantize_activation", mode=case.mode):
-        q, act, row_sum = ops.quantize_activation(x, case.mode, case.clip, static, True, backend)
+        q, act, row_sum = ops.quantize_activation(x, case.mode, case.clip, True, static, backend)
         assert_equal(q, wanted_q, f"{backend} codes", may_be_zero=case.m == 0)
         assert_equal(act, wanted_scale, f"{backend} scale", may_be_zero=case.m == 0)
         assert_equal(row_sum, wanted_sum, f"{backend} row_sum", may_be_zero=True)

@@ -47,8 +47,8 @@ def samples(op):
         yield (torch.randn(N, K).t(), 4, "mse", "per_tensor"), {"clip": 2.5, "backend": "eager"}
     elif op == "quantize_activation":
         for mode, clip, act_scale in every_mode:
-            yield (x, mode, clip, act_scale, mode != "static"), {}
-        yield (torch.randn(K, 3, 2).transpose(0, 2), "per_token", None, None, True), {}
+            yield (x, mode, clip, mode != "static", act_scale), {}
+        yield (torch.randn(K, 3, 2).transpose(0, 2), "per_token", None, True), {}
         yield (x.to(torch.bfloat16), "per_token"), {"backend": "eager"}
     elif op == "dequantize_weight":
         for name in FORMATS:
@@ -57,7 +57,7 @@ def samples(op):
     elif op == "qgemm":
         for name in FORMATS:
             qweight, scale, mult, format_ = weight_of(name)
-            q, act_scale, row_sum = ops.quantize_activation(x, "per_token", None, None, True)
+            q, act_scale, row_sum = ops.quantize_activation(x, "per_token", None, True)
             bias, residual = torch.randn(N), torch.randn(2, 3, N)
             yield (
                 q, act_scale, row_sum, qweight, scale, mult, bias, residual, *format_, N, "relu", torch.float16
@@ -80,11 +80,11 @@ def samples(op):
     elif op == "layernorm_quantize":
         for mode, clip, act_scale in every_mode:
             norm = (torch.randn(K), torch.randn(K), 1e-5)
-            yield (x, torch.randn(2, 3, K), *norm, mode, clip, act_scale, True), {}
+            yield (x, torch.randn(2, 3, K), *norm, mode, clip, True, act_scale), {}
         yield (x.transpose(0, 1), None, torch.randn(K), None, 1e-5, "per_token"), {}
     elif op == "gelu_quantize":
         for mode, clip, act_scale in every_mode:
-            yield (x.transpose(0, 1), mode, clip, act_scale, True), {}
+            yield (x.transpose(0, 1), mode, clip, True, act_scale), {}
     elif op == "qattention":
         q = torch.randn(2, 4, 3, 8).transpose(1, 2)
         k = torch.randn(2, 5, 3, 8).transpose(1, 2)
@@ -397,6 +397,13 @@ def test_the_limits_themselves_pass():
     """Positive controls: what stands next to a refused value works."""
     assert case_qgemm()().shape == (2, N)
     assert case_qgemm(row_sum=torch.zeros(0, dtype=torch.int32))().shape == (2, N)
+    # What quantize_weight returns goes in as it is.
+    qweight, scale, mult = ops.quantize_weight(torch.randn(N, K), 4, "absmax", "per_channel")
+    assert mult.shape == (0,)
+    q, act_scale, _ = ops.quantize_activation(X, "per_token")
+    tail = (None, None, 4, False, -1, N, "none", torch.float32)
+    assert_same_bits(ops.qgemm(q, act_scale, None, qweight, scale, mult, *tail),
+                     ops.qgemm(q, act_scale, None, qweight, scale, None, *tail))  # fmt: skip
     assert case_embedding()().shape == (2, K)
     assert case_embedding(position=torch.ones(1, K))().shape == (2, K)
     assert case_embedding(position=torch.ones(K))().shape == (2, K)

@@ -114,9 +114,9 @@ def attention_every_tile(device):
     g = torch.Generator().manual_seed(2)
     rest = (mask_of("pairs", g, 1, 1, 70, 150, device), bias_of("heads", g, 1, 70, 150, device), True)
     first, _ = assert_attention(q, k, v, *rest)
-    tiles = {attention.tile_for(*key) for key in itertools.product((1, 17, 65), (False, True))}
+    tiles = {attention.attention_tile(*key) for key in itertools.product((1, 17, 65), (False, True))}
     assert len(tiles) == 5
-    for tile in tiles | {attention.Tile(16, 128, 4, 2)}:
+    for tile in tiles | {attention.AttentionTile(16, 128, 4, 2)}:
         assert_same(attend(q, k, v, *rest, tile=tile), first.cpu(), f"{tile}")
 
 

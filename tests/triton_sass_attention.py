@@ -91,7 +91,7 @@ def every_kernel(capabilities):
                 for j, (causal, mask, bias) in enumerate(VARIANTS):
                     if (queries != 1024 and j != (i + dim // 64) % 3) or (not main_line and (queries, j) != (64, 1)):
                         continue
-                    tile = attention.tile_for(queries, "pairs" in (mask, bias))
+                    tile = attention.attention_tile(queries, "pairs" in (mask, bias))
                     kernel = attention_kernel(capability, dim, tile, causal, mask, bias)
                     words = ["causal" if causal else "whole", f"mask-{mask}", f"bias-{bias}"]
                     name = f"attention sm_{capability} {dim} {'x'.join(map(str, tile))} {' '.join(words)}"

@@ -11,8 +11,6 @@ Importing this file imports Triton; nothing imports it when the package is impor
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 import triton
 import triton.language as tl
@@ -20,6 +18,7 @@ import triton.language as tl
 from .gemm import _add, _round_to, interpreted
 from .launch import Launcher
 from .quantize import _INF_BITS, _MAGIC, _MAGIC_BITS, _TINY_BITS, _abs_bits, _codes, device_of
+from .tiles import AttentionTile, attention_tile
 
 MAX_HEAD_DIM = 128
 _TOKENS = 128  # K and V are padded to a multiple of this many tokens, so that no tile of keys needs a mask to be read
@@ -338,29 +337,6 @@ _quantize_tokens = Launcher(_quantize_tokens_kernel)
 _attention = Launcher(_attention_kernel)
 
 
-class Tile(NamedTuple):
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-#: By the largest number of queries of the bucket; results never depend on the tile. On sm_120, ptxas aims at three
-#: blocks of 4 warps at once and spills with 64 x 64.
-_ANY = 1 << 62
-TILES = {16: Tile(16, 64, 4, 3), 64: Tile(64, 32, 4, 3), _ANY: Tile(128, 64, 8, 3)}
-
-
-def tile_for(queries: int, pairs: bool) -> Tile:
-    """The tile for this many queries; `pairs`: the mask or the bias holds a value for each query and key.
-
-    tests/test_triton_compile_attention.py compiles them and checks that nothing spills: there are registers for 32 keys
-    of such a mask or bias, not for 64.
-    """
-    tile = next(tile for limit, tile in TILES.items() if queries <= limit)
-    return tile._replace(block_n=32) if pairs else tile
-
-
 def padded_dim(head_dim: int) -> int:
     """head_dim as a kernel sees it: a power of two from 32 on, the last dimensions zero.
 
@@ -444,7 +420,7 @@ def qattention(
     softmax_scale: float,
     mode: str,
     clip: float | None,
-    tile: Tile | None = None,
+    tile: AttentionTile | None = None,
 ) -> torch.Tensor:
     """Attention [batch, heads, queries, head_dim] in q's dtype; arguments as in `reference.qattention`.
 
@@ -469,7 +445,7 @@ def qattention(
     clip = float("inf") if clip is None else float(clip)
     per_tensor = mode == "per_tensor"
     mask_rows, bias_rows = mask_strides[2] != 0, bias_strides[2] != 0
-    tile = tile or tile_for(queries, mask_rows or bias_rows)
+    tile = tile or attention_tile(queries, mask_rows or bias_rows)
     with device_of(q):
         q_codes, q_scale = _codes_of_tokens(q, softmax_scale, per_tensor, clip)
         k_codes, k_scale = _codes_of_tokens(k, 1.0, per_tensor, clip)

@@ -1,4 +1,4 @@
-"""Tile shapes of the Triton GEMM and the rule that picks one: for every GPU, from its number of multiprocessors.
+"""Tile shapes of the Triton GEMM and attention, and the rules that pick one for every GPU.
 
 Nothing here was measured. The tables hold what tests/test_triton_compile.py compiles and budgets (spills, byte
 permutes, shared memory, multiply instructions); `choose` is arithmetic on M, N, K. Neither ever changes a result.
@@ -124,3 +124,25 @@ def choose(m: int, n: int, k: int, bits: int, group_size: int, arch: str, sms: i
 def count(m: int, n: int, cfg: Config) -> int:
     """Tiles of Y."""
     return -(-m // cfg.block_m) * -(-n // cfg.block_n)
+
+
+class AttentionTile(NamedTuple):
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+#: By the largest number of queries of the bucket; results never depend on the tile. On sm_120, ptxas aims at three
+#: blocks of 4 warps at once and spills with 64 x 64.
+ATTENTION_TILES = {16: AttentionTile(16, 64, 4, 3), 64: AttentionTile(64, 32, 4, 3), ANY: AttentionTile(128, 64, 8, 3)}
+
+
+def attention_tile(queries: int, pairs: bool) -> AttentionTile:
+    """The tile for this many queries; `pairs`: the mask or the bias holds a value for each query and key.
+
+    tests/test_triton_compile_attention.py compiles them and checks that nothing spills: there are registers for 32 keys
+    of such a mask or bias, not for 64.
+    """
+    tile = next(tile for limit, tile in ATTENTION_TILES.items() if queries <= limit)
+    return tile._replace(block_n=32) if pairs else tile
