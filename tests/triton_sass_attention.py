@@ -89,7 +89,8 @@ def every_kernel(capabilities):
         for dim in (64, 128):
             for i, queries in enumerate((16, 64, 1024)):
                 for j, (causal, mask, bias) in enumerate(VARIANTS):
-                    if (queries != 1024 and j != (i + dim // 64) % 3) or (not main_line and (queries, j) != (64, 1)):
+                    dealt = queries == 1024 or j == (i + dim // 64) % 3
+                    if not (dealt if main_line else (queries, j) == (64, 1)):
                         continue
                     tile = attention.attention_tile(queries, "pairs" in (mask, bias))
                     kernel = attention_kernel(capability, dim, tile, causal, mask, bias)
