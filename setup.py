@@ -23,6 +23,7 @@ from pathlib import Path
 
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 from setuptools.errors import CompileError
 
 ROOT = Path(__file__).resolve().parent
@@ -292,6 +293,19 @@ def usable_cores():
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
 
 
+class SourceDistribution(sdist):
+    """Adds the sources of the native core, the tests and the scripts to the package's own files."""
+
+    def make_distribution(self):
+        for folder in ("benchmarks", "csrc", "docs", "python", "tests"):
+            self.filelist.graft(folder)
+        for name in ("CHANGELOG.md", "CMakeLists.txt", "LICENSE", ".clang-format"):
+            self.filelist.include(name)
+        for pattern in ("*.so", "*.o", "*.py[cod]", "_build_info.json"):  # what one machine built never travels
+            self.filelist.global_exclude(pattern)
+        super().make_distribution()
+
+
 def main():
     try:
         mode = parse_mode(os.environ.get("DQKERNELS_BUILD"))
@@ -304,7 +318,7 @@ def main():
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     setup(
         ext_modules=[CMakeExtension("dqkernels._C", optional=mode in ("auto", "none"))],
-        cmdclass={"build_ext": BuildExt},
+        cmdclass={"build_ext": BuildExt, "sdist": SourceDistribution},
         options={"build": {"build_base": folder}},
     )
 

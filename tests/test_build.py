@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -183,3 +184,17 @@ def test_wrong_values_stop_before_anything_is_built(tmp_path):
     assert done.returncode != 0 and "auto, cpu, cuda, none" in done.stderr
     done, _ = run_build(tmp_path, DQKERNELS_CUDA_ARCHS="sm_90")
     assert done.returncode != 0 and "not an architecture" in done.stderr
+
+
+def test_a_source_distribution_holds_what_builds_and_tests_it(tmp_path):
+    command = [sys.executable, "setup.py", "-q", "egg_info", "-e", tmp_path, "sdist", "-d", tmp_path]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True, timeout=300)
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as file:
+        names = {name.partition("/")[2] for name in file.getnames()}
+    teacher = "dqkernels/data/docstring_teacher/model.safetensors"
+    wanted = ["CMakeLists.txt", "csrc/include/dqk/api.h", "tests/mutants/core.toml", "benchmarks/gpu_lane.py",
+              "docs/cli.md", teacher, "LICENSE", "README.md"]  # fmt: skip
+    assert not [name for name in wanted if name not in names]
+    assert any(name.startswith("python/") and name.endswith(".cpp") for name in names)
+    assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))]
