@@ -18,11 +18,11 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from transformers.quantizers import auto as quantizers
 from transformers.quantizers.auto import register_quantization_config, register_quantizer
@@ -217,7 +217,7 @@ class DQHfQuantizer(HfQuantizer):
         self._tables = {}
         if not self._watched:
             raise RuntimeError(
-                f"transformers {transformers.__version__} no longer tells which tensors a checkpoint lacks: "
+                f"transformers {metadata.version('transformers')} no longer tells which tensors a checkpoint lacks: "
                 "dqkernels is made for transformers 5.17 to 5.23"
             )
         owners: dict[str, PackedModule] = {}
@@ -332,6 +332,9 @@ def load(
             "use from_pretrained of its Auto class"
         )
     manifest = serialize.check_folder(folder)
+    # Here, not above: transformers puts another object in its module's place when its own import ends.
+    import transformers
+
     names = manifest.config.get("architectures")
     name = names[0] if isinstance(names, list) and len(names) == 1 else None
     model_class = getattr(transformers, name, None) if isinstance(name, str) and name.isidentifier() else None

@@ -22,7 +22,7 @@ from torch import nn
 from transformers import AutoModel, AutoModelForSeq2SeqLM
 
 import dqkernels
-from dqkernels import DQConfig, QLinear, hf
+from dqkernels import DQConfig, QLinear
 from dqkernels.nn import PackedModule
 from dqkernels.serialize import FileFormatError
 
@@ -613,8 +613,7 @@ class WithBuffers(transformers.BartForConditionalGeneration):
 
 
 def test_tensors_of_other_dtypes_are_saved_and_reloaded(float_folder, tmp_path, monkeypatch):
-    # The module that hf.py sees: importing transformers may put another object in its place half-way.
-    monkeypatch.setattr(hf.transformers, "WithBuffers", WithBuffers, raising=False)
+    monkeypatch.setattr(transformers, "WithBuffers", WithBuffers, raising=False)
     model = WithBuffers(make("bart").config)
     dqkernels.quantize_(model, CONFIG).save_pretrained(tmp_path)
     reloaded = dqkernels.load(tmp_path)

@@ -13,18 +13,16 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).with_name("triton_sass.py")
 SHARED_BYTES = {80: 99 << 10, 90: 227 << 10, 100: 227 << 10, 120: 99 << 10}  # sm_80's own 163 KB, but sm_86 has 99
 
 
-@pytest.fixture(scope="module")
-def kernels():
-    """{name: counts}, from two compiling processes."""
+def compile_all(tool, least):
+    """{name: counts} of every kernel that the script `tool` names, from two compiling processes."""
     pytest.importorskip("triton", reason="triton is not installed")
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOL.parents[1]), env.get("PYTHONPATH")]))
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tool.parents[1]), env.get("PYTHONPATH")]))
     runs = [
-        subprocess.Popen([sys.executable, TOOL, *capabilities], env=env, stdout=subprocess.PIPE, text=True)
+        subprocess.Popen([sys.executable, tool, *capabilities], env=env, stdout=subprocess.PIPE, text=True)
         for capabilities in (("80", "100"), ("90", "120"))
     ]
     try:
@@ -34,8 +32,13 @@ def kernels():
             run.kill()
     assert not any(run.returncode for run in runs), "compiling failed, see the captured stderr"
     found = dict(json.loads(line) for line in lines)
-    assert len(found) > 140
+    assert len(found) >= least
     return found
+
+
+@pytest.fixture(scope="module")
+def kernels():
+    return compile_all(Path(__file__).with_name("triton_sass.py"), 100)
 
 
 def each(kernels, *words):
@@ -133,6 +136,16 @@ def test_int8_output_is_rounded_as_specified(kernels):
         fine = found["FMUL"] == 3 * n and 0 <= found["FADD"] - 2 * n <= 4 and found["FFMA"] <= 16
         if not (fine and found["ptx_div_rn"] == 1 and found["ptx_magic"] and not found["ptx_fma"]):
             failures.append(f"{name}: {found}")
+    report(failures)
+
+
+def test_backward_products_run_on_tensor_cores(kernels):
+    """In 16 bits; fp32 gradients keep their bits and have no tensor core."""
+    failures = []
+    for name, found in each(kernels, "backward"):
+        products = found["HMMA"] + found["HGMMA"] + found["UTCHMMA"]
+        if (products == 0) != ("fp32" in name.split()):
+            failures.append(f"{name}: {products} matrix instructions")
     report(failures)
 
 

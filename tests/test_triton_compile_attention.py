@@ -4,37 +4,15 @@ What it guards: two dots per loop body (with one, Triton 3.8 spills int8 fragmen
 in their thread between the two products, maxima taken in the layout of the product, and no contraction.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from test_triton_compile import SHARED_BYTES, capability, each, report
-
-TOOL = Path(__file__).with_name("triton_sass_attention.py")
+from test_triton_compile import SHARED_BYTES, capability, compile_all, each, report
 
 
 @pytest.fixture(scope="module")
 def kernels():
-    """{name: counts}, from two compiling processes."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOL.parents[1]), env.get("PYTHONPATH")]))
-    runs = [
-        subprocess.Popen([sys.executable, TOOL, *capabilities], env=env, stdout=subprocess.PIPE, text=True)
-        for capabilities in (("80", "100"), ("90", "120"))
-    ]
-    try:
-        lines = [line for run in runs for line in run.communicate(timeout=1800)[0].splitlines()]
-    finally:
-        for run in runs:
-            run.kill()
-    assert not any(run.returncode for run in runs), "compiling failed, see the captured stderr"
-    found = dict(json.loads(line) for line in lines)
-    assert len(found) > 40
-    return found
+    return compile_all(Path(__file__).with_name("triton_sass_attention.py"), 40)
 
 
 def test_nothing_spills(kernels):

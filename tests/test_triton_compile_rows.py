@@ -4,15 +4,11 @@ What it guards: spills where a row is held in registers, narrow memory instructi
 quotients, and multiplies contracted into adds where a result is promised bit for bit.
 """
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from test_triton_compile import compile_all, each, report
 
-TOOL = Path(__file__).with_name("triton_sass_rows.py")
 REGISTERS = 128  # two blocks of 8 warps on a multiprocessor
 # kind: IEEE quotients of one launch per mode; LayerNorm has mean, rest, variance and 1 / sqrt besides scale and inv.
 QUOTIENTS = {
@@ -23,34 +19,7 @@ QUOTIENTS = {
 
 @pytest.fixture(scope="module")
 def kernels():
-    """{name: counts}, from two compiling processes."""
-    pytest.importorskip("triton", reason="triton is not installed")
-    env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(TOOL.parents[1]), env.get("PYTHONPATH")]))
-    runs = [
-        subprocess.Popen([sys.executable, TOOL, *capabilities], env=env, stdout=subprocess.PIPE, text=True)
-        for capabilities in (("80", "100"), ("90", "120"))
-    ]
-    try:
-        lines = [line for run in runs for line in run.communicate(timeout=1800)[0].splitlines()]
-    finally:
-        for run in runs:
-            run.kill()
-    assert not any(run.returncode for run in runs), "compiling failed, see the captured stderr"
-    found = dict(json.loads(line) for line in lines)
-    assert len(found) > 40
-    return found
-
-
-def each(kernels, *words):
-    """Kernels whose name holds every word; all failures in one message, not the first."""
-    chosen = {name: found for name, found in kernels.items() if all(word in name.split() for word in words)}
-    assert chosen, f"no kernel is named {words}"
-    return chosen.items()
-
-
-def report(failures):
-    assert not failures, "\n".join(failures)
+    return compile_all(Path(__file__).with_name("triton_sass_rows.py"), 40)
 
 
 def test_nothing_spills(kernels):

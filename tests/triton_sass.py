@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from dqkernels.kernels import gemm, quantize, tiles
+from dqkernels.kernels import backward, gemm, quantize, tiles
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 # name: (output, bias, residual, activation, K a multiple of BLOCK_K)
@@ -92,6 +92,28 @@ def handed_over(ptx):
     return bool(count) and 0 <= stored < barrier and 0 <= seen < loaded and "atom." not in after
 
 
+def backward_kernel(capability, which, dtype, bits=8, grouped=False):
+    """grad_x from packed weights with a clip mask, or grad_w, of gradients in `dtype`."""
+    kernel = {"grad_x": backward._grad_input_kernel, "grad_w": backward._grad_weight_kernel}[which]
+    tiles_of = {"grad_x": backward.INPUT_TILE, "grad_w": backward.WEIGHT_TILE}[which]
+    constants = backward.blocks(tiles_of[4 if dtype == "*fp32" else 2])
+    num_warps, num_stages = constants.pop("num_warps"), constants.pop("num_stages")
+    signature = {"g_ptr": dtype, "out_ptr": dtype, "m": "i32", "n": "i32", "k": "i32"}
+    if which == "grad_w":
+        signature |= {"q_ptr": "*i8", "act_scale_ptr": "*fp32"}
+    else:
+        signature |= {
+            "w_ptr": "*u8",
+            "weight_scale_ptr": "*fp32",
+            "passed_ptr": "*u8",
+            "row_bytes": "i32",
+            "groups": "i32",
+        }
+        signature |= {"mult_ptr": "*u8"} if grouped else {}
+        constants |= {"BITS": bits, "FOUR_LEVEL": bits == 2, "TENSOR_SCALE": False, "GROUP_SIZE": 64 if grouped else -1}
+    return compiled(kernel, signature, constants | {"USE_ASM": True}, {"m"}, num_warps, num_stages, capability)
+
+
 def counts(kernel):
     """Registers, stack, spills and instruction counts of the machine code, and what the PTX says of rounding."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
@@ -113,7 +135,7 @@ def counts(kernel):
         "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
         "spills": by_name["STL"] + by_name["LDL"],
         "shared": kernel.metadata.shared,
-        **{name: by_name[name] for name in ("IMMA", "IGMMA", "UTCIMMA", "PRMT", "LOP3")},
+        **{name: by_name[name] for name in ("IMMA", "IGMMA", "UTCIMMA", "HMMA", "HGMMA", "UTCHMMA", "PRMT", "LOP3")},
         # The packed forms of Blackwell do two.
         "FFMA": by_name["FFMA"] + 2 * by_name["FFMA2"],
         "FMUL": by_name["FMUL"] + 2 * by_name["FMUL2"],
@@ -167,6 +189,11 @@ def every_kernel(capabilities):
         for dtype, mode, k in cases if main_line else cases[:1]:
             name = f"quantize sm_{capability} {dtype[1:]} {mode} {k}"
             yield name, counts(quantize_kernel(capability, dtype, mode, k))
+        for dtype in ("*bf16", "*fp16", "*fp32") if main_line else ("*bf16",):
+            for bits, grouped in ((8, False), (4, True), (2, False)):
+                name = f"backward sm_{capability} grad_x {dtype[1:]} W{bits} {'groups' if grouped else 'channels'}"
+                yield name, counts(backward_kernel(capability, "grad_x", dtype, bits, grouped))
+            yield f"backward sm_{capability} grad_w {dtype[1:]}", counts(backward_kernel(capability, "grad_w", dtype))
         if main_line:
             yield f"amax sm_{capability} fp16 768", counts(amax_kernel(capability, "*fp16", 768))
 

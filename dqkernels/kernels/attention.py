@@ -17,7 +17,7 @@ import triton.language as tl
 
 from .gemm import _add, _round_to, interpreted
 from .launch import Launcher
-from .quantize import _INF_BITS, _MAGIC, _MAGIC_BITS, _TINY_BITS, _abs_bits, _codes, device_of
+from .quantize import _MAGIC, _MAGIC_BITS, _abs_bits, _codes, _row_scale, device_of
 from .tiles import AttentionTile, attention_tile
 
 MAX_HEAD_DIM = 128
@@ -41,12 +41,8 @@ def _quantize_tile(x, amax_bits_ptr, clip):
     bits = tl.max(_abs_bits(x), 1)
     if amax_bits_ptr is not None:
         bits = tl.zeros_like(bits) + tl.load(amax_bits_ptr)
-    finite = bits < _INF_BITS  # judged before the clip
-    amax = tl.minimum(bits.to(tl.float32, bitcast=True), clip)
-    usable = finite & (amax.to(tl.int32, bitcast=True) >= _TINY_BITS)
-    amax = tl.where(usable, amax, 127.0)  # a zero row has scale 1
-    codes = _codes(x, tl.div_rn(127.0, amax)[:, None], clip, usable[:, None])
-    return codes, tl.where(finite, tl.div_rn(amax, 127.0), float("nan"))
+    scale, inv, usable = _row_scale(bits, None, clip, 0)
+    return _codes(x, inv[:, None], clip, usable[:, None]), scale
 
 
 @triton.jit

@@ -134,7 +134,8 @@ INPUT_TILE = {4: (32, 32, 64, 4, 2), 2: (128, 64, 128, 8, 3)}
 WEIGHT_TILE = {4: (32, 32, 64, 4, 2), 2: (64, 128, 128, 8, 3)}
 
 
-def _blocks(tile: tuple[int, ...]) -> dict:
+def blocks(tile: tuple[int, ...]) -> dict:
+    """A tile as the keywords of a launch."""
     names = ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")
     return {**dict(zip(names, tile, strict=True)), "USE_ASM": not _grad_input.interpreted}
 
@@ -164,7 +165,7 @@ def grad_input(
     out = torch.empty(m, in_features, dtype=out_dtype, device=g.device)
     if m == 0 or in_features == 0:
         return out
-    tile = _blocks(INPUT_TILE[g.element_size()])
+    tile = blocks(INPUT_TILE[g.element_size()])
     row_bytes = qweight.shape[1]
     programs = triton.cdiv(m, tile["BLOCK_M"]) * triton.cdiv(row_bytes, tile["BLOCK_K"]) * (8 // bits)
     with device_of(g):
@@ -196,7 +197,7 @@ def grad_weight(g: torch.Tensor, q: torch.Tensor, act_scale: torch.Tensor, out_d
     out = torch.empty(n, k, dtype=out_dtype, device=g.device)
     if n == 0 or k == 0:
         return out
-    tile = _blocks(WEIGHT_TILE[g.element_size()])
+    tile = blocks(WEIGHT_TILE[g.element_size()])
     programs = triton.cdiv(n, tile["BLOCK_N"]) * triton.cdiv(k, tile["BLOCK_K"])
     with device_of(g):
         _grad_weight((programs,), g.contiguous(), q.contiguous(), act_scale.contiguous(), out, m, n, k, **tile)

@@ -1,9 +1,9 @@
 """Launching Triton kernels without Triton's dispatch on every call.
 
-Triton binds the arguments by name, specializes each and hashes them into a string, for 9 to 40 microseconds of host
-time a launch (shared with its users' reports: vllm#34838, triton#3503); a decoder layer has eight launches. Here the
-first call of a variant goes through Triton, which compiles it, and the next ones go straight to the compiled kernel:
-the key is a tuple of the facts that Triton specializes on. Sizes are not part of it, only whether 16 divides them.
+Triton binds the arguments by name, specializes each and hashes them into a string: 9 to 40 microseconds of host time a
+launch, by its users' reports (vllm#34838, triton#3503); ours is not measured yet. Here the first call of a variant goes
+through Triton, which compiles it, and the next ones go straight to the compiled kernel: the key is a tuple of the facts
+that Triton specializes on. Sizes are not part of it, only whether 16 divides them.
 
 Importing this file imports Triton; nothing imports it when the package is imported.
 """
@@ -78,7 +78,7 @@ class Launcher:
         key = (device, num_warps, num_stages, *values, *map(fact, arguments, self._specialized))
         compiled = self.variants.get(key)
         if compiled is None or _hooked():
-            with self._lock:
+            with self._lock:  # one thread compiles; those that waited find Triton's own cache filled
                 self.variants[key] = self.kernel[grid](*arguments, **constants, **options)
             return
         x, y, z = (*grid, 1, 1)[:3]
