@@ -168,3 +168,79 @@ def test_eight_threads(launcher):
     arrived = [run[2:4] for _, run, _ in launcher.through_triton] + [run[11:13] for run in launcher.direct]
     assert sorted(arrived) == sorted((n, 2 * n + 17) for n in range(each) for _ in threads)
     assert len(launcher.through_triton) <= len(threads) and len(launcher.variants) == 1
+
+
+def test_bound_launch(launcher):
+    """Directly from the second aligned call on; an odd address takes a variant of its own, and a profiler Triton's."""
+    bound = launcher.bind((3,), BLOCK=128, RELU=True, num_warps=8, num_stages=2)
+    bound(ODD, None, 3, 100, 0.5)
+    bound(ALIGNED, None, 3, 100, 0.5)
+    assert len(launcher.through_triton) == len(launcher.variants) == 2 and not launcher.direct
+    bound(ALIGNED, None, 3, 100, 0.25)
+    assert launcher.direct == [
+        (3, 1, 1, 7, "function", "metadata", None, None, None, ALIGNED, None, 3, 100, 0.25, 128, True)
+    ]
+    bound(ODD, None, 3, 100, 0.25)
+    assert len(launcher.through_triton) == 2 and launcher.direct[-1][9] is ODD
+
+
+def test_bound_launch_under_a_profiler(launcher, monkeypatch):
+    bound = launcher.bind((1,), BLOCK=128, RELU=True)
+    for _ in range(2):
+        bound(ALIGNED, None, 3, 100, 0.5)
+    monkeypatch.setattr(launch, "_hooked", lambda: True)
+    bound(ALIGNED, None, 3, 100, 0.5)
+    assert len(launcher.through_triton) == 2 and len(launcher.direct) == 1
+
+
+def test_a_plan_is_kept_for_one_set_of_facts(launcher, monkeypatch):
+    """What the GEMM and the quantizer keep a launch for decides every fact that Triton compiles for."""
+    from dqkernels.kernels import gemm, quantize
+
+    for module in (gemm, quantize):
+        module._plan.cache_clear()
+    seen = {}
+
+    def call(bound, *arguments):
+        facts = tuple(map(launch.fact, arguments, bound.launcher._specialized)) + bound.grid
+        assert seen.setdefault(id(bound), facts) == facts
+        counts[id(bound)] = counts.get(id(bound), 0) + 1
+
+    counts = {}
+    monkeypatch.setattr(launch.Bound, "__call__", call)
+    g = torch.Generator().manual_seed(0)
+
+    def pick(*values):
+        return values[int(torch.randint(len(values), (), generator=g))]
+
+    for _ in range(1500):
+        m, n, k = pick(1, 2, 16, 17, 300), pick(1, 16, 17), pick(1, 16, 17, 32, 4096)
+        bits = pick(2, 4, 8)
+        group = -1 if bits == 8 else pick(-1, 32)
+        four_level, out_dtype = bits == 2 and pick(True, False), pick(torch.float16, torch.int8)
+        kind = pick(torch.float16, torch.float32)
+        gemm.qgemm(
+            torch.zeros(m, k, dtype=torch.int8), torch.zeros(m), torch.zeros(m, dtype=torch.int32),
+            torch.zeros((n + 15) // 16 * 16, (k + 127) // 128 * 16 * bits, dtype=torch.uint8),
+            torch.zeros(pick(1, n)), bits, four_level, n, pick(None, torch.zeros(n, dtype=kind)), pick("none", "gelu"),
+            pick(None, torch.zeros(m, n, dtype=kind)), out_dtype, split_k=pick(None, 2),
+            group_mult=None if group == -1 else torch.zeros(n, -(-k // group), dtype=torch.uint8), group_size=group,
+            out_scale=torch.ones(1) if out_dtype == torch.int8 else None,
+        )  # fmt: skip
+        x = pick(torch.zeros(m, k, dtype=kind), torch.zeros(m, 2 * k, dtype=kind)[:, :k], torch.zeros(k, m).T)
+        mode = pick("per_token", "per_tensor", "static")
+        amax_bits = torch.zeros(1, dtype=torch.int32) if mode == "per_tensor" else None
+        quantize.quantize_rows(x, mode, pick(None, 2.5), torch.ones(1), pick(True, False), amax_bits)
+    assert len(seen) > 300 and sum(count > 1 for count in counts.values()) > 200
+    for module in (gemm, quantize):
+        module._plan.cache_clear()
+
+
+def test_no_compilation_while_a_graph_is_captured(launcher, monkeypatch):
+    """CUDA would end the capture with an error that names nothing."""
+    launcher((1,), ALIGNED, None, 3, 100, 0.5, BLOCK=128, RELU=True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    launcher((1,), ALIGNED, None, 3, 100, 0.5, BLOCK=128, RELU=True)  # a known one is launched
+    with pytest.raises(RuntimeError, match="_kernel meets these shapes or types for the first time.*warmup"):
+        launcher((1,), ALIGNED, None, 3, 100, 0.5, BLOCK=64, RELU=True)

@@ -121,23 +121,26 @@ def qlinear(
     out_dtype,
 ):
     """Quantizes x [..., K], then `qgemm` -> [..., out_features]."""
-    xq, scale, row_sum = quantize_activation(x, act_mode, act_clip, act_scale, four_level and group_size == -1)
-    return qgemm(
+    quantize, gemm = _kernels()
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    xq, scale, row_sum = quantize.quantize_rows(rows, act_mode, act_clip, act_scale, four_level and group_size == -1)
+    y = gemm.qgemm(
         xq,
         scale,
         row_sum,
-        qweight,
-        weight_scale,
-        group_mult,
-        bias,
-        residual,
-        bits=bits,
-        four_level=four_level,
+        qweight.contiguous(),
+        weight_scale.contiguous(),
+        bits,
+        four_level,
+        out_features,
+        None if bias is None else bias.contiguous(),
+        activation,
+        None if residual is None else residual.reshape(-1, out_features),
+        out_dtype,
+        group_mult=None if group_mult is None else group_mult.contiguous(),
         group_size=group_size,
-        out_features=out_features,
-        activation=activation,
-        out_dtype=out_dtype,
     )
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
 
 
 def qattention(q, k, v, mask, bias, *, causal, softmax_scale, mode, clip):

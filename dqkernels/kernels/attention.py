@@ -15,9 +15,10 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import _add, _round_to, interpreted
+from .gemm import interpreted
 from .launch import Launcher
 from .quantize import _MAGIC, _MAGIC_BITS, _abs_bits, _codes, _row_scale, device_of
+from .rounding import _add, _round_to
 from .tiles import AttentionTile, attention_tile
 
 MAX_HEAD_DIM = 128

@@ -26,9 +26,10 @@ from .attention import (
     padded_dim,
     strides,
 )
-from .gemm import _round_to, interpreted
+from .gemm import interpreted
 from .launch import Launcher
 from .quantize import device_of
+from .rounding import _round_to
 
 SLOTS = 16  # (row, query) pairs of one program: the height of an int8 matrix instruction
 BLOCK_N = 32

@@ -13,9 +13,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import _round_to
 from .launch import Launcher
 from .quantize import device_of
+from .rounding import _round_to
 
 
 @triton.jit

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from .gemm import _add, _round_to
 from .launch import Launcher
 from .quantize import device_of
+from .rounding import _add, _round_to
 
 _TILE_BYTES = 2048  # packed bytes of a program: 16 for each thread of 4 warps
 

@@ -15,12 +15,16 @@ Importing this file imports Triton; nothing imports it when the package is impor
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher
+from .launch import Bound, Launcher
 from .quantize import _MAGIC, _MAGIC_BITS, device_of
+from .rounding import _add, _round_to
 from .tiles import Config, choose, count, family, multiprocessors
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
@@ -47,33 +51,6 @@ def _top_bits(packed, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.const
         )
     else:
         return (((packed << SHIFT) & MASK) | HALF).to(tl.int8, bitcast=True)
-
-
-@triton.jit
-def _add(a, b, USE_ASM: tl.constexpr):
-    """a + b, rounded on its own.
-
-    Spelled as an instruction because LLVM pairs plain adds and multiplies into f32x2 on sm_100 and sm_120, and
-    ptxas 12.9 (Triton 3.6) then contracts the pairs into FFMA2 in spite of `.rn` and `--fmad=false`.
-    """
-    if USE_ASM:
-        a, b = tl.broadcast(a, b)
-        return tl.inline_asm_elementwise(
-            "add.rn.f32 $0, $1, $2;", "=f,f,f", [a, b], dtype=tl.float32, is_pure=True, pack=1
-        )
-    else:
-        return a + b
-
-
-@triton.jit
-def _round_to(t, dtype: tl.constexpr, USE_ASM: tl.constexpr):
-    """One round-to-nearest-even to `dtype`; spelled out for bf16 in the interpreter, which truncates."""
-    if dtype == tl.bfloat16 and not USE_ASM:
-        bits = t.to(tl.uint32, bitcast=True)
-        rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-        return tl.where(t == t, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    else:
-        return t.to(dtype)
 
 
 @triton.jit
@@ -417,19 +394,29 @@ def qgemm(
         # Rows that start off 16-byte boundaries would be read byte by byte, with spills. Zeros add nothing.
         xq = torch.nn.functional.pad(xq, (0, -k % 16))
         k = xq.shape[1]
-    cfg, split = choose(m, n, k, bits, group_size, family(xq.device), multiprocessors(xq.device))
-    cfg, split = tile or cfg, split_k or split
-    # As many splits as have a step to do: 5 steps among 4 are 2, 2, 1.
-    steps = max(1, triton.cdiv(k, cfg.block_k))
-    split = triton.cdiv(steps, triton.cdiv(steps, split))
-    tiles = count(m, n, cfg)
+    plan = _plan(
+        m,
+        n,
+        k,
+        row_bytes,
+        bits,
+        four_level,
+        group_size,
+        weight_scale.numel() == 1,
+        activation,
+        None if bias is None else bias.dtype,
+        None if residual is None else residual.dtype,
+        out_dtype,
+        tile,
+        split_k,
+        xq.device,
+    )
     slabs = counters = None
-    if split > 1:
-        slabs = torch.empty(split, tiles, cfg.block_n * cfg.block_m, dtype=torch.int32, device=xq.device)
-        counters = torch.zeros(tiles, dtype=torch.int32, device=xq.device)
+    if plan.slabs is not None:
+        slabs = torch.empty(plan.slabs, dtype=torch.int32, device=xq.device)
+        counters = torch.zeros(plan.slabs[1], dtype=torch.int32, device=xq.device)
     with device_of(xq):
-        _gemm(
-            (tiles, split),
+        plan.launch(
             xq,
             act_scale,
             row_sum if four_level and group_mult is None else None,
@@ -446,21 +433,46 @@ def qgemm(
             n,
             k,
             row_bytes,
-            0 if group_mult is None else group_mult.shape[1],
-            BITS=bits,
-            GROUP=group_size,
-            FOUR_LEVEL=four_level,
-            TENSOR_SCALE=weight_scale.numel() == 1,
-            ACTIVATION=_ACTIVATIONS[activation],
-            EVEN_K=k % cfg.block_k == 0,
-            BLOCK_M=cfg.block_m,
-            BLOCK_N=cfg.block_n,
-            BLOCK_K=cfg.block_k,
-            USE_ASM=not interpreted(),
-            num_warps=cfg.num_warps,
-            num_stages=cfg.num_stages,
+            plan.groups,
         )
     return y
+
+
+class _Plan(NamedTuple):
+    launch: Bound
+    groups: int
+    slabs: tuple[int, int, int] | None  # [splits, tiles, elements of a tile], None for one split
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    m, n, k, row_bytes, bits, four_level, group_size, tensor_scale, activation, bias_dtype, residual_dtype, out_dtype,
+    tile, split_k, device,
+) -> _Plan:  # fmt: skip
+    """The launch for these facts; they include every type, size and None that the kernel is compiled for."""
+    cfg, split = choose(m, n, k, bits, group_size, family(device), multiprocessors(device))
+    cfg, split = tile or cfg, split_k or split
+    # As many splits as have a step to do: 5 steps among 4 are 2, 2, 1.
+    steps = max(1, -(-k // cfg.block_k))
+    split = -(-steps // -(-steps // split))
+    tiles = count(m, n, cfg)
+    launch = _gemm.bind(
+        (tiles, split),
+        BITS=bits,
+        GROUP=group_size,
+        FOUR_LEVEL=four_level,
+        TENSOR_SCALE=tensor_scale,
+        ACTIVATION=_ACTIVATIONS[activation],
+        EVEN_K=k % cfg.block_k == 0,
+        BLOCK_M=cfg.block_m,
+        BLOCK_N=cfg.block_n,
+        BLOCK_K=cfg.block_k,
+        USE_ASM=not interpreted(),
+        num_warps=cfg.num_warps,
+        num_stages=cfg.num_stages,
+    )
+    groups = 0 if group_size == -1 else -(-k // group_size)
+    return _Plan(launch, groups, (split, tiles, cfg.block_n * cfg.block_m) if split > 1 else None)
 
 
 def _check_groups(group_mult: torch.Tensor | None, group_size: int, n: int, k: int, bits: int) -> None:

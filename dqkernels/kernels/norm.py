@@ -15,9 +15,9 @@ import triton
 import triton.language as tl
 
 from . import quantize
-from .gemm import _add, _round_to
 from .launch import Launcher
 from .quantize import _abs_bits, _codes, _load_row, _row_scale, _store_codes, device_of, launch_shape
+from .rounding import _add, _round_to
 
 
 @triton.jit

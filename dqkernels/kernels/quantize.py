@@ -6,13 +6,14 @@ Importing this file imports Triton; nothing imports it when the package is impor
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 
 import torch
 import triton
 import triton.language as tl
 
-from .launch import Launcher
+from .launch import Bound, Launcher
 
 # The bit pattern of +inf. Non-negative floats order like their bits, so one integer max finds amax, and a maximum
 # at or above this one says that the row holds an Inf or a NaN (a float max would drop the NaN).
@@ -147,6 +148,12 @@ _tensor_amax = Launcher(_tensor_amax_kernel)
 _quantize = Launcher(_quantize_kernel)
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(m, k, stride_x, dtype, device, mode, want_sum) -> Bound:
+    """The launch of `_quantize` for these facts."""
+    return _quantize.bind((m,), MODE=_MODES[mode], **launch_shape(k))
+
+
 def launch_shape(k: int) -> dict:
     """BLOCK, ONE_BLOCK and num_warps for rows of k elements."""
     one_block = k <= _ONE_BLOCK
@@ -154,9 +161,14 @@ def launch_shape(k: int) -> dict:
     return {"BLOCK": block, "ONE_BLOCK": one_block, "num_warps": 4 if block <= 2048 else 8}
 
 
+_HERE = contextlib.nullcontext()
+
+
 def device_of(x: torch.Tensor):
     """Triton launches on the current device; this makes the tensor's device the current one."""
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(x.device)
 
 
 def quantize_activation(
@@ -181,42 +193,56 @@ def quantize_activation(
         int8 codes [..., K], fp32 scale [...], int32 row sums [...] (or [0] without `want_sum`).
     """
     lead, k = x.shape[:-1], x.shape[-1]
-    m = math.prod(lead)
-    q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
-    scale = torch.empty(lead, dtype=torch.float32, device=x.device)
-    row_sum = torch.empty(lead if want_sum else (0,), dtype=torch.int32, device=x.device)
+    rows = x if x.dim() == 2 else x.reshape(math.prod(lead), k)
+    q, scale, row_sum = quantize_rows(rows, mode, clip, act_scale, want_sum, amax_bits)
+    if row_sum is None:
+        row_sum = torch.empty(0, dtype=torch.int32, device=x.device)
+    elif x.dim() != 2:
+        row_sum = row_sum.reshape(lead)
+    return (q, scale, row_sum) if x.dim() == 2 else (q.reshape(x.shape), scale.reshape(lead), row_sum)
+
+
+def quantize_rows(
+    rows: torch.Tensor,
+    mode: str,
+    clip: float | None = None,
+    act_scale: torch.Tensor | None = None,
+    want_sum: bool = False,
+    amax_bits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """`quantize_activation` of a matrix [M, K], with None for sums that are not wanted."""
+    m, k = rows.shape
+    device = rows.device
+    q = torch.empty(m, k, dtype=torch.int8, device=device)
+    scale = torch.empty(m, dtype=torch.float32, device=device)
+    row_sum = torch.empty(m, dtype=torch.int32, device=device) if want_sum else None
     if m == 0:
         return q, scale, row_sum
-
-    rows = x.reshape(m, k)
     if k > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
-    shape = launch_shape(k)
-    with device_of(x):
+    stride = rows.stride(0)
+    with device_of(rows):
         if mode == "per_tensor" and amax_bits is None:
-            amax_bits = torch.zeros(1, dtype=torch.int32, device=x.device)
+            amax_bits, shape = torch.zeros(1, dtype=torch.int32, device=device), launch_shape(k)
             _tensor_amax(
                 (min(m, 512),),
                 rows,
                 amax_bits,
                 m,
                 k,
-                rows.stride(0),
+                stride,
                 BLOCK=min(shape["BLOCK"], _MANY_BLOCKS),
                 num_warps=shape["num_warps"],
             )
-        _quantize(
-            (m,),
+        _plan(m, k, stride, rows.dtype, device, mode, want_sum)(
             rows,
             q,
             scale,
-            row_sum if want_sum else None,
+            row_sum,
             act_scale if mode == "static" else None,
             amax_bits,
-            float("inf") if clip is None else float(clip),
+            math.inf if clip is None else float(clip),
             k,
-            rows.stride(0),
-            MODE=_MODES[mode],
-            **shape,
+            stride,
         )
     return q, scale, row_sum
