@@ -19,6 +19,7 @@ ENVIRONMENT = {
     "DQKERNELS_CPU": "|".join(CPU_ISAS),
     "DQKERNELS_BUILD": "|".join(BUILD_MODES),
     "DQKERNELS_CUDA_ARCHS": "for example 80;90a",
+    "DQKERNELS_TILES": "off, or a file that dqkernels tune wrote",
     "TRITON_INTERPRET": "1 runs Triton kernels on CPU tensors",
 }
 _CHOICES = {"DQKERNELS_BACKEND": BACKENDS, "DQKERNELS_CPU": CPU_ISAS, "DQKERNELS_BUILD": BUILD_MODES}
@@ -40,3 +41,6 @@ def check() -> None:
             "DQKERNELS_CUDA_ARCHS must list architectures such as 80;86;90a, each optionally with -real or -virtual, "
             f"got {archs!r}"
         )
+    tiles = os.environ.get("DQKERNELS_TILES", "")
+    if tiles not in ("", "off") and not os.path.isfile(tiles):
+        raise ValueError(f"DQKERNELS_TILES must be off or a file that dqkernels tune wrote, got {tiles!r}")

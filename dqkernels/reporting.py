@@ -17,7 +17,7 @@ from torch import nn
 from dqkernels import backends
 from dqkernels.config import FORMAT_VERSION, VERSION
 from dqkernels.environment import ENVIRONMENT
-from dqkernels.kernels import native
+from dqkernels.kernels import measured, native
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
 _PACKAGES = ("dqkernels", "torch", "transformers", "triton", "safetensors", "numpy")
@@ -146,6 +146,7 @@ class Info:
         devices: device types with a description; `cpu` always, `cuda` where torch sees one.
         backends: `{device: {backend: [usable, reason]}}`.
         core: what the build of the compiled core wrote down, with `present` and `reason`.
+        tiles: how the Triton GEMM takes its tiles here: measured on this GPU, or by rule, and why.
         environment: variables that are honoured and set.
         format_version: of the files this release reads and writes.
     """
@@ -154,6 +155,7 @@ class Info:
     devices: dict[str, str]
     backends: dict[str, dict[str, tuple[bool, str]]]
     core: dict[str, Any]
+    tiles: str
     environment: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -175,6 +177,7 @@ class Info:
         for device, found in self.backends.items():
             for name, (usable, reason) in found.items():
                 table.add_row(f"{name} on {device}", f"{'yes' if usable else 'no'}: {reason}")
+        table.add_row("triton tiles", self.tiles)
         table.add_row("compiled core", self._core())
         for name, value in self.environment.items():
             table.add_row(name, value)
@@ -245,7 +248,8 @@ def info() -> Info:
     if core is not None and hasattr(core, "cpu_isa"):
         found["cpu_isa"] = core.cpu_isa()
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    return Info(versions, devices, usable, found, environment)
+    tiles = measured.in_use(torch.device("cuda" if "cuda" in devices else "cpu"))
+    return Info(versions, devices, usable, found, tiles, environment)
 
 
 def auto_class(architecture: str) -> str:

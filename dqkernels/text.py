@@ -365,6 +365,19 @@ def open_any_model(
     return _open_weights(opener, name, dtype).to(target).eval(), tokenizer
 
 
+def empty_model(name: str):
+    """A model of the class that its config.json names, in float, with whatever its parameters hold; no file but
+    the config is read. On the meta device (`with torch.device("meta")`) it takes no memory.
+
+    Raises:
+        ValueError: as `open_any_model`.
+    """
+    config = _open_config(str(name))
+    opener = _class_of(config, str(name))
+    build = getattr(opener, "from_config", None) or opener._from_config  # an Auto class, or a model class
+    return build(config)
+
+
 def _class_of(config, name: str) -> type:
     """The model class that `architectures` names; that of an encoder-decoder without its head, or under a name of
     older releases, is the Auto class for text."""

@@ -76,6 +76,12 @@ class Shape:
             **{**sides, **changes},
         )
 
+    def model_class(self) -> type:
+        """The class of transformers with this shape's head."""
+        from transformers import BartForConditionalGeneration, MBartForConditionalGeneration
+
+        return {"bart": BartForConditionalGeneration, "mbart": MBartForConditionalGeneration}[self.family]
+
 
 SHAPES = {
     shape.name: shape
@@ -172,11 +178,8 @@ def packed_bytes(shape: Shape, weight_bits: int, embedding_bits: int, rest_bytes
 
 def random_model(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0, **config) -> nn.Module:
     """The transformers model of this shape with random weights, made directly in `dtype`. No download."""
-    from transformers import BartForConditionalGeneration, MBartForConditionalGeneration
-
-    cls = {"bart": BartForConditionalGeneration, "mbart": MBartForConditionalGeneration}[shape.family]
     with _default_dtype(dtype), torch.device("meta"):
-        model = cls(shape.hf_config(**config))
+        model = shape.model_class()(shape.hf_config(**config))
     model = model.to_empty(device="cpu")
     model.tie_weights()
     generator = torch.Generator().manual_seed(seed)

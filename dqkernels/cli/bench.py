@@ -80,8 +80,8 @@ def linear(
     overwrite: Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
-    triples = None if shapes is None else [_numbers("--shapes", part, "x", 3) for part in shapes.split(",")]
-    widths = _widths("--bits", bits)
+    triples = None if shapes is None else [common.numbers("--shapes", part, "x", 3) for part in shapes.split(",")]
+    widths = common.choices("--bits", bits, (8, 4, 2))
     _check_seconds(seconds)
     common.check_new_file("--out", out, overwrite)
     from dqkernels import text
@@ -125,7 +125,7 @@ def model(
     overwrite: Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
-    widths = _widths("--bits", bits)
+    widths = common.choices("--bits", bits, (8, 4, 2))
     _check_seconds(seconds)
     if embedding_bits not in (None, 2, 4, 8, 16):
         raise common.WrongUsage(f"--embedding_bits must be 2, 4, 8 or 16, got {embedding_bits}")
@@ -168,7 +168,7 @@ def size(
     overwrite: Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
-    pairs = [_numbers("--bits", part, "-", 2) for part in bits.split(",")]
+    pairs = [common.numbers("--bits", part, "-", 2) for part in bits.split(",")]
     if bad := [part for part in pairs if any(width not in (2, 4, 8) for width in part)]:
         raise common.WrongUsage(f"--bits must be pairs of 2, 4 or 8 such as 4-8, got {bad[0][0]}-{bad[0][1]}")
     common.check_new_file("--out", out, overwrite)
@@ -177,7 +177,7 @@ def size(
     if shape not in library.SHAPES:
         raise common.WrongUsage(f"--shape must be one of {', '.join(library.SHAPES)}, got {shape!r}")
     teacher = library.SHAPES[shape]
-    depth = (teacher.encoder, teacher.decoder) if layers is None else _numbers("--layers", layers, "-", 2)
+    depth = (teacher.encoder, teacher.decoder) if layers is None else common.numbers("--layers", layers, "-", 2)
     common.quiet_transformers()
     result = library.run([library.Case(shape, *depth, *pair) for pair in pairs], teachers=[shape], out=out)
     _finish(library, result, out, json_output)
@@ -190,21 +190,6 @@ def _finish(library, result: dict, out: str | None, json_output: bool) -> None:
         common.console().print(library.render(result))
     if out is not None:
         common.say(f"wrote {out}")
-
-
-def _numbers(flag: str, text: str, separator: str, count: int) -> tuple[int, ...]:
-    parts = text.strip().split(separator)
-    if len(parts) != count or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        form = separator.join("N" * count)
-        raise common.WrongUsage(f"{flag} must be {form} with numbers above 0, comma-separated, got {text!r}")
-    return tuple(map(int, parts))
-
-
-def _widths(flag: str, text: str) -> tuple[int, ...]:
-    parts = tuple(part.strip() for part in text.split(","))
-    if bad := [part for part in parts if part not in ("2", "4", "8")]:
-        raise common.WrongUsage(f"{flag} must be 2, 4 or 8, comma-separated, got {bad[0]!r}")
-    return tuple(map(int, parts))
 
 
 def _check_seconds(seconds: float) -> None:

@@ -53,6 +53,25 @@ def check_new_file(flag: str, path: str | None, overwrite: bool) -> None:
         raise WrongUsage(f"{flag} {path!r} is there already: give --overwrite to replace it")
 
 
+def numbers(flag: str, text: str, separator: str, count: int) -> tuple[int, ...]:
+    """`1x768x768` as numbers above 0."""
+    parts = text.strip().split(separator)
+    if len(parts) != count or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
+        form = separator.join("N" * count)
+        raise WrongUsage(f"{flag} must be {form} with numbers above 0, comma-separated, got {text!r}")
+    return tuple(map(int, parts))
+
+
+def choices(flag: str, text: str, allowed: tuple[int, ...]) -> tuple[int, ...]:
+    """`8,4` as numbers out of `allowed`."""
+    parts = tuple(part.strip() for part in text.split(","))
+    if bad := [part for part in parts if part not in map(str, allowed)]:
+        names = sorted(allowed)
+        words = f"{', '.join(map(str, names[:-1]))} or {names[-1]}"
+        raise WrongUsage(f"{flag} must be {words}, comma-separated, got {bad[0]!r}")
+    return tuple(map(int, parts))
+
+
 def spelled_as_flags(message: str, command) -> str:
     """`weight_bits must be ...` as the command line spells it: `--weight_bits must be ...`."""
     flags = set()

@@ -23,9 +23,10 @@ import triton
 import triton.language as tl
 
 from .launch import Bound, Launcher
+from .measured import choose
 from .quantize import _MAGIC, _MAGIC_BITS, device_of
 from .rounding import _add, _round_to
-from .tiles import Config, choose, count, family, multiprocessors
+from .tiles import Config, count
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _MAX_K = 131_071  # int32 holds K * 127 * 128 up to here
@@ -362,7 +363,7 @@ def qgemm(
         bias: float [N] or None. residual: float [M, N] or None.
         activation: "none", "relu" or "gelu" (the erf form).
         out_dtype: a float type, or int8 with `out_scale`.
-        tile, split_k: in place of `tiles.choose`; they change the speed, never a bit. `split_k` is the most blocks
+        tile, split_k: in place of `measured.choose`; they change the speed, never a bit. `split_k` is the most blocks
             that share a tile; with fewer K steps than that, each gets one.
         group_mult: uint8 [N, ceil(K / group_size)], contiguous, for group_size 32, 64 or 128.
         out_scale: fp32, one element. Y is then int8 codes by the `static` rule (design section 3) of the fp32
@@ -450,7 +451,7 @@ def _plan(
     tile, split_k, device,
 ) -> _Plan:  # fmt: skip
     """The launch for these facts; they include every type, size and None that the kernel is compiled for."""
-    cfg, split = choose(m, n, k, bits, group_size, family(device), multiprocessors(device))
+    cfg, split = choose(m, n, k, bits, group_size, device)
     cfg, split = tile or cfg, split_k or split
     # As many splits as have a step to do: 5 steps among 4 are 2, 2, 1.
     steps = max(1, -(-k // cfg.block_k))

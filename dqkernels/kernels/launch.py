@@ -53,6 +53,15 @@ def _refuse_capture(kernel) -> None:
         )
 
 
+#: Every launcher of this process, for `compiled`.
+_launchers: list[Launcher] = []
+
+
+def compiled() -> int:
+    """Variants of kernels that this process has compiled, or taken from Triton's cache on disk."""
+    return sum(len(launcher.variants) for launcher in _launchers)
+
+
 class Launcher:
     """A `triton.jit` kernel, its run-time parameters first and its constexpr ones last, with direct launches.
 
@@ -64,6 +73,7 @@ class Launcher:
         self.kernel = kernel
         self.variants: dict[tuple, object] = {}
         self._lock = threading.Lock()
+        _launchers.append(self)
         #: TRITON_INTERPRET=1 was set when the kernel was defined: it runs in numpy, with nothing to keep.
         self.interpreted = not isinstance(kernel, triton.JITFunction)
         if self.interpreted:

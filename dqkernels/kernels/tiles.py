@@ -1,7 +1,8 @@
 """Tile shapes of the Triton GEMM and attention, and the rules that pick one for every GPU.
 
-Nothing here was measured. The tables hold what tests/test_triton_compile.py compiles and budgets (spills, byte
-permutes, shared memory, multiply instructions); `choose` is arithmetic on M, N, K. Neither ever changes a result.
+Nothing here was measured (measured.py reads what was). The tables hold what tests/test_triton_compile.py compiles and
+budgets (spills, byte permutes, shared memory, multiply instructions); `choose` is arithmetic on M, N, K. Neither ever
+changes a result.
 """
 
 from __future__ import annotations
@@ -22,7 +23,9 @@ class Config(NamedTuple):
 
 ANY = 1 << 62
 SPLIT_M = 256  # the largest M that split-K is for; beyond it there are tiles enough
-MAX_SPLIT = 8
+SPLITS = (1, 2, 4, 8)
+#: (bits, with groups) of the GEMM.
+FORMATS = ((8, False), (4, False), (2, False), (4, True), (2, True))
 _MIN_STEPS = 4  # K steps that each split keeps, so that its load pipeline fills
 _DEFAULT_MULTIPROCESSORS = 108  # an A100's, for the interpreter's CPU tensors
 
@@ -78,6 +81,26 @@ CONFIGS = {
 _GROUP_CONFIGS = {32: Config(32, 64, 128, 4, 5), 256: Config(64, 128, 128, 8, 3), ANY: Config(128, 128, 128, 8, 3)}
 
 
+# What `dqkernels tune` also tries. They have no budget: a tile that spills or does not fit loses or is refused there.
+_MORE = (
+    Config(16, 64, 128, 4, 5),
+    Config(16, 128, 256, 4, 3),
+    Config(16, 32, 256, 2, 4),
+    Config(32, 128, 128, 4, 4),
+    Config(64, 128, 128, 8, 4),
+    Config(128, 64, 128, 4, 3),
+    Config(128, 256, 128, 8, 3),
+    Config(256, 128, 128, 8, 3),
+)
+
+
+@functools.cache
+def candidates(arch: str, bits: int, group_size: int = -1) -> tuple[Config, ...]:
+    """Every tile that a measurement may choose from: the table's own first, then a few more."""
+    own = dict.fromkeys(table(arch, bits, group_size).values())
+    return tuple(dict.fromkeys((*own, *_MORE)))
+
+
 def table(arch: str, bits: int, group_size: int = -1) -> dict[int, Config]:
     """The tiles of one family and weight width, by the largest M that each is for."""
     return CONFIGS[arch, bits] if group_size == -1 else _GROUP_CONFIGS
@@ -86,9 +109,12 @@ def table(arch: str, bits: int, group_size: int = -1) -> dict[int, Config]:
 @functools.cache
 def family(device: torch.device) -> str:
     """The table that a device reads; the interpreter's CPU tensors read the first."""
-    if device.type != "cuda":
-        return "sm80"
-    return "sm90" if torch.cuda.get_device_capability(device)[0] in (9, 10, 11) else "sm80"
+    return "sm80" if device.type != "cuda" else family_of(torch.cuda.get_device_capability(device)[0])
+
+
+def family_of(major: int) -> str:
+    """The table of a compute capability."""
+    return "sm90" if major in (9, 10, 11) else "sm80"
 
 
 @functools.cache
@@ -116,7 +142,7 @@ def choose(m: int, n: int, k: int, bits: int, group_size: int, arch: str, sms: i
     split = 1
     if m <= SPLIT_M:
         blocks, steps = count(m, n, cfg), -(-k // cfg.block_k)
-        while split < MAX_SPLIT and 2 * split * blocks <= 2 * sms and steps // (2 * split) >= _MIN_STEPS:
+        while split < SPLITS[-1] and 2 * split * blocks <= 2 * sms and steps // (2 * split) >= _MIN_STEPS:
             split *= 2
     return cfg, split
 
