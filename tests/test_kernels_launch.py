@@ -194,11 +194,12 @@ def test_bound_launch_under_a_profiler(launcher, monkeypatch):
 
 
 def test_a_plan_is_kept_for_one_set_of_facts(launcher, monkeypatch):
-    """What the GEMM and the quantizer keep a launch for decides every fact that Triton compiles for."""
-    from dqkernels.kernels import gemm, quantize
+    """What the GEMM, the quantizer and the norms keep a launch for decides every fact that Triton compiles for."""
+    from dqkernels.kernels import gemm, norm, quantize
 
-    for module in (gemm, quantize):
-        module._plan.cache_clear()
+    plans = (gemm._plan, quantize._plan, norm._layernorm_plan, norm._gelu_plan)
+    for plan in plans:
+        plan.cache_clear()
     seen = {}
 
     def call(bound, *arguments):
@@ -231,9 +232,13 @@ def test_a_plan_is_kept_for_one_set_of_facts(launcher, monkeypatch):
         mode = pick("per_token", "per_tensor", "static")
         amax_bits = torch.zeros(1, dtype=torch.int32) if mode == "per_tensor" else None
         quantize.quantize_rows(x, mode, pick(None, 2.5), torch.ones(1), pick(True, False), amax_bits)
+        norm.gelu_quantize(x, mode, None, torch.ones(1), pick(True, False))
+        other = pick(None, torch.zeros(m, k, dtype=kind), torch.zeros(m, 2 * k, dtype=kind)[:, :k])
+        weights = torch.zeros(k, dtype=pick(kind, torch.float32)), pick(None, torch.zeros(k, dtype=kind))
+        norm.layernorm_quantize(x, other, *weights, 1e-5, mode, None, torch.ones(1), pick(True, False))
     assert len(seen) > 300 and sum(count > 1 for count in counts.values()) > 200
-    for module in (gemm, quantize):
-        module._plan.cache_clear()
+    for plan in plans:
+        plan.cache_clear()
 
 
 def test_no_compilation_while_a_graph_is_captured(launcher, monkeypatch):

@@ -21,14 +21,13 @@ from triton.runtime import driver
 
 def fact(value, specialize: bool = True) -> object:
     """What Triton compiles a run-time argument for: presence, type, and under `specialize` divisibility by 16."""
-    if value is None:
-        return None
-    if isinstance(value, torch.Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if isinstance(value, float):
-        return float
-    fits = -(1 << 31) <= value < 1 << 31  # sizes past 31 bits are passed as 64
-    return (fits, value == 1, value % 16 == 0) if specialize else fits  # 1 becomes a constant
+    kind = type(value)
+    if kind is int:
+        fits = -(1 << 31) <= value < 1 << 31  # sizes past 31 bits are passed as 64
+        return (fits, value == 1, value % 16 == 0) if specialize else fits  # 1 becomes a constant
+    if value is None or kind is float:
+        return kind
+    return value.dtype, value.data_ptr() % 16 == 0
 
 
 def _hooked() -> bool:

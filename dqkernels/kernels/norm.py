@@ -8,6 +8,7 @@ Importing this file imports Triton; nothing imports it when the package is impor
 
 from __future__ import annotations
 
+import functools
 import math
 
 import torch
@@ -15,7 +16,7 @@ import triton
 import triton.language as tl
 
 from . import quantize
-from .launch import Launcher
+from .launch import Bound, Launcher
 from .quantize import _abs_bits, _codes, _load_row, _row_scale, _store_codes, device_of, launch_shape
 from .rounding import _add, _round_to
 
@@ -211,6 +212,31 @@ _layernorm = Launcher(_layernorm_kernel)
 _gelu_quantize = Launcher(_gelu_kernel)
 
 
+@functools.lru_cache(maxsize=4096)
+def _layernorm_plan(m, k, stride_x, stride_residual, dtype, residual, weight, bias, device, mode, want_sum) -> Bound:
+    """The launch for these facts, dtypes (or None) among them."""
+    return _layernorm.bind((m,), MODE=quantize._MODES[mode], USE_ASM=not _layernorm.interpreted, **launch_shape(k))
+
+
+@functools.lru_cache(maxsize=4096)
+def _gelu_plan(m, k, stride_x, dtype, device, mode, want_sum) -> Bound:
+    """The launch for these facts; mode None: only the maximum is taken."""
+    return _gelu_quantize.bind(
+        (m,),
+        MODE=0 if mode is None else quantize._MODES[mode],
+        AMAX_ONLY=mode is None,
+        USE_ASM=not _gelu_quantize.interpreted,
+        **launch_shape(k),
+    )
+
+
+def _vector(values: torch.Tensor) -> torch.Tensor:
+    """As `_alike`, of a weight or a bias [K]."""
+    if values.shape[0] % 16 == 0 and values.stride(0) == 1 and values.data_ptr() % 16 == 0:
+        return values
+    return _alike(values.reshape(1, -1))
+
+
 def _alike(rows: torch.Tensor) -> torch.Tensor:
     """`rows` [M, K], or a copy of it, whose alignment follows from K alone.
 
@@ -270,16 +296,28 @@ def layernorm_quantize(
     q, scale, row_sum = (None, None, None) if per_tensor and m else _outputs(x, want_sum)
     if m == 0:
         return y, q, scale, row_sum
-    rows = _alike(x.reshape(m, k))
-    added = None if residual is None else _alike(residual.reshape(m, k))
+    rows = _alike(x if x.dim() == 2 else x.reshape(m, k))
+    added = None if residual is None else _alike(residual if residual.dim() == 2 else residual.reshape(m, k))
+    strides = _stride(rows), 0 if added is None else _stride(added)
     amax_bits = torch.zeros(1, dtype=torch.int32, device=x.device) if per_tensor else None
+    plan = _layernorm_plan(
+        m,
+        k,
+        *strides,
+        x.dtype,
+        None if added is None else added.dtype,
+        weight.dtype,
+        None if bias is None else bias.dtype,
+        x.device,
+        mode,
+        want_sum,
+    )
     with device_of(x):
-        _layernorm(
-            (m,),
+        plan(
             rows,
             added,
-            _alike(weight.reshape(1, k)),
-            None if bias is None else _alike(bias.reshape(1, k)),
+            _vector(weight),
+            None if bias is None else _vector(bias),
             y,
             q,
             scale,
@@ -290,11 +328,7 @@ def layernorm_quantize(
             math.inf if clip is None else float(clip),
             float(k),
             k,
-            _stride(rows),
-            0 if added is None else _stride(added),
-            MODE=quantize._MODES[mode],
-            USE_ASM=not _layernorm.interpreted,
-            **launch_shape(k),
+            *strides,
         )
     if per_tensor:
         q, scale, row_sum = quantize.quantize_activation(y, mode, clip, None, want_sum, amax_bits)
@@ -313,19 +347,17 @@ def gelu_quantize(
     q, scale, row_sum = _outputs(x, want_sum)
     if m == 0:
         return q, scale, row_sum
-    rows = x.reshape(m, k)
+    rows = x if x.dim() == 2 else x.reshape(m, k)
     if k > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
-    limit = math.inf if clip is None else float(clip)
-    options = {"USE_ASM": not _gelu_quantize.interpreted, **launch_shape(k)}
+    limit, stride = math.inf if clip is None else float(clip), rows.stride(0)
+    facts = (m, k, stride, x.dtype, x.device)
     with device_of(x):
         amax_bits = None
         if mode == "per_tensor":
             amax_bits = torch.zeros(1, dtype=torch.int32, device=x.device)
-            nothing = (None, None, None, None)
-            _gelu_quantize((m,), rows, *nothing, amax_bits, limit, k, rows.stride(0), MODE=0, AMAX_ONLY=True, **options)
-        _gelu_quantize(
-            (m,),
+            _gelu_plan(*facts, None, False)(rows, None, None, None, None, amax_bits, limit, k, stride)
+        _gelu_plan(*facts, mode, want_sum)(
             rows,
             q,
             scale,
@@ -334,9 +366,6 @@ def gelu_quantize(
             amax_bits,
             limit,
             k,
-            rows.stride(0),
-            MODE=quantize._MODES[mode],
-            AMAX_ONLY=False,
-            **options,
+            stride,
         )
     return q, scale, row_sum
