@@ -134,6 +134,8 @@ def run(
         ValueError: if `out` holds something else, or was measured on another GPU or with another Triton.
     """
     device = check_device(device)
+    from dqkernels.kernels import gemm  # imports Triton
+
     gpu = torch.cuda.get_device_name(device)
     out = measured.user_file(gpu) if out is None else Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -152,7 +154,7 @@ def run(
             done += 1
         if progress is not None:
             progress(done, len(wanted), "")
-    measured.refresh()
+    gemm.refresh()
     return found
 
 

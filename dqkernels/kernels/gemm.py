@@ -22,8 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from . import measured
 from .launch import Bound, Launcher
-from .measured import choose
 from .quantize import _MAGIC, _MAGIC_BITS, device_of
 from .rounding import _add, _round_to
 from .tiles import Config, count
@@ -335,6 +335,12 @@ def interpreted() -> bool:
     return _gemm.interpreted
 
 
+def refresh() -> None:
+    """Reads the measured tables again at the next call; for `tune`, whose table changed."""
+    measured.refresh()
+    _plan.cache_clear()
+
+
 def qgemm(
     xq: torch.Tensor,
     act_scale: torch.Tensor,
@@ -451,7 +457,7 @@ def _plan(
     tile, split_k, device,
 ) -> _Plan:  # fmt: skip
     """The launch for these facts; they include every type, size and None that the kernel is compiled for."""
-    cfg, split = choose(m, n, k, bits, group_size, device)
+    cfg, split = measured.choose(m, n, k, bits, group_size, device)
     cfg, split = tile or cfg, split_k or split
     # As many splits as have a step to do: 5 steps among 4 are 2, 2, 1.
     steps = max(1, -(-k // cfg.block_k))
