@@ -219,6 +219,19 @@ def gemm_group_tiles(device):
         assert_same(got, torch.from_numpy(expected(given, codes, form)), f"{tile} {split_k} {form}")
 
 
+@check
+def gemm_tiles_in_groups(device):
+    """19 and 33 tiles along M, in groups of 16: every tile is computed, none by two programs."""
+    from dqkernels.kernels.tiles import Config
+
+    for m, split_k in ((300, 1), (300, 2), (525, 1), (256, 1)):
+        form = (4, False, -1)
+        given, codes = operands(m, m, 150, 256, form)
+        with memory_from(poisoned):
+            got = call(device, given, codes, form, tile=Config(16, 64, 128, 4, 3), split_k=split_k)
+        assert_same(got, torch.from_numpy(expected(given, codes, form)), f"{m} {split_k}")
+
+
 @contextlib.contextmanager
 def memory_from(make):
     """torch.empty and the launcher's padding, given by `make(tensor)`: what the launcher allocates for a kernel."""

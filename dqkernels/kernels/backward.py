@@ -59,6 +59,10 @@ def _grad_input_kernel(
     plane = rest % PLANES
     at = rest // PLANES * BLOCK_K + tl.arange(0, BLOCK_K)
     columns = at // RUN * 128 + plane * RUN + at % RUN
+    if mult_ptr is not None:
+        SPAN: tl.constexpr = 32 if GROUP_SIZE == 32 else RUN  # bytes of a plane that share a multiplier
+        spans = rest // PLANES * BLOCK_K + tl.arange(0, BLOCK_K // SPAN) * SPAN
+        spans = spans // RUN * 128 + plane * RUN + spans % RUN  # the first column of each
     in_row = at < row_bytes
     in_m = rows_m < m
     g_rows = g_ptr + rows_m.to(tl.int64)[:, None] * n
@@ -75,8 +79,12 @@ def _grad_input_kernel(
         if FOUR_LEVEL:
             level = 2 * level + 1
         if mult_ptr is not None:
-            mults = mult_ptr + rows_n.to(tl.int64)[:, None] * groups + (columns // GROUP_SIZE)[None, :]
-            level *= tl.load(mults, mask=in_n[:, None] & (columns < k)[None, :], other=0).to(tl.int32)
+            # One multiplier for each SPAN codes: loaded once and spread, not once for every code.
+            where = in_n[:, None] & (spans < k)[None, :]
+            mults = mult_ptr + rows_n.to(tl.int64)[:, None] * groups + (spans // GROUP_SIZE)[None, :]
+            mult = tl.load(mults, mask=where, other=0).to(tl.int32)
+            level = tl.reshape(level, [BLOCK_N, BLOCK_K // SPAN, SPAN]) * mult[:, :, None]
+            level = tl.reshape(level, [BLOCK_N, BLOCK_K])
         if TENSOR_SCALE:
             w = level.to(tl.float32) * tl.load(weight_scale_ptr)
         else:

@@ -29,6 +29,7 @@ from .rounding import _add, _round_to
 from .tiles import Config, count
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+_GROUP_M = tl.constexpr(16)
 _MAX_K = 131_071  # int32 holds K * 127 * 128 up to here
 
 
@@ -277,10 +278,14 @@ def _gemm_kernel(
     USE_ASM: tl.constexpr,  # False in the interpreter, which has no inline assembly
 ):
     """One tile of Y, or with split-K one part of its sum; see `_finish` for the formula."""
+    # Programs that run at once share _GROUP_M tiles of X and a few of weights, so that both stay in the L2 cache.
     tile = tl.program_id(0)
     grid_m = tl.cdiv(m, BLOCK_M)
-    pid_m = tile % grid_m  # neighbours share a weight tile
-    pid_n = tile // grid_m
+    in_group = tile % (_GROUP_M * tl.cdiv(n, BLOCK_N))
+    first_m = tile // (_GROUP_M * tl.cdiv(n, BLOCK_N)) * _GROUP_M
+    group_m = tl.minimum(grid_m - first_m, _GROUP_M)
+    pid_m = first_m + in_group % group_m
+    pid_n = in_group // group_m
     rows_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
@@ -336,7 +341,7 @@ def interpreted() -> bool:
 
 
 def refresh() -> None:
-    """Reads the measured tables again at the next call; for `tune`, whose table changed."""
+    """Reads the measured tables again; for `tune`, whose table changed."""
     measured.refresh()
     _plan.cache_clear()
 
