@@ -1,4 +1,4 @@
-"""The least time a GEMM can take: bytes over bandwidth or operations over peak, whichever is more.
+"""The least time a GEMM, or any op, can take: bytes over bandwidth or operations over peak, whichever is more.
 
 `floor = max(bytes / bandwidth, 2 M N K / peak)` with bytes = packed weights + input + output + scales.
 Peaks are the vendor's dense figures; a card that is not listed has no floor, and a guess is never printed.
@@ -86,11 +86,19 @@ def gemm_floor(device: Device | None, m: int, n: int, k: int, bits: int) -> Floo
 
     `bits` is that of the weights: 2, 4, 8 run at the int8 peak, 16 at the half peak, 32 by memory alone.
     """
+    return op_floor(device, gemm_bytes(m, n, k, bits), gemm_ops(m, n, k), bits)
+
+
+def op_floor(device: Device | None, moved_bytes: int, operations: int = 0, bits: int = 8) -> Floor | None:
+    """The floor of an op that reads and writes `moved_bytes` in all; None where nothing is known about the device.
+
+    Its `operations` run at the int8 peak for 2, 4, 8 bits and at the half peak for 16; 32 is bound by memory alone.
+    """
     if device is None:
         return None
-    memory = gemm_bytes(m, n, k, bits) / (device.gb_per_s * 1e3)
+    memory = moved_bytes / (device.gb_per_s * 1e3)
     peak = {16: device.half_tops, 32: None}.get(bits, device.int8_tops)
-    compute = gemm_ops(m, n, k) / (peak * 1e6) if peak else 0.0
+    compute = operations / (peak * 1e6) if peak else 0.0
     return Floor(memory, "memory") if memory >= compute else Floor(compute, "compute")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import re
 import time
@@ -10,10 +9,9 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from dqkernels import backends as registry
 from dqkernels.bench import floors, protocol, record
+from dqkernels.bench import rows as shared
 from dqkernels.bench.candidates import Layer, float64_layer, short
-from dqkernels.checks import FLOAT_DTYPES
 
 #: (out_features, in_features): BART-base QKV, BART-large square and fc1, and one large enough for bandwidth.
 GPU_SIZES = ((2304, 768), (1024, 1024), (4096, 1024), (4096, 4096))
@@ -21,6 +19,7 @@ GPU_TOKENS = (1, 4, 16, 64, 256, 1024, 4096)
 CPU_SIZES = ((768, 768), (3072, 768))
 CPU_TOKENS = (1, 16, 128)
 _MAX_ROUNDS = 200
+_FLOOR_RULE = "max(bytes / bandwidth, 2 M N K / peak); bytes: packed weights, input, output, scales"
 
 
 def run(
@@ -50,12 +49,11 @@ def run(
     shapes = [tuple(int(v) for v in shape) for shape in (shapes or _default_shapes(device))]
     if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
         raise ValueError(f"shapes must be (tokens, out_features, in_features) triples above 0, got {shapes}")
-    dtypes = _dtypes(dtype, device)
-    names, absent = _backends(backends, device)
-    if device.type == "cuda":
-        peak = floors.device_of(torch.cuda.get_device_name(device))
-    else:
-        peak = floors.probe_cpu() if probe else None
+    default = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
+    dtypes = shared.dtypes(dtype, default)
+    names, absent = shared.backends(backends, device)
+    names = None if backends is None else names
+    peak = shared.peak(device, probe)
     before = protocol.state(device)
     # Shapes of one layer together: it is packed, and its copies for the cold rows are made, once.
     order = {size: i for i, size in reversed(list(enumerate(shape[1:] for shape in shapes)))}
@@ -63,7 +61,7 @@ def run(
     groups.sort(key=lambda group: (order[group[0][1:]], dtypes.index(group[1])))
     rows: list[dict] = []
     layer, deadline = None, time.perf_counter() + seconds
-    with torch.inference_mode(), _on(device):
+    with torch.inference_mode(), shared.on(device):
         for index, (shape, kind) in enumerate(groups):
             left = deadline - time.perf_counter()
             if left <= 0:
@@ -75,7 +73,7 @@ def run(
             rows += measure(shape[0], layer, left / (len(groups) - index), peak)
     rows += [{"candidate": n, "status": "not compared", "reason": record.scrub(r)} for n, r in absent.items()]
     described = protocol.describe(device, seconds, _MAX_ROUNDS, before)
-    described["floor"] = _floor_words(peak)
+    described["floor"] = shared.floor_words(peak, _FLOOR_RULE)
     described["proof"] = "ours bit-equal to the reference; float and int8 peers within a relative error of float64"
     result = record.new(
         "linear",
@@ -106,14 +104,10 @@ def measure(tokens: int, layer: Layer, seconds: float, peak: floors.Device | Non
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).to(device, kind)
     exact_output = float64_layer(layer.linear, x)
     rows: dict[tuple[str, str], dict] = {}
-    samplers: dict[str, dict[str, protocol.Sampler]] = {"cold": {}, "warm": {}}
+    samplers: dict[str, dict[str, protocol.Sampler]] = {cache: {} for cache in shared.CACHES}
+    calls: dict[str, protocol.CALL] = {}
     for one in layer.found:
-        y, reason = None, None
-        try:
-            y = one.module(x)
-            reason = one.prove(x, y)
-        except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its refusal, not ours
-            reason = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        y, reason = shared.judged(functools.partial(one.module, x), functools.partial(one.prove, x))
         error = None if y is None or y.shape != exact_output.shape else _relative(y, exact_output)
         floor = floors.gemm_floor(peak, tokens, n, k, one.bits)
         for cache in samplers:
@@ -126,33 +120,16 @@ def measure(tokens: int, layer: Layer, seconds: float, peak: floors.Device | Non
                 "cache": cache,
                 "weights_bytes": one.weight_bytes,
                 "float_error": error,
-                "floor_us": None if floor is None else float(f"{floor.us:.4g}"),
-                "floor_bound": None if floor is None else floor.bound,
-                "status": "timed" if reason is None else "refused",
-                "reason": None if reason is None else record.scrub(reason),
+                **shared.verdict(floor, reason),
             }
             if reason is None:
+                calls[one.name] = functools.partial(one.module, x)
                 modules = layer.copies(one) if cache == "cold" else [one.module]
                 samplers[cache][one.name] = protocol.sampler(
                     [functools.partial(module, x) for module in modules], device, weight_bytes=one.weight_bytes
                 )
-    for caches_left, (cache, chosen) in zip((2, 1), samplers.items(), strict=True):
-        # What building took is gone; a third of the share is for timing all the same, or there would be no
-        # figure.
-        left = max(start + seconds - time.perf_counter(), seconds / 3) / caches_left
-        outcome = protocol.interleave(
-            {name: s.sample for name, s in chosen.items()}, seconds=left, max_rounds=_MAX_ROUNDS
-        )
-        base = outcome.stats.get(layer.found[0].name)
-        for name, stats in outcome.stats.items():
-            row = rows[name, cache]
-            row.update(stats.row("us"))
-            row["timer"], row["rotated_bytes"] = chosen[name].timer, chosen[name].rotated_bytes
-            row["speedup_ratio"] = None if base is None else float(f"{base.median / stats.median:.4g}")
-            if row["floor_us"] is not None:
-                row["floor_fraction"] = float(f"{row['floor_us'] / row['median_us']:.3g}")
-        for name, reason in outcome.skipped.items():
-            rows[name, cache].update(status="too slow", reason=reason)
+    base = layer.found[0].name
+    shared.fill(rows, samplers, calls, base, device, start=start, seconds=seconds, max_rounds=_MAX_ROUNDS)
     return list(rows.values())
 
 
@@ -169,50 +146,6 @@ def _relative(y: torch.Tensor, wanted: torch.Tensor) -> float | None:
 def _default_shapes(device: torch.device) -> list[tuple[int, int, int]]:
     tokens, sizes = (GPU_TOKENS, GPU_SIZES) if device.type == "cuda" else (CPU_TOKENS, CPU_SIZES)
     return [(m, n, k) for n, k in sizes for m in tokens]
-
-
-def _dtypes(dtype, device: torch.device) -> list[torch.dtype]:
-    if dtype is None:
-        return [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
-    kinds = []
-    for one in [dtype] if isinstance(dtype, str | torch.dtype) else dtype:
-        kind = getattr(torch, one, None) if isinstance(one, str) else one
-        if kind not in FLOAT_DTYPES:
-            raise ValueError(f"dtype must be float32, float16 or bfloat16, got {one!r}")
-        kinds.append(kind)
-    return kinds
-
-
-def _backends(asked: Sequence[str] | None, device: torch.device) -> tuple[list[str] | None, dict[str, str]]:
-    """Backends to time (None: the fast ones that can), and those that are not there."""
-    unknown = sorted(set(asked or ()) - set(registry.NAMES))
-    if unknown:
-        raise ValueError(f"backends must be of {list(registry.NAMES)}, got {unknown}")
-    usable, absent = [], {}
-    for name in registry.ORDER.get(device.type, ("eager",)) if asked is None else asked:
-        there, reason = registry.available(name, device.type)
-        if there:
-            usable.append(name)
-        else:
-            absent[f"dqkernels {name}"] = reason
-    return (None if asked is None else usable), absent
-
-
-def _on(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-
-
-def _floor_words(peak: floors.Device | None) -> dict:
-    if peak is None:
-        return {"device": None, "source": "none: this device is not in the table"}
-    return {
-        "device": peak.name,
-        "source": peak.source,
-        "bandwidth_gb_per_s": round(peak.gb_per_s, 1),
-        "int8_tops": peak.int8_tops,
-        "half_tops": peak.half_tops,
-        "rule": "max(bytes / bandwidth, 2 M N K / peak); bytes: packed weights, input, output, scales",
-    }
 
 
 # -------------------------------------------------------------------------------------------- table
@@ -232,7 +165,10 @@ def render(result: dict):
         else f"floor: share reached of the {floor['device']}'s limit, cold ({floor['source']}).",
     ]
     environment = result["environment"]
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"nn.Linear on {protocol.machine_words(environment)}")
+    with_host = shared.has_host(result["rows"])
+    padding = (0, 1, 0, 0) if with_host else (0, 1)  # columns are dear
+    title = f"nn.Linear on {protocol.machine_words(environment)}"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, title=title)
     for name, justify in (
         ("MxNxK", "left"),
         ("candidate", "left"),
@@ -242,54 +178,34 @@ def render(result: dict):
         ("floor", "right"),
     ):
         table.add_column(name, justify=justify, no_wrap=True)
-    # In the table `W4A8 triton`: columns are dear.
-    groups: dict[str, dict[str, dict[str, dict]]] = {}
-    notes: dict[tuple[str, str], list[str]] = {}
-    for line in result["rows"]:
-        label = ""
-        if "tokens" in line:
-            label = f"{line['tokens']}x{line['out_features']}x{line['in_features']} {line['dtype']}"
-        if "cache" in line:
-            groups.setdefault(label, {}).setdefault(line["candidate"], {})[line["cache"]] = line
-        if line["status"] == "too slow":
-            notes.setdefault((line["status"], ""), []).append(f"{label} {line['candidate']} {line['cache']}")
-        elif line["status"] != "timed":
-            names = notes.setdefault((line["status"], line["reason"]), [])
-            names += [name for name in [line.get("candidate", label)] if name not in names]
-    for label, found in groups.items():
+    if with_host:
+        table.add_column("host", justify="right", no_wrap=True)
+        words.insert(2, shared.HOST_WORDS)
+    for label, found in shared.grouped(result["rows"], _label).items():
         for index, (name, caches) in enumerate(found.items()):
             cold, warm = caches["cold"], caches["warm"]
+            host = [shared.microseconds(warm["host_us"])] if with_host else []
             table.add_row(
                 "" if index else label,
+                # In the table `W4A8 triton`.
                 re.sub(r"^dqkernels (W\d)", r"\1A8", name),
-                _cell(cold),
-                _cell(warm),
-                _ratio(cold),
-                _percent(cold),
+                shared.cell(cold),
+                shared.cell(warm),
+                shared.ratio(cold),
+                shared.percent(cold),
+                *host,
                 end_section=index == len(found) - 1,
             )
     if any((line.get("floor_fraction") or 0) > 1 for line in result["rows"] if line.get("cache") == "cold"):
         words.append("Above 100%: the copies stayed in a cache, or the machine was busy during the probe.")
     warning = protocol.busy_words(protocol_)
     words += [] if warning is None else [warning]
-    for (status, reason), names in notes.items():
-        words.append(f"{status}: {', '.join(names)}" + (f": {reason}" if reason else ""))
+    words += shared.notes(result["rows"], _label)
     table.caption, table.caption_justify = "\n".join(words), "left"
     return table
 
 
-def _cell(line: dict) -> str:
-    if line["status"] != "timed":
-        return {"too slow": "slow"}.get(line["status"], line["status"])
-    time_us = line["median_us"]
-    if time_us >= 1e5:
-        return f"{time_us / 1e3:,.0f} ms"
-    return f"{time_us:.1f}" if time_us < 1e3 else f"{time_us:,.0f}"
-
-
-def _ratio(line: dict) -> str:
-    return "" if line.get("speedup_ratio") is None else f"{line['speedup_ratio']:.2f}"
-
-
-def _percent(line: dict) -> str:
-    return "" if line.get("floor_fraction") is None else f"{100 * line['floor_fraction']:.0f}%"
+def _label(line: dict) -> str:
+    if "tokens" not in line:
+        return ""
+    return f"{line['tokens']}x{line['out_features']}x{line['in_features']} {line['dtype']}"

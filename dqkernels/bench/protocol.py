@@ -12,7 +12,7 @@ import functools
 import os
 import re
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +31,9 @@ MAX_COPIES = 2048
 #: A sample shorter than this would measure the clock and the launch of the graph.
 _LEAST_SAMPLE_S = {"cuda": 4e-4, "cpu": 1e-3}
 _WARMUP_ROUNDS = 2
+#: Calls of one host sample: a GPU queues about a thousand launches before it makes the caller wait.
+HOST_CALLS = 10
+_HOST_ROUNDS = 20
 #: Load per core before a run above which its times are not to be quoted.
 BUSY = 0.25
 
@@ -133,10 +136,17 @@ def interleave(
 # --------------------------------------------------------------------------------------------------- samplers
 
 
-def copies_for(weight_bytes: int, device: torch.device) -> int:
-    """Copies of a weight that make a rotation cold: more than `ROTATE_OVER` times the cache, at least 4."""
+def copies_for(
+    weight_bytes: int, device: torch.device, held_bytes: int = 0, most: Mapping[str, int] | None = None
+) -> int:
+    """Copies of a weight that make a rotation cold: more than `ROTATE_OVER` times the cache, at least 4.
+
+    `held_bytes`: what a copy takes in memory, where a call does not touch all of it. `most`: instead of
+    `MAX_ROTATION_BYTES`.
+    """
     wanted = ROTATE_OVER * cache_bytes(device) // max(1, weight_bytes) + 1
-    return int(max(4, min(wanted, MAX_ROTATION_BYTES[device.type] // max(1, weight_bytes), MAX_COPIES)))
+    fitting = (most or MAX_ROTATION_BYTES)[device.type] // max(1, weight_bytes, held_bytes)
+    return int(max(4, min(wanted, fitting, MAX_COPIES)))
 
 
 def sampler(calls: Sequence[CALL], device: torch.device, *, weight_bytes: int = 0) -> Sampler:
@@ -220,6 +230,36 @@ def _graph_sampler(calls: Sequence[CALL]) -> tuple[Callable[[], float], str]:
     return sample, timer
 
 
+def host_sampler(call: CALL, device: torch.device, count: int = HOST_CALLS) -> Callable[[], float]:
+    """Host seconds of one call: `count` back to back with an idle GPU before them, which is never waited for."""
+
+    def sample() -> float:
+        torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        for _ in range(count):
+            call()
+        took = time.perf_counter() - start
+        torch.cuda.synchronize(device)
+        return took / count
+
+    return sample
+
+
+def host_us(
+    calls: Mapping[str, CALL], device: torch.device, seconds: float, alone: Collection[str] = ()
+) -> dict[str, float]:
+    """Median host microseconds of a call by name, its first calls thrown away.
+
+    Empty on a CPU, where the host is the device. `alone`: calls that are so many launches that ten could fill the
+    queue; each is timed by itself.
+    """
+    if device.type != "cuda":
+        return {}
+    samplers = {name: host_sampler(call, device, 1 if name in alone else HOST_CALLS) for name, call in calls.items()}
+    found = interleave(samplers, seconds=seconds, max_rounds=_HOST_ROUNDS)
+    return {name: _short(stats.median * 1e6) for name, stats in found.stats.items()}
+
+
 def wall_sampler(call: CALL, device: torch.device) -> Sampler:
     """Wall clock of one call, the device waited for: what a user of `generate` sees."""
 
@@ -270,10 +310,12 @@ def state(device: torch.device) -> dict:
     }
 
 
-def describe(device: torch.device, seconds: float, max_rounds: int, before: dict) -> dict:
-    """The protocol as it stands in a record; `before` is what `state` said at the start."""
+def describe(
+    device: torch.device, seconds: float, max_rounds: int, before: dict, most: Mapping[str, int] | None = None
+) -> dict:
+    """The protocol as it stands in a record; `before` is what `state` said at the start, `most` as in `copies_for`."""
     gpu = device.type == "cuda"
-    rotation = f"{ROTATE_OVER}x the cache, at most {MAX_ROTATION_BYTES[device.type] >> 20} MiB"
+    rotation = f"{ROTATE_OVER}x the cache, at most {(most or MAX_ROTATION_BYTES)[device.type] >> 20} MiB"
     return {
         "timer": "cuda graph replays between events" if gpu else "perf_counter",
         "statistic": "median, p20, p80, mean of per-operation times",
@@ -285,6 +327,7 @@ def describe(device: torch.device, seconds: float, max_rounds: int, before: dict
         "cache_bytes": cache_bytes(device),
         "cold": f"weight copies in rotation: {rotation}",
         "warm": "one copy of the weights, over and over",
+        "host": f"{HOST_CALLS} calls in a row (of eager 1), the GPU idle before and not waited for" if gpu else None,
         "before": before,
         "after": state(device),
     }
