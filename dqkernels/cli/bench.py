@@ -1,4 +1,4 @@
-"""`dqkernels bench linear|model|size`: measured tables of this machine, as text and as a JSON record."""
+"""`dqkernels bench linear|kernels|model|size`: measured tables of this machine, as text and as a JSON record."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import typer
 
 from dqkernels.cli import common
 
-_GROUP = """Measure layers, whole models and file sizes on this machine.
+_GROUP = """Measure layers, ops, whole models and file sizes on this machine.
 
 Every run prints a table; --out writes the record: rows, protocol, machine and versions.
 
 \b
 Examples:
   dqkernels bench linear
+  dqkernels bench kernels --seconds 10
   dqkernels bench model tiny --source_tokens 32
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
 """
@@ -28,6 +29,18 @@ Examples:
   dqkernels bench linear
   dqkernels bench linear --shapes 1x768x768,128x3072x768 --bits 4,2 --seconds 10
   dqkernels bench linear --backends cpu,eager --out linear.json
+"""
+_KERNELS = """Every op but the linear, at BART's shapes: on each backend that can, against torch's own and a copy.
+
+A candidate is timed only after it was proven: exact ops bit-equal to the reference, others within their bound.
+The quantizers, LayerNorm, GELU, attention over a cache and the rest that moves more than it computes also get their
+share of the bandwidth of a copy, timed in turn with them. On a GPU there is the caller's time per call as well.
+
+\b
+Examples:
+  dqkernels bench kernels --seconds 10
+  dqkernels bench kernels --ops layernorm_quantize,gelu_quantize --dtype bfloat16
+  dqkernels bench kernels --ops qembedding --bits 4,2 --out kernels.json
 """
 _MODEL = """A whole model through transformers' generate: float, and ours at every bit width, taking turns.
 
@@ -50,6 +63,13 @@ Examples:
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2,4-4,8-8
 """
 
+LayerDtype = Annotated[
+    str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device.")
+]
+Widths = Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")]
+Backends = Annotated[
+    str | None, typer.Option("--backends", help="Kernels, comma-separated; default: all that run here.")
+]
 Seconds = Annotated[float, typer.Option("--seconds", help="About what the timing may take.")]
 Out = Annotated[str | None, typer.Option("--out", help="File for the JSON record.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an --out that is there.")]
@@ -58,23 +78,20 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an --out t
 def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
     group.command("linear", help=_LINEAR, short_help="One layer, every width and kernel.")(linear)
+    group.command("kernels", help=_KERNELS, short_help="Every other op, on every backend.")(kernels)
     group.command("model", help=_MODEL, short_help="A whole model's generate.")(model)
     group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
-    app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, models and sizes here.")
+    app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, ops, models and sizes here.")
 
 
 def linear(
     shapes: Annotated[
         str | None, typer.Option("--shapes", help="TOKENSxOUTxIN, comma-separated; default: BART's own.")
     ] = None,
-    bits: Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")] = "8,4,2",
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device.")
-    ] = None,
+    bits: Widths = "8,4,2",
+    dtype: LayerDtype = None,
     device: common.Device = "auto",
-    backends: Annotated[
-        str | None, typer.Option("--backends", help="Kernels, comma-separated; default: all that run here.")
-    ] = None,
+    backends: Backends = None,
     seconds: Seconds = 20.0,
     out: Out = None,
     overwrite: Overwrite = False,
@@ -103,17 +120,51 @@ def linear(
     _finish(library, result, out, json_output)
 
 
+def kernels(
+    ops: Annotated[str | None, typer.Option("--ops", help="Ops, comma-separated; default: all of them.")] = None,
+    bits: Widths = "8,4,2",
+    dtype: LayerDtype = None,
+    device: common.Device = "auto",
+    backends: Backends = None,
+    seconds: Seconds = 20.0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json_output: common.Json = False,
+) -> None:
+    widths = _widths("--bits", bits)
+    _check_seconds(seconds)
+    common.check_new_file("--out", out, overwrite)
+    from dqkernels import text
+    from dqkernels.bench import kernels as library
+
+    names = None if ops is None else [name.strip() for name in ops.split(",")]
+    if unknown := [name for name in names or () if name not in library.OPS]:
+        raise common.WrongUsage(f"--ops must be of {', '.join(library.OPS)}, got {unknown[0]!r}")
+    with common.checking_input():
+        place = str(text.check_device(device))
+        dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
+        _check_backends(backends)
+    result = library.run(
+        ops=names,
+        bits=widths,
+        dtype=dtype,
+        device=place,
+        backends=None if backends is None else backends.split(","),
+        seconds=seconds,
+        out=out,
+    )
+    _finish(library, result, out, json_output)
+
+
 def model(
     preset_or_path: Annotated[str, typer.Argument(help="Shape, or folder of a float model.", metavar="MODEL")] = (
         "bart-base"
     ),
-    bits: Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")] = "8,4,2",
+    bits: Widths = "8,4,2",
     embedding_bits: Annotated[
         int | None, typer.Option("--embedding_bits", help="2, 4, 8 or 16; default: the weights' own.")
     ] = None,
-    dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32, float16 or bfloat16; default: what suits the device.")
-    ] = None,
+    dtype: LayerDtype = None,
     device: common.Device = "auto",
     backend: Annotated[str, typer.Option("--backend", help="auto, or the kernels to force.")] = "auto",
     batch_size: Annotated[int, typer.Option("--batch_size", help="Texts at once.")] = 1,
