@@ -344,6 +344,7 @@ def bench_stage(name: str, call: str, share: float) -> Callable[[Lane, float], d
 def stages() -> list[Stage]:
     """In order of worth."""
     linear = bench_stage("linear", "run(device='cuda', seconds={seconds}, out=OUT)", 0.7)
+    kernels = bench_stage("kernels", "run(device='cuda', seconds={seconds}, out=OUT)", 0.7)
     model = bench_stage("model", "run('bart-base', device='cuda', seconds={seconds}, out=OUT)", 0.3)
     rest = pytest_stage("-m", "not gpu and not slow", "tests", "--ignore=tests/test_gpu_lane.py")
     return [
@@ -352,6 +353,7 @@ def stages() -> list[Stage]:
         Stage("primitives", stage_primitives, 15, 40),
         *(Stage(f"sanitizer {tool}", sanitizer_stage(tool), 20, 45) for tool in SANITIZERS),
         Stage("bench linear", linear, 20, 60),
+        Stage("bench kernels", kernels, 20, 60),
         Stage("bench model", model, 30, 60),
         Stage("device-independent tests", rest, 30, 150),
     ]

@@ -325,25 +325,29 @@ def test_build_reports_why_cuda_was_left_out(tmp_path, monkeypatch):
     assert row["outcome"] == "passed" and row["archs"] == ["90a-real"]
 
 
-def test_bench_rows_become_rows_of_the_lane(tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", ["linear", "kernels"])
+def test_bench_rows_become_rows_of_the_lane(tmp_path, monkeypatch, kind):
     lane, _ = a_lane(tmp_path)
     rows = [{"candidate": "a", "status": "timed", "median_us": 2.5}, {"candidate": "b", "status": "refused"}]
 
     def run_it(command):
         assert "seconds=42.0" in command[-1] and "device='cuda'" in command[-1]
-        made = record.new("linear", settings={"bits": [2]}, protocol={"budget_s": 1.0}, rows=rows, threads=1)
-        record.write(made, tmp_path / "linear.json")
+        assert f"import {kind};" in command[-1] and f"{kind}.run(" in command[-1]
+        made = record.new(kind, settings={"bits": [2]}, protocol={"budget_s": 1.0}, rows=rows, threads=1)
+        record.write(made, tmp_path / f"{kind}.json")
 
     answer(monkeypatch, lane, 0, "", run_it)
-    stage = next(stage for stage in gpu_lane.stages() if stage.name == "bench linear")
+    stage = next(stage for stage in gpu_lane.stages() if stage.name == f"bench {kind}")
     row = gpu_lane.run_one(stage, lane, minutes=8)
     assert row["outcome"] == "failed" and row["reason"].startswith("1 candidates did not compute")
     gpu_lane.write(lane, [row], 8)
     kept = record.read(tmp_path / "gpu_lane.json")
-    assert [r for r in kept["rows"] if "candidate" in r] == [{"stage": "bench linear", **r} for r in rows]
-    assert kept["protocol"] == {"linear": {"budget_s": 1.0}}
+    assert [r for r in kept["rows"] if "candidate" in r] == [{"stage": f"bench {kind}", **r} for r in rows]
+    assert kept["protocol"] == {kind: {"budget_s": 1.0}}
 
 
 def test_worth_comes_first_and_every_stage_can_be_reached():
     assert NAMES[:2] == ["build", "gpu tests"] and NAMES[-1] == "device-independent tests"
+    benches = [name for name in NAMES if name.startswith("bench ")]
+    assert benches == ["bench linear", "bench kernels", "bench model"]
     assert all(stage.least_s <= stage.most_s for stage in gpu_lane.stages())
