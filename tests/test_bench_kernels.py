@@ -568,7 +568,8 @@ def test_every_op_on_a_gpu():
     made = kernels.run(TINY, device="cuda", seconds=1000)
     found = [row for row in made["rows"] if "cache" in row]
     assert not [row for row in found if row["status"] != "timed"]
-    assert all(row["host_us"] > 0 and "graph replay" in row["timer"] for row in found)
+    assert all(row["host_us"] > 0 for row in found)
     if backends.available("triton", "cuda")[0]:
-        ours = {row["op"] for row in found if row["backend"] == "triton"}
-        assert ours == set(kernels.OPS)
+        ours = [row for row in found if row["backend"] == "triton"]
+        assert {row["op"] for row in ours} == set(kernels.OPS)
+        assert all("graph replay" in row["timer"] for row in ours)
