@@ -131,7 +131,7 @@ def kernels(
     overwrite: Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
-    widths = _widths("--bits", bits)
+    widths = common.choices("--bits", bits, (8, 4, 2))
     _check_seconds(seconds)
     common.check_new_file("--out", out, overwrite)
     from dqkernels import text
