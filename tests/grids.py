@@ -129,21 +129,21 @@ def transposed(x: torch.Tensor) -> torch.Tensor:
 
 def every_second(x: torch.Tensor) -> torch.Tensor:
     """A gap after each element of a row."""
-    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 99.0).to(x.dtype)
+    wide = torch.full((*x.shape[:-1], 2 * x.shape[-1]), 99.0, device=x.device).to(x.dtype)
     wide[..., ::2] = x
     return wide[..., ::2]
 
 
 def columns(x: torch.Tensor) -> torch.Tensor:
     """A slice of wider rows, as the q, k, v parts of a fused projection are."""
-    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), 99.0).to(x.dtype)
+    wide = torch.full((*x.shape[:-1], x.shape[-1] + 3), 99.0, device=x.device).to(x.dtype)
     wide[..., 2:-1] = x
     return wide[..., 2:-1]
 
 
 def unaligned(x: torch.Tensor) -> torch.Tensor:
     """Contiguous, but its first element stands one past an aligned address."""
-    flat = torch.empty(x.numel() + 1, dtype=x.dtype)[1:]
+    flat = torch.empty(x.numel() + 1, dtype=x.dtype, device=x.device)[1:]
     return flat.copy_(x.reshape(-1)).view(x.shape)
 
 

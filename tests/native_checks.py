@@ -5,14 +5,13 @@ program: the instruction set is chosen once per process, and a read past an oper
 not take pytest along.
 """
 
-import ctypes
 import importlib.util
 import itertools
 import json
-import mmap
 import sys
 
 import numpy as np
+from guarded import guarded
 
 PER_TOKEN, PER_TENSOR, STATIC = 0, 1, 2
 FP32, FP16, BF16 = 0, 1, 2
@@ -201,24 +200,6 @@ def check_packing(core):
 
 
 # ---------------------------------------------------------------------------------------------- guard pages
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
-
-
-def guarded(array, at_end):
-    """A copy of `array` whose end touches an unreadable page after it, or whose start touches one before."""
-    page = mmap.PAGESIZE
-    inner = -(-max(array.nbytes, 1) // page) * page
-    memory = mmap.mmap(-1, inner + 2 * page)
-    base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
-    for wall in (base, base + page + inner):
-        if _libc.mprotect(wall, page, 0):
-            raise OSError(ctypes.get_errno(), "mprotect")
-    offset = page + (inner - array.nbytes if at_end else 0)
-    copy = np.frombuffer(memory, array.dtype, array.size, offset).reshape(array.shape)
-    copy[...] = array
-    return copy
 
 
 def check_guard_pages(core):
