@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -289,17 +290,51 @@ def test_sanitizer_reports_are_read(tmp_path, monkeypatch, code, output, outcome
     row = gpu_lane.sanitizer_stage("racecheck")(lane, 30)
     assert row["outcome"] == outcome and (row["reason"] or "").startswith(reason or "")
     ((command, variables),) = commands
-    assert command[1:3] == ["--tool", "racecheck"] and command[-1] == "--grid"
+    assert command[1:3] == ["--tool", "racecheck"] and command[-1] == str(gpu_lane.GRID)
     assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
-def test_the_sanitizer_grid_covers_nothing_without_a_gpu(capsys):
+def run_grid(device: str, **variables: str) -> subprocess.CompletedProcess:
+    path = os.pathsep.join(filter(None, [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH")]))
+    return subprocess.run(
+        [sys.executable, gpu_lane.GRID, device],
+        env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **variables},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+def test_the_sanitizer_grid_covers_nothing_without_a_gpu():
+    done = run_grid("cuda", CUDA_VISIBLE_DEVICES="")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "grid: 0 cases, 0 wrong []"
+
+
+def test_the_sanitizer_grid_reaches_every_op_of_triton():
+    """In the interpreter: what the lane runs under compute-sanitizer computes what eager computes."""
+    pytest.importorskip("triton", reason="triton is not installed")
+    done = run_grid("tiny", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    cases, wrong = map(int, re.match(r"grid: (\d+) cases, (\d+) wrong", done.stdout.splitlines()[-1]).groups())
+    assert cases >= 50 and wrong == 0
+    assert "triton: " not in done.stdout, "Triton refused an op of the table"
+
+
+def test_the_sanitizer_grid_names_every_op():
+    """An op that has no sample would never be seen by a sanitizer."""
+    import op_grid
     import torch
 
-    if torch.cuda.is_available():
-        pytest.skip("with a GPU the grid runs in the lane itself")
-    assert gpu_lane.run_grid() == 0
-    assert "grid: 0 cases, 0 wrong" in capsys.readouterr().out
+    from dqkernels import gradients, ops
+
+    named = {sample.name.split()[0] for sample in op_grid.samples(3, 5, 7)}
+    assert named | {"qgemm"} == set(ops.SCHEMAS) | set(gradients.SCHEMAS)  # qgemm: the second half of qlinear
+    one = torch.ones(4)
+    assert op_grid.difference((one,), (one,), 0.0) is None
+    assert "1 of 4" in op_grid.difference((torch.tensor([1.0, 1, 1, 2]),), (one,), 0.0)
+    assert "1 of 4" in op_grid.difference((torch.tensor([1.0, 1, 1, float("nan")]),), (one,), 0.5)
+    assert "float32 [4]" in op_grid.difference((one.half(),), (one,), 0.5)
 
 
 def test_build_reports_why_cuda_was_left_out(tmp_path, monkeypatch):

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
+import os
+import subprocess
+import sys
 import threading
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -249,3 +254,42 @@ def test_no_compilation_while_a_graph_is_captured(launcher, monkeypatch):
     launcher((1,), ALIGNED, None, 3, 100, 0.5, BLOCK=128, RELU=True)  # a known one is launched
     with pytest.raises(RuntimeError, match="_kernel meets these shapes or types for the first time.*warmup"):
         launcher((1,), ALIGNED, None, 3, 100, 0.5, BLOCK=64, RELU=True)
+
+
+COLD_START = """
+import json, os, triton_sass
+go, start = os.pipe()
+results = []
+for _ in range(8):
+    result, mine = os.pipe()
+    if not os.fork():
+        os.close(start)
+        os.read(go, 1)  # nothing to read: returns when nobody holds the other end any more
+        kernel = triton_sass.quantize_kernel(80, "*fp16", "per_token", 1024)
+        os.write(mine, kernel.hash.encode() + b" " + str(len(kernel.asm["cubin"])).encode())
+        assert kernel.asm["cubin"][:4] == bytes([127]) + b"ELF"
+        os._exit(0)
+    os.close(mine)
+    results.append(result)
+os.close(start)  # and now all eight begin
+codes = [os.waitstatus_to_exitcode(os.wait()[1]) for _ in results]
+found = triton_sass.quantize_kernel(80, "*fp16", "per_token", 1024)
+print(json.dumps([codes, [os.read(result, 999).decode() for result in results], triton_sass.counts(found)]))
+"""
+
+
+def test_eight_processes_on_one_cold_cache(tmp_path):
+    """Released at once on an empty folder, all of them compile or read a whole kernel, and leave nothing half done."""
+    from test_kernels_triton import subprocess_env
+
+    path = os.pathsep.join([str(Path(__file__).parent), subprocess_env()["PYTHONPATH"]])
+    environment = subprocess_env(TRITON_CACHE_DIR=str(tmp_path), PYTHONPATH=path)
+    environment.pop("TRITON_INTERPRET", None)
+    done = subprocess.run(
+        [sys.executable, "-c", COLD_START], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    codes, kernels, counts = json.loads(done.stdout.splitlines()[-1])
+    assert codes == [0] * 8 and len(set(kernels)) == 1 and len(kernels[0].split()) == 2, (codes, kernels)
+    assert counts["registers"] > 0 and counts["spills"] == 0  # nvdisasm reads what was left in the folder
+    assert list(tmp_path.rglob("*.cubin")) and not list(tmp_path.rglob("tmp.*"))

@@ -4,8 +4,10 @@ import triton_checks
 import triton_checks_attention
 import triton_checks_backward
 import triton_checks_gemm
+import triton_checks_guard
 import triton_checks_packed
 import triton_checks_rows
+import triton_grid_ops
 
 FILES = (
     triton_checks,
@@ -14,4 +16,6 @@ FILES = (
     triton_checks_packed,
     triton_checks_attention,
     triton_checks_backward,
+    triton_checks_guard,
+    triton_grid_ops,
 )

@@ -1,7 +1,7 @@
 """The full grid of the Triton kernels against eager and the oracle: options covered pairwise (pairwise.py).
 
-Here stand the linears and what runs a grid; the other ops are in triton_grid_ops.py. tests/long/test_triton_grid.py
-runs all of it, in Triton's interpreter and on a GPU; the check of this file is the sample that every change runs.
+Here stand the linears and what runs a grid; the other ops, and the sample that every change runs, are in
+triton_grid_ops.py. tests/long/test_triton_grid.py runs all of it, in Triton's interpreter and on a GPU.
 """
 
 import functools
@@ -17,10 +17,8 @@ import numpy as np
 import oracle
 import pairwise
 import torch
-import triton_checks
 from triton_checks import DTYPES, assert_same, floats, pack, random_codes
 
-CHECKS = {}
 GRIDS = {}  # name: (cases, run(case, device))
 
 FORMS = [(8, "absmax", -1)] + [
@@ -86,11 +84,12 @@ def linear_allowed(options):
     return not (grouped and options.get("granularity") == "per_tensor") and not lost
 
 
-def tile_of(case):
-    """The entry of the tables that the case names: (arch, bucket)."""
+def tile_of(case, device="cpu"):
+    """The entry of the tables that the case names: (arch, bucket); a GPU takes only those of its own family."""
     from dqkernels.kernels import tiles
 
     arch, bucket = case.tile
+    arch = arch if device == "cpu" else tiles.family(torch.device(device))
     found = list(tiles.table(arch, case.form[0], case.form[2]).values())
     return found[min(bucket, len(found) - 1)]
 
@@ -208,7 +207,7 @@ def run_linear(case, device):
     placed = there(x, case.layout)
     facts = {"bits": bits, "four_level": four_level, "group_size": group_size, "out_features": n}
     weight = there(pack(codes, bits, "cpu")), there(scale), there(mult), there(bias)
-    forced = tile_of(case), case.split_k
+    forced = tile_of(case, device), case.split_k
     with unittest.mock.patch.object(gemm, "choose", lambda *anything: forced):
         if out_scale is None:
             got = backend.qlinear(
@@ -260,19 +259,3 @@ def run(name, device, part=0, parts=1):
         shapes.add(shape)
         figures["elements"] += elements
     return figures | {"shapes": len(shapes), "seconds": round(time.perf_counter() - start, 1)}
-
-
-def check(function):
-    CHECKS[function.__name__] = function
-    return function
-
-
-@check
-def grid_linear_sample(device):
-    """40 cases of the full grid of linears, evenly over it."""
-    figures = run("linear", device, 0, len(linear_cases()) // 40)
-    assert figures["cases"] >= 40 and not figures["failures"], figures["failures"][0]
-
-
-if __name__ == "__main__":
-    triton_checks.main(CHECKS)

@@ -115,7 +115,7 @@ NORM = ROW_AXES | {
 def run_layernorm(case, device):
     shape, x = row_input(case, device)
     g = torch.Generator().manual_seed(case.seed + 1)
-    if case.values == "constant":
+    if case.values == "constant" and shape[0] > 1:  # y is the bias there
         x[-1] = 7.25
     elif case.values == "large mean":
         x += 100
@@ -392,13 +392,23 @@ def check(function):
     return function
 
 
+def sample(name, device, cases):
+    """About so many cases of one grid, evenly over it."""
+    figures = triton_grid.run(name, device, 0, len(triton_grid.GRIDS[name][0]()) // cases + 1)
+    assert figures["cases"] >= 3 and not figures["failures"], figures["failures"][0]
+    return figures
+
+
+@check
+def grid_linear_sample(device):
+    assert sample("linear", device, 40)["shapes"] >= 35
+
+
 @check
 def grid_ops_sample(device):
-    """About eight cases of each of these grids, evenly over it."""
-    for name, (cases, _) in triton_grid.GRIDS.items():
+    for name in triton_grid.GRIDS:
         if name != "linear":
-            figures = triton_grid.run(name, device, 0, max(1, len(cases()) // 8))
-            assert figures["cases"] >= 8 and not figures["failures"], figures["failures"][0]
+            sample(name, device, 4)
 
 
 def main():

@@ -19,3 +19,17 @@ def gelu_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, USE_ASM: tl.constexpr):
     offset = tl.program_id(0) * BLOCK
     at = offset + tl.arange(0, BLOCK)
     tl.store(y_ptr + at, _load_gelu(x_ptr, offset, n, BLOCK, USE_ASM).to(y_ptr.dtype.element_ty), mask=at < n)
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, n, BLOCK: tl.constexpr, MASK_LOAD: tl.constexpr, MASK_STORE: tl.constexpr):
+    """y = x, with the load's or the store's mask left out on request: what the guard pages must notice."""
+    at = tl.arange(0, BLOCK)
+    if MASK_LOAD:
+        x = tl.load(x_ptr + at, mask=at < n, other=0)
+    else:
+        x = tl.load(x_ptr + at)
+    if MASK_STORE:
+        tl.store(y_ptr + at, x, mask=at < n)
+    else:
+        tl.store(y_ptr + at, x)
