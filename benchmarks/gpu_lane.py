@@ -259,8 +259,22 @@ def stage_primitives(lane: Lane, seconds: float) -> dict:
     return ended(done, tests=len(programs), failures=0)
 
 
+def grid_row(done: Done, **more) -> dict:
+    """The row of a run of GRID: absent where nothing of ours takes CUDA tensors."""
+    cases = re.search(r"grid: (\d+) cases", done.output)
+    row = ended(done, cases=int(cases.group(1)) if cases else 0, **more)
+    if row["outcome"] == "passed" and row["cases"] == 0:
+        row.update(outcome="absent", reason="no kernel of ours takes CUDA tensors here")
+    return row
+
+
+def stage_grid(lane: Lane, seconds: float) -> dict:
+    """Every op, tiny and odd, against eager. The sanitizers then find the kernels compiled."""
+    return grid_row(lane.call([sys.executable, str(GRID)], seconds))
+
+
 def sanitizer_stage(tool: str) -> Callable[[Lane, float], dict]:
-    """compute-sanitizer on every op, tiny and odd; no caching allocator: its large blocks would hide overruns."""
+    """compute-sanitizer on the same calls; no caching allocator: its large blocks would hide overruns."""
 
     def run(lane: Lane, seconds: float) -> dict:
         sanitizer = _tool("compute-sanitizer")
@@ -270,11 +284,8 @@ def sanitizer_stage(tool: str) -> Callable[[Lane, float], dict]:
         command += ["--target-processes", "all", sys.executable, str(GRID)]
         done = lane.call(command, seconds, PYTORCH_NO_CUDA_MEMORY_CACHING="1")
         found = [int(n) for n in re.findall(r"SUMMARY: (\d+) (?:error|hazard)", done.output)]
-        cases = re.search(r"grid: (\d+) cases", done.output)
-        row = ended(done, reports=sum(found) if found else None, cases=int(cases.group(1)) if cases else 0)
-        if row["outcome"] == "passed" and row["cases"] == 0:
-            row.update(outcome="absent", reason="no kernel of ours takes CUDA tensors here")
-        elif row["outcome"] == "passed" and (not found or any(found)):
+        row = grid_row(done, reports=sum(found) if found else None)
+        if row["outcome"] == "passed" and (not found or any(found)):
             row.update(outcome="failed", reason=f"{sum(found)} reports" if found else "printed no summary")
             row["tail"] = done.tail
         elif row["outcome"] == "failed" and any(found):
@@ -316,8 +327,8 @@ def stages() -> list[Stage]:
         Stage("build", stage_build, 30, 180, holds=lambda: (built() or {}).get("cuda", False)),
         Stage("gpu tests", pytest_stage("-m", "gpu", "tests"), 20, 240),  # mostly compiling
         Stage("primitives", stage_primitives, 15, 40),
-        # The first compiles for all of them.
-        *(Stage(f"sanitizer {tool}", sanitizer_stage(tool), 20, 45 if i else 120) for i, tool in enumerate(SANITIZERS)),
+        Stage("op grid", stage_grid, 20, 90),
+        *(Stage(f"sanitizer {tool}", sanitizer_stage(tool), 20, 45) for tool in SANITIZERS),
         Stage("bench linear", linear, 20, 60),
         Stage("bench kernels", kernels, 20, 60),
         Stage("bench model", model, 30, 60),

@@ -216,8 +216,9 @@ def difference(got, want, within: float) -> str | None:
     return None
 
 
-#: (M, N, K, dtype): odd; multiples of 16, where loads are wide; a long K, which is split among blocks.
-SHAPES = ((5, 17, 129, torch.float16), (65, 48, 384, torch.bfloat16), (3, 33, 4224, torch.float16))
+#: (M, N, K): odd; multiples of 16, where loads are wide; a long K, which is split among blocks. The GPU tests compile
+#: the last two before the lane's sanitizers come to them.
+SHAPES = ((5, 17, 129), (33, 80, 272), (3, 33, 4224))
 
 
 def run(device: str, backends_of: tuple[str, ...], shapes=SHAPES) -> int:
@@ -225,8 +226,8 @@ def run(device: str, backends_of: tuple[str, ...], shapes=SHAPES) -> int:
     from dqkernels import backends
 
     cases, wrong, refused = 0, [], Counter()
-    for seed, (*shape, dtype) in enumerate(shapes):
-        for sample in samples(*shape, seed, dtype):
+    for seed, shape in enumerate(shapes):
+        for sample in samples(*shape, seed):
             there = sample.placed(lambda tensor: tensor.to(device))
             want = sample.run("eager")
             for name in backends_of:

@@ -294,6 +294,21 @@ def test_sanitizer_reports_are_read(tmp_path, monkeypatch, code, output, outcome
     assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
+def test_the_grid_of_ops_is_a_stage_of_its_own(tmp_path, monkeypatch):
+    lane, _ = a_lane(tmp_path)
+    for code, output, outcome in (
+        (0, "grid: 150 cases, 0 wrong []\n", "passed"),
+        (1, "grid: 150 cases, 2 wrong ['triton qlinear']\n", "failed"),
+        (0, "no CUDA device\ngrid: 0 cases, 0 wrong []\n", "absent"),
+    ):
+        commands = answer(monkeypatch, lane, code, output)
+        row = gpu_lane.stage_grid(lane, 30)
+        assert row["outcome"] == outcome and row["cases"] == (0 if outcome == "absent" else 150)
+        assert commands[0][0][1:] == [str(gpu_lane.GRID)]
+    order = [name for name in NAMES if name == "op grid" or name.startswith("sanitizer")]
+    assert order[0] == "op grid" and len(order) == 5, "the sanitizers would have to compile"
+
+
 def run_grid(device: str, **variables: str) -> subprocess.CompletedProcess:
     path = os.pathsep.join(filter(None, [str(SCRIPT.parent.parent), os.environ.get("PYTHONPATH")]))
     return subprocess.run(
