@@ -17,6 +17,8 @@ import pytest
 import triton_grid
 import triton_grid_ops
 
+from dqkernels.kernels import tiles
+
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
 ROOT = Path(__file__).resolve().parents[2]
 PARTS = {"linear": 4, "qattention": 2, "quantize_weight": 2}  # the others are done in one
@@ -55,7 +57,7 @@ def test_on_the_device(name):
 
 
 def test_the_grid_is_what_it_claims():
-    """At least 200 shapes of linears, M = 0 and 1 among them, and each pair of options in a case that computes."""
+    """At least 200 shapes of linears, M = 0 and 1 among them; each pair of options computes somewhere; each tile."""
     cases = triton_grid.linear_cases()
     shapes = {triton_grid.linear_shape(case) for case in cases}
     assert len(shapes) >= 200 and {0, 1} <= {m for m, _, _ in shapes}
@@ -66,4 +68,10 @@ def test_the_grid_is_what_it_claims():
     computed = [vars(case) for case in cases if case.m != (0, 0)]
     wanted = set(pairwise.wanted(triton_grid.LINEAR, triton_grid.linear_allowed))
     assert wanted <= pairwise.met(triton_grid.LINEAR, computed)
+    used = {(case.tile[0], case.form[0], triton_grid.tile_of(case)) for case in cases if case.form[2] == -1}
+    for (arch, bits), table in tiles.CONFIGS.items():
+        assert all((arch, bits, tile) in used for tile in table.values()), (arch, bits)
+    assert {triton_grid.tile_of(case) for case in cases if case.form[2] != -1} >= set(
+        tiles.table("sm80", 4, 64).values()
+    )
     assert sum(len(every()) for every, _ in triton_grid.GRIDS.values()) >= 800
