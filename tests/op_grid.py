@@ -17,183 +17,152 @@ import oracle
 import torch
 
 FORMS = ((8, False, -1), (4, False, -1), (4, False, 32), (2, False, -1), (2, True, -1), (2, True, 64))
-MODES = (("per_token", False), ("per_tensor", False), ("static", True))  # and whether it takes act_scale
+MODES = ("per_token", "per_tensor", "static")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One call: `call(backend, *operands)` gives a tensor or a tuple of them."""
+    """One call of an op: its tensors and its other arguments, by name."""
 
     name: str
-    call: Callable
-    operands: tuple
+    op: str
+    operands: dict[str, torch.Tensor | None]
+    facts: dict
     #: 0 where the contract is equal bits; else the share of the largest value that floats may differ by, codes by one.
     within: float = 0.0
-    #: Places of the operands whose first axis counts independent rows, as every result's does; () where none do.
-    rows: tuple[int, ...] = ()
+    #: The operands whose first axis counts independent rows, as every result's does; () where none do.
+    rows: tuple[str, ...] = ()
 
     def run(self, backend: str) -> tuple[torch.Tensor, ...]:
-        results = self.call(backend, *self.operands)
+        from dqkernels import gradients, ops
+
+        results = getattr(ops, self.op, getattr(gradients, self.op, None))(
+            **self.operands, **self.facts, backend=backend
+        )
         return results if isinstance(results, tuple) else (results,)
 
     def placed(self, place: Callable) -> Sample:
         """With every operand where `place(tensor)` puts it."""
-        return replace(self, operands=tuple(None if t is None else place(t) for t in self.operands))
+        return replace(self, operands={name: None if t is None else place(t) for name, t in self.operands.items()})
 
     def only(self, rows: slice) -> Sample:
         """The same call on some of its rows."""
-        cut = tuple(t[rows] if i in self.rows and t is not None else t for i, t in enumerate(self.operands))
-        return replace(self, operands=cut)
+        cut = {name: self.operands[name][rows] for name in self.rows if self.operands[name] is not None}
+        return replace(self, operands=self.operands | cut)
 
 
 def packed(g, n, k, form):
-    """qweight, weight_scale, group_mult and what the ops want to know of them, in their order."""
+    """Packed weights as operands, and their form as facts."""
     bits, four_level, group_size = form
     low, high = (-1, 2) if bits == 2 and not four_level else (-(1 << (bits - 1)), 1 << (bits - 1))
     codes = torch.randint(low, high, (n, k), generator=g).numpy()
     mult = None
     if group_size != -1:
         mult = torch.randint(1, 100, (n, -(-k // group_size)), generator=g).to(torch.uint8)
-    return (torch.from_numpy(oracle.pack_fast(codes, bits)), torch.rand(n, generator=g) * 0.02 + 1e-3, mult)
+    weight = {"qweight": torch.from_numpy(oracle.pack_fast(codes, bits)),
+              "weight_scale": torch.rand(n, generator=g) * 0.02 + 1e-3, "group_mult": mult}  # fmt: skip
+    return weight, {"bits": bits, "four_level": four_level, "group_size": group_size}
 
 
 def samples(m: int, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> list[Sample]:
     """Every op with M tokens, N outputs and K inputs; operands on the CPU."""
-    from dqkernels import ops
-
     g = torch.Generator().manual_seed(seed)
-
-    def normal(*shape):
-        return (torch.randn(*shape, generator=g) * 2).to(dtype)
-
-    one = torch.tensor([0.0213])
-    found = []
-    for mode, static in MODES:
-        apart = (0,) if mode != "per_tensor" else ()
-        act_scale = one if static else None
-        found.append(
-            Sample(
-                f"quantize_activation {mode}",
-                lambda backend, x, s, mode=mode: ops.quantize_activation(x, mode, 2.5, True, s, backend=backend),
-                (normal(m, k), act_scale), rows=apart,
-            )
-        )  # fmt: skip
-        found.append(
-            Sample(
-                f"layernorm_quantize {mode}",
-                lambda backend, x, r, w, b, s, mode=mode: ops.layernorm_quantize(
-                    x, r, w, b, 1e-5, mode, None, True, s, backend=backend
-                ),
-                (normal(m, k), normal(m, k) if static else None, normal(k), normal(k), act_scale),
-                within=2.0**-6, rows=(0, 1) if apart else (),
-            )
-        )  # fmt: skip
-        found.append(
-            Sample(
-                f"gelu_quantize {mode}",
-                lambda backend, x, s, mode=mode: ops.gelu_quantize(x, mode, 2.5, True, s, backend=backend),
-                (normal(m, k), act_scale), within=2.0**-6, rows=apart,
-            )
-        )  # fmt: skip
+    found = [*row_samples(g, m, k, dtype), *attention_samples(g, m, n, k, dtype)]
     for form in FORMS:
-        bits, four_level, group_size = form
-        name = f"W{bits}{' four_level' if four_level else ''}{f' group{group_size}' if group_size != -1 else ''}"
-        weight = packed(g, n, k, form)
-        for mode, static in MODES if group_size == -1 else MODES[:1]:
-            found.append(
-                Sample(
-                    f"qlinear {name} {mode}",
-                    lambda backend, x, w, s, mult, b, r, a, form=form, mode=mode: ops.qlinear(
-                        x, w, s, mult, b, r, *form, n, mode, 2.5, a, "relu" if r is None else "none", dtype,
-                        backend=backend,
-                    ),
-                    (normal(m, k), *weight, normal(n), normal(m, n) if static else None, one if static else None),
-                    rows=(0, 5) if mode != "per_tensor" else (),
-                )
-            )  # fmt: skip
-        found.append(
-            Sample(
-                f"dequantize_weight {name}",
-                lambda backend, *w, form=form: ops.dequantize_weight(*w, *form, n, k, backend=backend), weight,
-            )
-        )  # fmt: skip
-        found.append(
-            Sample(
-                f"qembedding {name}",
-                lambda backend, ids, w, s, mult, p, form=form: ops.qembedding(
-                    ids, w, s, mult, p, *form, n, k, 1.5, dtype, backend=backend
-                ),
-                (torch.randint(0, n, (m,), generator=g), *weight, normal(m, k)), rows=(0, 4),
-            )
-        )  # fmt: skip
-        # Small integers and powers of two, so that float products are exact in any order.
-        grad, scale = torch.randint(-4, 5, (m, n), generator=g).to(dtype), torch.full((n,), 0.25)
-        passed = torch.randint(0, 256, (m, -(-k // 8)), generator=g).to(torch.uint8)
-        mult = None if weight[2] is None else weight[2] % 7 + 1
-        found.append(
-            Sample(
-                f"qlinear_grad_input {name}",
-                lambda backend, *o, form=form: ops.gradients.qlinear_grad_input(*o, *form, k, torch.float32, backend),
-                (grad, weight[0], scale, mult, passed), rows=(0, 4),
-            )
-        )  # fmt: skip
+        found += packed_samples(g, m, n, k, form, dtype)
     q, steps = torch.randint(-127, 128, (m, k), generator=g, dtype=torch.int8), torch.full((m,), 0.5)
-    found.append(
-        Sample(
-            "qlinear_grad_weight",
-            lambda backend, *o: ops.gradients.qlinear_grad_weight(*o, torch.float32, backend), (grad, q, steps),
-        )
-    )  # fmt: skip
+    operands = {"grad": torch.randint(-4, 5, (m, n), generator=g).to(dtype), "q": q, "act_scale": steps}
+    found.append(Sample("qlinear_grad_weight", "qlinear_grad_weight", operands, {"out_dtype": torch.float32}))
     for bits, granularity, group_size in ((8, "per_channel", -1), (4, "per_tensor", -1), (4, "per_channel", 32)):
+        facts = {"bits": bits, "quantizer": "absmax", "granularity": granularity, "group_size": group_size, "clip": 1.5}
+        weight = {"weight": normal(g, dtype, n, k)}
         found.append(
-            Sample(
-                f"quantize_weight W{bits} {granularity} group{group_size}",
-                lambda backend, w, bits=bits, granularity=granularity, group_size=group_size: ops.quantize_weight(
-                    w, bits, "absmax", granularity, group_size, 1.5, backend=backend
-                ),
-                (normal(n, k),),
-            )
-        )  # fmt: skip
-    return found + attention_samples(g, m, n, k, dtype)
+            Sample(f"quantize_weight W{bits} {granularity} group{group_size}", "quantize_weight", weight, facts)
+        )
+    return found
 
 
-def attention_samples(g, queries: int, keys: int, size: int, dtype: torch.dtype) -> list[Sample]:
-    """Both attentions, batch 2 and 2 heads; head_dim from K."""
+def normal(g, dtype, *shape):
+    return (torch.randn(*shape, generator=g) * 2).to(dtype)
+
+
+def act_scale_of(mode):
+    return torch.tensor([0.0213]) if mode == "static" else None
+
+
+def row_samples(g, m, k, dtype):
+    for mode in MODES:
+        facts, static = {"mode": mode, "want_sum": True}, {"act_scale": act_scale_of(mode)}
+        x, independent = {"x": normal(g, dtype, m, k)}, () if mode == "per_tensor" else ("x",)
+        name, more = f"quantize_activation {mode}", {"clip": 2.5}
+        yield Sample(name, "quantize_activation", x | static, facts | more, rows=independent)
+        yield Sample(f"gelu_quantize {mode}", "gelu_quantize", x | static, facts | more, 2.0**-6, independent)
+        residual = normal(g, dtype, m, k) if mode == "static" else None
+        norm = {"residual": residual, "weight": normal(g, dtype, k), "bias": normal(g, dtype, k)}
+        independent = (*independent, "residual") if independent else ()
+        name, more = f"layernorm_quantize {mode}", {"eps": 1e-5, "clip": None}
+        yield Sample(name, "layernorm_quantize", x | norm | static, facts | more, 2.0**-6, independent)
+
+
+def packed_samples(g, m, n, k, form, dtype):
+    """What reads packed weights of one form."""
+    weight, facts = packed(g, n, k, form)
+    group = f" group{form[2]}" if form[2] != -1 else ""
+    form_name = f"W{form[0]}{' four_level' if form[1] else ''}{group}"
+    for mode in MODES if form[2] == -1 else MODES[:1]:
+        residual = normal(g, dtype, m, n) if mode == "static" else None
+        more = {"out_features": n, "act_mode": mode, "act_clip": 2.5, "out_dtype": dtype,
+                "activation": "relu" if residual is None else "none"}  # fmt: skip
+        operands = {"x": normal(g, dtype, m, k), "bias": normal(g, dtype, n), "residual": residual}
+        rows = () if mode == "per_tensor" else ("x", "residual")
+        static = {"act_scale": act_scale_of(mode)}
+        yield Sample(f"qlinear {form_name} {mode}", "qlinear", weight | operands | static, facts | more, rows=rows)
+    more = {"out_features": n, "in_features": k}
+    yield Sample(f"dequantize_weight {form_name}", "dequantize_weight", weight, facts | more)
+    more = {"num_embeddings": n, "embedding_dim": k, "embed_scale": 1.5, "out_dtype": dtype}
+    operands = {"ids": torch.randint(0, n, (m,), generator=g), "position": normal(g, dtype, m, k)}
+    rows = ("ids", "position")
+    yield Sample(f"qembedding {form_name}", "qembedding", weight | operands, facts | more, rows=rows)
+    # Small integers and powers of two, so that float products are exact in any order.
+    mult = weight["group_mult"]
+    exact = {"weight_scale": torch.full((n,), 0.25), "group_mult": None if mult is None else mult % 7 + 1}
+    passed = torch.randint(0, 256, (m, -(-k // 8)), generator=g).to(torch.uint8)
+    operands = {"grad": torch.randint(-4, 5, (m, n), generator=g).to(dtype), "passed": passed}
+    name, more = f"qlinear_grad_input {form_name}", {"in_features": k, "out_dtype": torch.float32}
+    rows = ("grad", "passed")
+    yield Sample(name, "qlinear_grad_input", weight | exact | operands, facts | more, rows=rows)
+
+
+def attention_samples(g, queries, keys, size, dtype):
+    """Both attentions, batch 2 and 2 heads; head_dim from K. They may differ by one step of a quantized value."""
     from dqkernels import ops, reference
 
-    head_dim = size % 97 % 64 + 1
+    head_dim, step = size % 97 % 64 + 1, 1 / 127
     q, k, v = (torch.randn(2, 2, count, head_dim, generator=g).to(dtype) for count in (queries, keys, keys))
-    scale, step = head_dim**-0.5, 1 / 127
     mask = torch.rand(2, 1, 1, keys, generator=g) < 0.8
     bias = torch.randn(1, 2, queries, keys, generator=g).to(dtype)
-    found = [
-        Sample(
-            f"qattention {mode} causal {causal}",
-            lambda backend, *o, causal=causal, mode=mode: ops.qattention(*o, causal, scale, mode, 2.5, backend=backend),
-            (q, k, v, *rest), within=step, rows=(0, 1, 2, 3) if mode == "per_token" else (),
-        )
-        for causal, mode, rest in (
-            (False, "per_token", (mask, None)), (True, "per_tensor", (None, bias)), (True, "per_token", (None, bias))
-        )
-    ]  # fmt: skip
-    k8, k_scale, _ = ops.quantize_activation(k, "per_token", backend="eager")
-    v8, v_scale, _ = ops.quantize_activation(v, "per_token", backend="eager")
-    cache = (k8, k_scale, v8, reference.value_scale(v8, v_scale))
-    lengths = torch.tensor([keys, keys // 2], dtype=torch.int32)
-    beams = torch.tensor([1, 0, 1], dtype=torch.int32)
-    of_beams = torch.randn(3, 2, 1, head_dim, generator=g).to(dtype)
-    for name, operands, causal in (
-        ("its own cache", (q[:, :, :3], *cache, lengths, None, None), True),
-        ("beams", (of_beams, *cache, lengths[[0, 1, 0]], beams, bias[:, :, :1]), False),
-    ):
-        found.append(
-            Sample(
-                f"qattention_decode {name}",
-                lambda backend, *o, causal=causal: ops.qattention_decode(*o, causal, scale, backend=backend),
-                operands, within=step, rows=(0, 5, 6) if name == "beams" else (0, 1, 2, 3, 4, 5),
-            )
-        )  # fmt: skip
-    return found
+    facts = {"softmax_scale": head_dim**-0.5, "clip": 2.5}
+    for causal, mode, mask_or_none, bias_or_none in (
+        (False, "per_token", mask, None), (True, "per_tensor", None, bias), (True, "per_token", None, bias)
+    ):  # fmt: skip
+        operands = {"q": q, "k": k, "v": v, "mask": mask_or_none, "bias": bias_or_none}
+        rows = () if mode == "per_tensor" else ("q", "k", "v", "mask")
+        name, more = f"qattention {mode} causal {causal}", {"causal": causal, "mode": mode}
+        yield Sample(name, "qattention", operands, facts | more, step, rows)
+    cache = {}
+    for name, x in (("k", k), ("v", v)):
+        codes, scale, _ = ops.quantize_activation(x, "per_token", backend="eager")
+        scale = reference.value_scale(codes, scale) if name == "v" else scale
+        cache |= {f"{name}_cache": codes, f"{name}_scale": scale}
+    lengths, rows = torch.tensor([keys, keys // 2], dtype=torch.int32), ("q", "lengths")
+    own = {"q": q[:, :, :3].contiguous(), "lengths": lengths, "source": None, "bias": None}
+    facts |= {"mode": "per_token"}
+    yield Sample("qattention_decode its own cache", "qattention_decode", own | cache, facts | {"causal": True}, step,
+                 (*rows, *cache))  # fmt: skip
+    beams = {"q": torch.randn(3, 2, 1, head_dim, generator=g).to(dtype), "lengths": lengths[[0, 1, 0]],
+             "source": torch.tensor([1, 0, 1], dtype=torch.int32), "bias": bias[:, :, :1].contiguous()}  # fmt: skip
+    yield Sample("qattention_decode beams", "qattention_decode", beams | cache, facts | {"causal": False}, step,
+                 (*rows, "source"))  # fmt: skip
 
 
 def difference(got, want, within: float) -> str | None:

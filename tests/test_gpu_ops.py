@@ -60,7 +60,7 @@ def test_graph_capture_and_replay(name):
         captured = sample.run("triton")
     first = [result.clone() for result in sample.run("triton")]
     for change in (lambda x: x, lambda x: x * 0.5, lambda x: x.flip(0)):
-        for tensor in sample.operands:
+        for tensor in sample.operands.values():
             if tensor is not None and tensor.is_floating_point():
                 tensor.copy_(change(tensor))
         for result in captured:
