@@ -317,6 +317,18 @@ def bench_stage(name: str, call: str, share: float) -> Callable[[Lane, float], d
     return run
 
 
+def stage_tune(lane: Lane, seconds: float) -> dict:
+    """Tiles of BART's layers into DIR/tiles.json, a table to be used and contributed; as many as time reaches."""
+    path = lane.out / "tiles.json"
+    tune = ["tune", "--bits", "4,2", "--tokens", "16,64,256,1024,4096", "--seconds", "0.3", "--out", str(path)]
+    done = lane.call([sys.executable, "-m", "dqkernels", *tune], seconds)
+    sizes = len(record.read(path)["rows"]) if path.is_file() else 0
+    row = ended(done, sizes=sizes)
+    if done.timed_out and sizes:
+        row.update(outcome="passed", reason=f"{sizes} sizes in the time there was; dqkernels tune goes on from there")
+    return row
+
+
 def stages() -> list[Stage]:
     """In order of worth."""
     linear = bench_stage("linear", "run(device='cuda', seconds={seconds}, out=OUT)", 0.7)
@@ -332,6 +344,7 @@ def stages() -> list[Stage]:
         Stage("bench linear", linear, 20, 60),
         Stage("bench kernels", kernels, 20, 60),
         Stage("bench model", model, 30, 60),
+        Stage("tune", stage_tune, 45, 60),
         Stage("device-independent tests", rest, 30, 150),
     ]
 

@@ -396,6 +396,23 @@ def test_bench_rows_become_rows_of_the_lane(tmp_path, monkeypatch, kind):
     assert kept["protocol"] == {kind: {"budget_s": 1.0}}
 
 
+def test_tiles_are_measured_as_far_as_time_reaches(tmp_path, monkeypatch):
+    """A table of fewer sizes is a table; none is a failure."""
+    lane, _ = a_lane(tmp_path)
+    path = tmp_path / "tiles.json"
+
+    def run_it(command):
+        assert command[1:4] == ["-m", "dqkernels", "tune"] and command[-2:] == ["--out", str(path)]
+
+    monkeypatch.setattr(lane, "call", lambda command, s: (run_it(command), gpu_lane.Done(130, True, "..."))[1])
+    assert gpu_lane.stage_tune(lane, 60)["outcome"] == "timed out"
+    record.write(record.new("tiles", settings={}, protocol={}, rows=[{"bits": 4}, {"bits": 2}], threads=1), path)
+    row = gpu_lane.stage_tune(lane, 60)
+    assert (row["outcome"], row["sizes"]) == ("passed", 2) and row["reason"].startswith("2 sizes in the time")
+    monkeypatch.setattr(lane, "call", lambda command, s: gpu_lane.Done(1, False, "no room"))
+    assert gpu_lane.stage_tune(lane, 60)["outcome"] == "failed"
+
+
 def test_worth_comes_first_and_every_stage_can_be_reached():
     assert NAMES[:2] == ["build", "gpu tests"] and NAMES[-1] == "device-independent tests"
     benches = [name for name in NAMES if name.startswith("bench ")]
