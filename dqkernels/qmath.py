@@ -23,12 +23,11 @@ MAX_K = 131_071
 #: Largest magnitude of an integer level, for the overflow bound of group multipliers.
 _MAX_LEVEL = {"absmax": {4: 8, 8: 127}, "mse": {4: 8, 8: 127}, "ternary": {2: 1}, "four_level": {2: 3}}
 
-# Candidate grids of the two searching quantizers, as fractions of the row's maximum (mse) and multiples of its
-# mean magnitude (four_level). The best step of a Gaussian is 1.25 mean magnitudes, of a Laplacian 1.54.
-_MSE_RATIOS = tuple(1.0 - 0.02 * i for i in range(36))
-_FOUR_LEVEL_RATIOS = tuple(0.80 + 0.04 * i for i in range(41))
-#: Elements handled at once by the searching quantizers, to bound their float64 temporaries (16 MiB each).
-_SEARCH_ELEMENTS = 1 << 21
+#: Candidates of the two searching quantizers: fractions 1.00, 0.98 .. 0.30 of the row's maximum (mse), multiples 0.80,
+#: 0.84 .. 2.40 of its mean magnitude (four_level). The best step of a Gaussian is 1.25 means, of a Laplacian 1.54.
+MSE_CANDIDATES, FOUR_LEVEL_CANDIDATES = 36, 41
+#: Elements handled at once by the search: its int32 and int64 temporaries stay in a CPU's cache.
+_SEARCH_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -129,6 +128,9 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
         ternary: TWN. D = 0.7 * mean|w|; q = sign(w) where |w| > D; scale = mean|w| over those.
         four_level: q = clamp(floor(w / s), -2, 1) for the levels (q + 1/2) * s, s by least squared error.
 
+    Means and squared errors are sums of integers (`fixed_unit`, `error_shift`), so they have no order: every backend
+    and every tile finds the same bits.
+
     A row of zeros has codes 0 and scale 0. A row with a NaN or Inf has codes 0 and scale NaN.
 
     Args:
@@ -146,8 +148,8 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
     if layer.group_size != -1:
         return _quantize_groups(weight, layer)
     rows = weight.reshape(1, -1) if layer.granularity == "per_tensor" else weight
-    step = _step(rows, layer)
-    codes = _codes(rows, step, layer).reshape(n, k)
+    step, threshold = _step(rows, layer)
+    codes = _codes(rows, step, layer, threshold).reshape(n, k)
     return QuantizedWeight(codes, _level_scale(step, layer))
 
 
@@ -187,17 +189,47 @@ def fake_quantize(weight: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
     return dequantize_weight(quantize_weight(weight, layer), layer).to(weight.dtype)
 
 
+# Sums of weights are sums of integers: float sums would depend on their order, which no two backends share.
+
+
+def fixed_unit(amax: torch.Tensor) -> torch.Tensor:
+    """The power of two that takes amax (>= 2^-100, finite) to 2^27..2^28: magnitudes times it, cut to integers, add
+    up exactly. One of amax / 16 or more loses nothing, a smaller one less than 2^-27 amax. int64 holds 2^35 of them.
+    """
+    exponent = amax.contiguous().view(torch.int32) >> 23  # biased by 127
+    return ((127 + 127 + 27 - exponent) << 23).view(torch.float32)
+
+
+def error_shift(count: int) -> int:
+    """Low bits dropped from the distances of `count` weights to their levels, so that int64 holds the squares' sum.
+
+    A distance is at most 1.2 * 2^28 units: the levels of four_level reach 2.4 / 2 means, those of mse end at amax. With
+    count < 2^c the sum is below 2^(56.53 - 2 * shift + c), and 2 * shift >= c - 6. Rows and groups share the least
+    shift, 6, which leaves distances 22 bits; only whole matrices need more.
+    """
+    return max(6, (count.bit_length() - 5) // 2)
+
+
+def _mean(total: torch.Tensor, count: int | torch.Tensor, unit: torch.Tensor) -> torch.Tensor:
+    """Of integers in `unit` that add up to `total`: one float64 quotient (the divisor is exact), rounded to fp32."""
+    return (total.double() / (unit.double() * count)).float()
+
+
 def _quantize_groups(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight:
     """Integer multipliers per group inside an fp32 scale per row, so that the sum over K stays an exact int32."""
     n, k = weight.shape
     size = layer.group_size
     whole = k // size * size
-    steps = []
+    parts = []
     if whole:
-        steps.append(_step(weight[:, :whole].reshape(-1, size), layer).reshape(n, whole // size))
+        parts.append(_step(weight[:, :whole].reshape(-1, size), layer))
     if whole < k:
-        steps.append(_step(weight[:, whole:], layer).reshape(n, 1))
-    group_step = torch.cat(steps, dim=1)
+        parts.append(_step(weight[:, whole:], layer))
+    group_step = torch.cat([step.reshape(n, -1) for step, _ in parts], dim=1)
+    threshold = None
+    if layer.quantizer == "ternary":
+        threshold = torch.cat([threshold.reshape(n, -1) for _, threshold in parts], dim=1)
+        threshold = threshold.repeat_interleave(size, dim=1)[:, :k]
     limit = mult_max(layer.bits, layer.quantizer, k)
     largest = group_step.amax(dim=1)
     # amax drops no NaN in torch; a row with one keeps scale NaN and codes 0.
@@ -208,7 +240,7 @@ def _quantize_groups(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeigh
     mult = torch.where(live.unsqueeze(1), mult, 1.0)
     row_step = torch.where(live | row_step.isnan(), row_step, 0.0)
     step = (row_step.unsqueeze(1) * mult).repeat_interleave(size, dim=1)[:, :k]
-    codes = _codes(weight, step, layer, group_size=size)
+    codes = _codes(weight, step, layer, threshold)
     return QuantizedWeight(codes, _level_scale(row_step, layer), mult.to(torch.uint8))
 
 
@@ -217,80 +249,93 @@ def _level_scale(step: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
     return (step * 0.5 if layer.four_level else step).contiguous()
 
 
-def _step(rows: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
-    """Distance of two levels, fp32 [rows]: 0 for rows of zeros, NaN for rows with non-finite values."""
+def _step(rows: torch.Tensor, layer: LayerConfig) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Distance of two levels, fp32 [rows]: 0 for rows of zeros, NaN for rows with non-finite values; and the
+    magnitude that a ternary weight must exceed to count, fp32 [rows] (infinite for those rows), None for other rules.
+    """
     finite = torch.isfinite(rows).all(dim=1)
     rows = torch.where(finite.unsqueeze(1), rows, 0.0)
     amax = rows.abs().amax(dim=1)
     is_zero = amax < ZERO_AMAX
+    threshold = None
     if layer.quantizer == "absmax":
         step = divide_by(amax, float(quant_max(layer.bits, layer.quantizer)))
-    elif layer.quantizer == "mse":
-        step = _search(rows, amax, _MSE_RATIOS, layer)
-        step = divide_by(step, float(quant_max(layer.bits, layer.quantizer)))
-    elif layer.quantizer == "ternary":
-        magnitude = rows.abs()
-        kept = magnitude > _ternary_threshold(magnitude)
-        # float64 sums: their rounding to fp32 then hardly depends on the order of the sum.
-        total = torch.where(kept, magnitude, 0.0).sum(dim=1, dtype=torch.float64)
-        step = (total / kept.sum(dim=1).clamp(min=1)).float()
     else:
-        mean = rows.abs().mean(dim=1, dtype=torch.float64).float()
-        step = _search(rows, mean, _FOUR_LEVEL_RATIOS, layer)
+        amax = torch.where(is_zero, 1.0, amax)
+        unit = fixed_unit(amax)
+        if layer.quantizer == "mse":
+            step = divide_by(_search(rows, amax, unit, layer), float(quant_max(layer.bits, layer.quantizer)))
+        else:
+            magnitude = rows.abs()
+            fixed = (magnitude * unit.unsqueeze(1)).to(torch.int32)  # cut towards zero
+            mean = _mean(fixed.sum(dim=1), rows.shape[1], unit)
+            if layer.quantizer == "ternary":
+                threshold = mean * torch.full_like(mean, 0.7)  # TWN's (paper.md section 1.2)
+                kept = magnitude > threshold.unsqueeze(1)
+                step = _mean(torch.where(kept, fixed, 0).sum(dim=1), kept.sum(dim=1).clamp(min=1), unit)
+                threshold = torch.where(is_zero, float("inf"), threshold)
+            else:
+                # The bound matters to means beyond 2^124 alone: a step and its reciprocal are normal numbers.
+                step = _search(rows, mean, unit, layer).clamp(max=ACT_SCALE_RANGE[1])
     step = torch.where(is_zero, 0.0, step)
-    return torch.where(finite, step, float("nan"))
+    return torch.where(finite, step, float("nan")), threshold
 
 
-def _codes(rows: torch.Tensor, step: torch.Tensor, layer: LayerConfig, group_size: int | None = None) -> torch.Tensor:
-    """int8 codes of `rows` for a step of shape [rows] or of the shape of `rows`."""
-    step = step.unsqueeze(1) if step.dim() == 1 else step
+def _codes(
+    rows: torch.Tensor, step: torch.Tensor, layer: LayerConfig, threshold: torch.Tensor | None = None
+) -> torch.Tensor:
+    """int8 codes of `rows` for a step (and ternary's threshold) of shape [rows] or of the shape of `rows`."""
+    per_row = step.dim() == 1
+    if per_row:
+        step, threshold = step.unsqueeze(1), None if threshold is None else threshold.unsqueeze(1)
     live = step >= ZERO_AMAX / ACT_MAX  # false for 0 and for NaN
     inv = torch.where(live, divide(1.0, torch.where(live, step, 1.0)), 0.0)
     rows = torch.where(live, rows, 0.0)
     if layer.quantizer == "ternary":
-        magnitude = rows.abs()
-        kept = magnitude > _ternary_threshold(magnitude, group_size)
-        return torch.where(kept & live, torch.sign(rows), 0.0).to(torch.int8)
+        return torch.where(rows.abs() > threshold, torch.sign(rows), 0.0).to(torch.int8)
     if layer.quantizer == "four_level":
         return torch.where(live, torch.floor(rows * inv).clamp(-2, 1), 0.0).to(torch.int8)
     largest = quant_max(layer.bits, layer.quantizer)
-    if layer.quantizer == "absmax" and group_size is None:
+    if layer.quantizer == "absmax" and per_row:
         # One rounding less than 1 / (amax / L), and the form of the paper's code: w * (L / amax).
         amax = rows.abs().amax(dim=1, keepdim=True)
         inv = torch.where(live, divide(float(largest), torch.where(live, amax, 1.0)), 0.0)
     return round_half_even((rows * inv).clamp(-largest, largest)).to(torch.int8)
 
 
-def _ternary_threshold(magnitude: torch.Tensor, group_size: int | None = None) -> torch.Tensor:
-    """TWN's 0.7 * mean|w| (paper.md section 1.2) per row, or per group of a row, broadcast to `magnitude`."""
-    if group_size is None:
-        mean = magnitude.mean(dim=1, keepdim=True, dtype=torch.float64).float()
-        return mean * torch.full_like(mean, 0.7)
-    means = [
-        run.mean(dim=1, keepdim=True, dtype=torch.float64).float().expand_as(run)
-        for run in magnitude.split(group_size, dim=1)
-    ]
-    return torch.cat(means, dim=1) * torch.full_like(magnitude, 0.7)
+def _search(rows: torch.Tensor, base: torch.Tensor, unit: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
+    """Per row, the `ratio * base` whose levels have the least squared error (the first such ratio of the grid)."""
+    n, count = rows.shape
+    candidates = FOUR_LEVEL_CANDIDATES if layer.four_level else MSE_CANDIDATES
+    at_once = _SEARCH_ELEMENTS << (3 if rows.is_cuda else 0)  # there launches cost more than memory
+    width = min(count, at_once)
+    height = at_once // width
+    errors = torch.zeros(n, candidates, dtype=torch.int64, device=rows.device)
+    for top in range(0, n, height):
+        part = slice(top, top + height)
+        for left in range(0, count, width):
+            # From here on everything is in units: an exact change of scale, free of overflow and underflow.
+            scaled = rows[part, left : left + width].abs() * unit[part].unsqueeze(1)
+            fixed = scaled.to(torch.int32)
+            for i in range(candidates):
+                candidate = base[part] * unit[part]
+                candidate = (candidate * _ratio(torch.full_like(candidate, i), layer)).unsqueeze(1)
+                distance = (_distance(scaled, fixed, candidate, layer) >> error_shift(count)).long()
+                errors[part, i] += (distance * distance).sum(dim=1)
+    return base * _ratio(errors.argmin(dim=1).float(), layer)  # the first of equals
 
 
-def _search(rows: torch.Tensor, base: torch.Tensor, ratios: tuple[float, ...], layer: LayerConfig) -> torch.Tensor:
-    """Per row, the `ratio * base` with the least squared error (the first such ratio of the grid)."""
-    chunk = max(1, _SEARCH_ELEMENTS // rows.shape[1])
-    parts = [_search_rows(r, b, ratios, layer) for r, b in zip(rows.split(chunk), base.split(chunk), strict=True)]
-    return torch.cat(parts) if parts else base
+def _ratio(i: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
+    """Number i of the grid, correctly rounded."""
+    return divide_by(20 + i, 25.0) if layer.four_level else divide_by(50 - i, 50.0)
 
 
-def _search_rows(rows: torch.Tensor, base: torch.Tensor, ratios: tuple[float, ...], layer: LayerConfig) -> torch.Tensor:
-    divisor = 1.0 if layer.four_level else float(quant_max(layer.bits, layer.quantizer))
-    best = base
-    least = torch.full_like(base, float("inf"), dtype=torch.float64)
-    for ratio in ratios:
-        candidate = base * torch.full_like(base, ratio)
-        step = divide_by(candidate, divisor)
-        code = _codes(rows, step, layer)
-        level = code.float() + 0.5 if layer.four_level else code.float()
-        error = (rows - level * step.unsqueeze(1)).square().sum(dim=1, dtype=torch.float64)
-        better = error < least
-        least = torch.where(better, error, least)
-        best = torch.where(better, candidate, best)
-    return best
+def _distance(scaled: torch.Tensor, fixed: torch.Tensor, candidate: torch.Tensor, layer: LayerConfig) -> torch.Tensor:
+    """int32, from magnitudes (fp32, and cut to int32) to the nearest level of a candidate, all in units."""
+    if layer.four_level:
+        half = (candidate * 0.5).to(torch.int32)
+        return torch.minimum((fixed - half).abs_(), (fixed - 3 * half).abs_())
+    largest = float(quant_max(layer.bits, layer.quantizer))
+    step = divide_by(candidate, largest)
+    code = round_half_even((scaled * divide(1.0, step)).clamp(max=largest))
+    return fixed - code.to(torch.int32) * step.to(torch.int32)

@@ -212,17 +212,7 @@ def absmax(w: np.ndarray, bits: int, per_tensor: bool) -> tuple[np.ndarray, np.n
 
 def ternary(w: np.ndarray, per_tensor: bool) -> tuple[np.ndarray, np.ndarray]:
     """TWN: D = 0.7 * mean|w|, codes sign(w) where |w| > D (strictly), scale = mean|w| over those."""
-    rows = w.reshape(1, -1) if per_tensor else w
-    codes, scales = np.zeros(rows.shape, np.int64), np.zeros(len(rows), F32)
-    for i, row in enumerate(rows):
-        magnitude = np.abs(row)
-        if magnitude.max() < ZERO_AMAX:
-            continue
-        threshold = F32(_mean(magnitude)) * F32(0.7)
-        kept = magnitude > threshold
-        codes[i] = np.where(kept, np.sign(row), 0)
-        scales[i] = F32(_mean(magnitude[kept]))
-    return codes.reshape(w.shape), scales
+    return quantize_weight(w, 2, "ternary", "per_tensor" if per_tensor else "per_channel")[:2]
 
 
 def four_level_codes(row: np.ndarray, step: F32) -> np.ndarray:
@@ -233,6 +223,114 @@ def four_level_codes(row: np.ndarray, step: F32) -> np.ndarray:
 def squared_error(row: np.ndarray, level: np.ndarray, step: float) -> float:
     """Sum of squared errors of `level * step`, in float64."""
     return float(((row.astype(np.float64) - level.astype(np.float64) * float(step)) ** 2).sum())
+
+
+def _fixed(values: np.ndarray, exponent: int) -> np.ndarray:
+    """Magnitudes times 2^exponent, cut to integers: by Python's ldexp and int, which round nothing and cut to zero."""
+    return np.array([int(math.ldexp(abs(float(v)), exponent)) for v in values], np.int64)
+
+
+def _fixed_mean(fixed: np.ndarray, exponent: int) -> np.float32:
+    total = sum(int(v) for v in fixed)  # Python's integers have no width
+    assert total < 2**63
+    return F32(total / (len(fixed) * 2.0**exponent))  # one float64 quotient, then one rounding
+
+
+def error_shift(count: int) -> int:
+    """The least shift, and at least 6, for which `count` squares of (1.2 * 2^28 / 2^shift) stay below 2^63, by powers
+    of two: 2 * (28.27 - shift) + bit_length(count) < 63."""
+    return max(6, math.ceil((count.bit_length() - 6) / 2))
+
+
+def _search_errors(row: np.ndarray, base: F32, ratios: list[float], exponent: int, bits: int) -> list[int]:
+    """Of each candidate ratio * base: the squared distances to its nearest levels, in units of 2^-exponent."""
+    fixed, unit, shift = _fixed(row, exponent), F32(2.0**exponent), error_shift(len(row))
+    errors = []
+    for ratio in ratios:
+        candidate = F32(base * unit) * F32(ratio)
+        if bits == 2:
+            half = int(candidate * F32(0.5))
+            distance = np.minimum(np.abs(fixed - half), np.abs(fixed - 3 * half))
+        else:
+            largest = F32({4: 7, 8: 127}[bits])
+            step = candidate / largest
+            code = np.rint(np.minimum(np.abs(row) * unit * (F32(1) / step), largest))
+            distance = fixed - code.astype(np.int64) * int(step)
+        errors.append(sum(int(d) ** 2 for d in distance >> shift))
+    assert max(errors) < 2**63
+    return errors
+
+
+def weight_step(row: np.ndarray, bits: int, quantizer: str) -> tuple[np.float32, np.float32]:
+    """Distance of two levels for one row, group or matrix of float32, and the magnitude that ternary must exceed."""
+    if not np.isfinite(row).all():
+        return F32(np.nan), F32(np.inf)
+    amax = np.abs(row).max()
+    if amax < ZERO_AMAX:
+        return F32(0), F32(np.inf)
+    exponent = 28 - math.frexp(float(amax))[1]  # amax * 2^exponent is in [2^27, 2^28)
+    largest = F32({2: 1, 4: 7, 8: 127}[bits])
+    if quantizer == "absmax":
+        return amax / largest, F32(np.inf)
+    if quantizer == "mse":
+        ratios = [1.0 - 0.02 * i for i in range(36)]
+        errors = _search_errors(row, amax, ratios, exponent, bits)
+        return amax * F32(ratios[errors.index(min(errors))]) / largest, F32(np.inf)
+    fixed = _fixed(row, exponent)
+    mean = _fixed_mean(fixed, exponent)
+    if quantizer == "ternary":
+        threshold = mean * F32(0.7)
+        return _fixed_mean(fixed[np.abs(row) > threshold], exponent), threshold
+    ratios = [0.80 + 0.04 * i for i in range(41)]
+    errors = _search_errors(row, mean, ratios, exponent, bits)
+    with np.errstate(over="ignore"):
+        return min(mean * F32(ratios[errors.index(min(errors))]), F32(2.0**126)), F32(np.inf)
+
+
+def weight_codes(w: np.ndarray, step: F32, threshold: F32, bits: int, quantizer: str, amax: F32 | None) -> np.ndarray:
+    """int64 codes of one row or group; `amax` where absmax divides by it rather than by the step."""
+    if not step >= F32(2.0**-100 / 127):
+        return np.zeros(w.shape, np.int64)
+    if quantizer == "ternary":
+        return np.where(np.abs(w) > threshold, np.sign(w), 0).astype(np.int64)
+    if quantizer == "four_level":
+        return four_level_codes(w, step)
+    largest = F32({4: 7, 8: 127}[bits])
+    inv = F32(1) / step if amax is None else largest / amax
+    return np.rint(np.clip(w * inv, -largest, largest)).astype(np.int64)
+
+
+def quantize_weight(
+    w: np.ndarray, bits: int, quantizer: str, granularity: str = "per_channel", group_size: int = -1, clip=None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
+    """codes int64 [N, K], scale float32 [N] or [1], multipliers uint8 [N, groups] or None, by any rule."""
+    assert w.dtype == F32
+    n, k = w.shape
+    if clip is not None:
+        w = np.where(np.isfinite(w), np.clip(w, -F32(clip), F32(clip)), w)
+    half = F32(0.5 if quantizer == "four_level" else 1)
+    if group_size == -1:
+        rows = w.reshape(1, -1) if granularity == "per_tensor" else w
+        codes, scale = np.zeros(rows.shape, np.int64), np.zeros(len(rows), F32)
+        for i, row in enumerate(rows):
+            step, threshold = weight_step(row, bits, quantizer)
+            amax = np.abs(row).max() if quantizer == "absmax" else None
+            codes[i] = weight_codes(row, step, threshold, bits, quantizer, amax)
+            scale[i] = step * half
+        return codes.reshape(n, k), scale, None
+    limit = F32(mult_max(bits, quantizer == "four_level", k))
+    groups = [slice(start, min(start + group_size, k)) for start in range(0, k, group_size)]
+    codes, scale, mult = np.zeros((n, k), np.int64), np.zeros(n, F32), np.ones((n, len(groups)), np.uint8)
+    for i, row in enumerate(w):
+        steps = [weight_step(row[group], bits, quantizer) for group in groups]
+        row_step = np.max([step for step, _ in steps]) / limit  # numpy's maximum keeps a NaN
+        scale[i] = np.nan if np.isnan(row_step) else row_step * half if row_step >= ZERO_AMAX else 0
+        if not row_step >= ZERO_AMAX:
+            continue
+        for j, (group, (step, threshold)) in enumerate(zip(groups, steps, strict=True)):
+            mult[i, j] = np.clip(np.rint(step / row_step), 1, limit)
+            codes[i, group] = weight_codes(row[group], row_step * F32(mult[i, j]), threshold, bits, quantizer, None)
+    return codes, scale, mult
 
 
 def dequantize(

@@ -1,5 +1,7 @@
 """The quantizers against the numpy oracle: activations, weights, groups, and the rows nobody thinks of."""
 
+import math
+
 import grids
 import numpy as np
 import oracle
@@ -246,6 +248,125 @@ LAYERS = [
 layer_ids = [f"w{layer.bits}-{layer.quantizer}-{layer.granularity}-g{layer.group_size}" for layer in LAYERS]
 
 
+def check_weight(w, layer):
+    """codes, scale and multipliers of the oracle, bit by bit."""
+    got = qmath.quantize_weight(w, layer)
+    codes, scale, mult = oracle.quantize_weight(
+        w.float().numpy(), layer.bits, layer.quantizer, layer.granularity, layer.group_size, layer.weight_clip
+    )
+    assert_equal(got.scale, scale, "scale", may_be_zero=True)
+    assert_equal(got.codes, codes, "codes", may_be_zero=True)
+    assert (got.group_mult is None) == (mult is None)
+    if mult is not None:
+        assert_equal(got.group_mult, mult, "multipliers")
+    return got
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=layer_ids)
+@pytest.mark.parametrize("n, k", [(1, 1), (3, 31), (5, 129), (2, 300)])
+def test_every_rule_equals_the_oracle(n, k, layer):
+    for clip, dtype in ((None, torch.float32), (0.7, torch.bfloat16)):
+        choice = LayerConfig(layer.bits, layer.quantizer, layer.granularity, layer.group_size, weight_clip=clip)
+        assert check_weight(weights(n, k, seed=k).to(dtype), choice).scale.any()
+
+
+def special_rows(k=70):
+    """Tiny, huge, tied, lopsided and constant rows; the smallest and largest amax that count; zero groups."""
+    w = torch.randn(11, k)
+    w[1] = w[1].sign() * 3.4e38
+    w[2] *= 2.0**-98
+    w[3] = 2.0**-100
+    w[4] = 0.0
+    w[4, 3] = -1.0
+    w[5, 40:] *= 2.0**-30
+    w[6] = torch.arange(k) % 15 - 7.5
+    w[7] = torch.where(torch.rand(k) < 0.5, 1.0, -1.0)
+    w[8] = w[8].sign() * 2.0**-128
+    w[9, :32] *= 2.0**-110
+    w[9, 32] = 0.0
+    w[10] = torch.rand(k) * 3e38
+    return w
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=layer_ids)
+def test_special_rows_equal_the_oracle(layer):
+    w = special_rows()
+    check_weight(w, layer)
+    for row in range(len(w)):
+        got = check_weight(w[row : row + 1], layer)
+        # Rows 2 and 3: alive, but the part of them that multipliers count in is below 2^-100.
+        zero = row == 8 or (row in (2, 3) and layer.group_size != -1)
+        assert got.scale.isfinite().all() and bool(got.scale.any()) != zero
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=layer_ids)
+def test_the_order_of_the_weights_does_not_count(layer):
+    """Sums have no order: columns that change places (within their group) take their codes along, and that is all."""
+    w = weights(3, 4096) * torch.exp(2 * torch.randn(3, 4096))
+    first = qmath.quantize_weight(w, layer)
+    size = 4096 if layer.group_size == -1 else layer.group_size
+    for _ in range(5):
+        order = torch.cat([start + torch.randperm(size) for start in range(0, 4096, size)])
+        moved = qmath.quantize_weight(w[:, order], layer)
+        assert torch.equal(moved.scale, first.scale) and torch.equal(moved.codes, first.codes[:, order])
+        if size < 4096:
+            assert torch.equal(moved.group_mult, first.group_mult)
+
+
+@pytest.mark.parametrize("layer", LAYERS, ids=layer_ids)
+@pytest.mark.parametrize("power", [-90, -40, 30, 120])
+def test_powers_of_two_change_the_scale_alone(layer, power):
+    w = weights(4, 130)
+    first, scaled = qmath.quantize_weight(w, layer), qmath.quantize_weight(w * 2.0**power, layer)
+    assert torch.equal(scaled.codes, first.codes) and torch.equal(scaled.scale, first.scale * 2.0**power)
+
+
+def test_fixed_point_fits():
+    """amax of any exponent becomes 2^27..2^28; the sums below int64's limit for every count up to 2^32."""
+    for exponent in range(-100, 128):
+        for mantissa in (1.0, 1.9999999):
+            amax = torch.tensor([mantissa * 2.0**exponent])
+            unit = qmath.fixed_unit(amax)
+            assert math.frexp(unit.item())[0] == 0.5 and 2**27 <= float(amax * unit) < 2**28
+    for count in [2**power + d for power in range(33) for d in (-1, 0, 1)][1:]:
+        shift = qmath.error_shift(count)
+        assert shift == oracle.error_shift(count)
+        assert (int(1.2 * 2**28) >> shift) ** 2 * count < 2**63 and 2**28 * count < 2**63
+        assert shift == 6 or (int(1.2 * 2**28) >> (shift - 1)) ** 2 * 2 ** count.bit_length() >= 2**63
+
+
+@pytest.mark.parametrize("quantizer, bits", [("ternary", 2), ("four_level", 2), ("mse", 4), ("mse", 8)])
+def test_the_largest_sums(quantizer, bits):
+    """K at its limit with every weight at amax, and a matrix long enough for a larger shift: no sum wraps."""
+    w = torch.full((1, qmath.MAX_K), -1.9999999)
+    w[0, ::3] = 1.0
+    check_weight(w, LayerConfig(bits, quantizer))
+    assert qmath.error_shift(9 * qmath.MAX_K) > 6
+    whole = w.expand(9, -1)
+    got = qmath.quantize_weight(whole, LayerConfig(bits, quantizer, "per_tensor"))
+    row = qmath.quantize_weight(w, LayerConfig(bits, quantizer))
+    assert torch.equal(got.scale, row.scale) and torch.equal(got.codes, row.codes.expand(9, -1))
+
+
+def test_means_are_exact_to_the_last_bits():
+    """Cut magnitudes leave a mean short by less than 2^-27 amax; here by at most a last digit."""
+    w = weights(200, 768)
+    got = qmath.quantize_weight(w, LayerConfig(2, "ternary"))
+    ulps = 0
+    for row, codes, scale in zip(w.numpy(), got.codes.numpy(), got.scale.numpy(), strict=True):
+        exact = oracle._mean(np.abs(row)[codes != 0])
+        assert abs(scale - exact) <= 2.0**-27 * np.abs(row).max() + np.spacing(scale) / 2
+        ulps = max(ulps, abs(float(scale) - float(np.float32(exact))) / float(np.spacing(scale)))
+    assert ulps <= 1
+
+
+def test_a_group_of_zeros_is_zero_in_ternary():
+    w = torch.randn(2, 64)
+    w[0, :32] = 2.0**-110
+    got = qmath.quantize_weight(w, LayerConfig(2, "ternary", group_size=32))
+    assert (got.codes[0, :32] == 0).all() and got.codes[0, 32:].any()
+
+
 @pytest.mark.parametrize("layer", LAYERS, ids=layer_ids)
 def test_zero_rows_and_bad_rows(layer):
     w = weights(5, 70)
@@ -366,9 +487,10 @@ def test_the_search_does_not_depend_on_its_chunks(quantizer, bits, monkeypatch):
     w = weights(9, 50)
     layer = LayerConfig(bits, quantizer)
     whole = qmath.quantize_weight(w, layer)
-    monkeypatch.setattr(qmath, "_SEARCH_ELEMENTS", 100)  # two rows at a time
-    parts = qmath.quantize_weight(w, layer)
-    assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.scale, parts.scale)
+    for elements in (100, 17):  # two rows at a time; parts of a row
+        monkeypatch.setattr(qmath, "_SEARCH_ELEMENTS", elements)
+        parts = qmath.quantize_weight(w, layer)
+        assert torch.equal(whole.codes, parts.codes) and torch.equal(whole.scale, parts.scale)
 
 
 def test_quantizing_leaves_the_weight_alone():
