@@ -220,16 +220,14 @@ def _quantize_groups(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeigh
     n, k = weight.shape
     size = layer.group_size
     whole = k // size * size
-    parts = []
-    if whole:
-        parts.append(_step(weight[:, :whole].reshape(-1, size), layer))
-    if whole < k:
-        parts.append(_step(weight[:, whole:], layer))
-    group_step = torch.cat([step.reshape(n, -1) for step, _ in parts], dim=1)
-    threshold = None
-    if layer.quantizer == "ternary":
-        threshold = torch.cat([threshold.reshape(n, -1) for _, threshold in parts], dim=1)
-        threshold = threshold.repeat_interleave(size, dim=1)[:, :k]
+    steps, thresholds = [], []
+    for part, groups in ((weight[:, :whole].reshape(-1, size), whole // size), (weight[:, whole:], 1)):
+        if part.shape[1] and groups:
+            step, threshold = _step(part, layer)
+            steps.append(step.reshape(n, groups))
+            thresholds += [] if threshold is None else [threshold.reshape(n, groups)]
+    group_step = torch.cat(steps, dim=1)
+    threshold = torch.cat(thresholds, dim=1).repeat_interleave(size, dim=1)[:, :k] if thresholds else None
     limit = mult_max(layer.bits, layer.quantizer, k)
     largest = group_step.amax(dim=1)
     # amax drops no NaN in torch; a row with one keeps scale NaN and codes 0.

@@ -360,6 +360,14 @@ def test_means_are_exact_to_the_last_bits():
     assert ulps <= 1
 
 
+@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.granularity == "per_channel"], ids=str)
+def test_a_matrix_without_rows(layer):
+    got = qmath.quantize_weight(torch.empty(0, 70), layer)
+    assert got.codes.shape == (0, 70) and got.scale.shape == (0,)
+    if layer.group_size != -1:
+        assert got.group_mult.shape == (0, -(-70 // layer.group_size))
+
+
 def test_a_group_of_zeros_is_zero_in_ternary():
     w = torch.randn(2, 64)
     w[0, :32] = 2.0**-110

@@ -10,6 +10,11 @@ import pytest
 from test_triton_compile import compile_all, each, report
 
 REGISTERS = 128  # two blocks of 8 warps on a multiprocessor
+SUM_REGISTERS = 80  # of the weight rules that sum: four warps each, six blocks on a multiprocessor
+# The weight rules that sum: their kernels, and the means that each takes.
+SUMS = {"rule", "steps", "codes", "total", "parts", "tensor"}
+MEANS = {kind: {"ternary": 2, "four_level": 1} for kind in ("rule", "steps", "tensor")}
+MEANS["parts"] = {"ternary": 1, "four_level": 1}
 # kind: IEEE quotients of one launch per mode; LayerNorm has mean, rest, variance and 1 / sqrt besides scale and inv.
 QUOTIENTS = {
     "layernorm": {"per_token": 6, "static": 5, "per_tensor": 4},
@@ -27,7 +32,9 @@ def test_nothing_spills(kernels):
         [
             f"{name}: {found}"
             for name, found in kernels.items()
-            if found["spills"] or found["stack"] or found["registers"] > REGISTERS
+            if found["spills"]
+            or found["stack"]
+            or found["registers"] > (SUM_REGISTERS if name.split()[1] in SUMS else REGISTERS)
         ]
     )
 
@@ -70,9 +77,36 @@ def test_quotients_are_ieee(kernels):
     report(failures)
 
 
+def test_means_are_ieee_quotients_in_float64(kernels):
+    """div.rn.f64, once per mean: ternary takes two, mse none. In `steps` a thread has the means of several groups."""
+    failures = []
+    for name, found in kernels.items():
+        kind, quantizer = name.split()[1:3]
+        means = MEANS[kind].get(quantizer, 0) if kind in MEANS else 0
+        if found["ptx_div_f64"] < means if kind == "steps" and means else found["ptx_div_f64"] != means:
+            failures.append(f"{name}: {found['ptx_div_f64']} float64 quotients, not {means}")
+    report(failures)
+
+
+def test_sums_of_a_matrix_are_integer_atomics(kernels):
+    """One 64-bit integer atomic per launch that sums, and no other kernel of the weight rules has any."""
+    failures = []
+    for name, found in kernels.items():
+        if name.split()[1] in SUMS:
+            wanted = {"add.u64": 1} if name.split()[1] in ("total", "parts") else {}
+            if found["ptx_atomics"] != wanted:
+                failures.append(f"{name}: {found['ptx_atomics']}")
+    report(failures)
+
+
 def test_rounding_is_by_the_magic_number(kernels):
     failures = []
     for name, found in kernels.items():
+        kind, quantizer = name.split()[1:3]
+        if kind in SUMS:  # multipliers, and the codes of mse
+            if bool(found["ptx_magic"]) != (kind == "codes" or quantizer == "mse"):
+                failures.append(f"{name}: magic number {found['ptx_magic']} times")
+            continue
         quantizes = name.split()[1] != "gather" and "collects" not in name
         if name.split()[1] == "layernorm" and "per_tensor" in name:
             quantizes = False  # that launch takes the maximum
@@ -91,6 +125,6 @@ def test_aligned_rows_move_16_bytes_at_a_time(kernels):
             failures.append(f"{name}: {found['wide_loads']} wide loads, {found['narrow_loads']} narrow ones")
         if kind in ("gather", "layernorm") and not found["wide_stores"]:
             failures.append(f"{name}: no wide store")
-        if kind != "weight" and found["narrow_stores"]:
+        if kind not in SUMS | {"weight"} and found["narrow_stores"]:
             failures.append(f"{name}: {found['narrow_stores']} narrow stores")
     report(failures)

@@ -7,6 +7,7 @@ import triton_checks_gemm
 import triton_checks_guard
 import triton_checks_packed
 import triton_checks_rows
+import triton_checks_weight
 import triton_grid_ops
 
 FILES = (
@@ -14,6 +15,7 @@ FILES = (
     triton_checks_gemm,
     triton_checks_rows,
     triton_checks_packed,
+    triton_checks_weight,
     triton_checks_attention,
     triton_checks_backward,
     triton_checks_guard,

@@ -148,6 +148,8 @@ def counts(kernel):
         "narrow_stores": sum(bool(re.match(r"STG.*\.[US](8|16)\b", opcode)) for opcode in opcodes),
         "ptx_fma": len(re.findall(r"\bfma\.", ptx)),
         "ptx_div_rn": len(re.findall(r"\bdiv\.rn\.f32", ptx)),
+        "ptx_div_f64": len(re.findall(r"\bdiv\.rn\.f64", ptx)),
+        "ptx_atomics": Counter(re.findall(r"\b(?:atom|red)\.[\w.]*?(add\.\w+|max\.\w+)", ptx)),
         "ptx_div_fast": len(re.findall(r"\bdiv\.(?:full|approx)", ptx)),
         "ptx_ftz": ptx.count(".ftz"),
         "handed_over": handed_over(ptx),

@@ -9,6 +9,7 @@ import sys
 
 from triton_sass import compiled, counts
 
+from dqkernels import qmath
 from dqkernels.kernels import embedding, norm, quantize, weight
 
 _QUANTIZED = {"q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
@@ -76,6 +77,29 @@ def weight_kernel(capability, bits, dtype, k, group_size=-1, per_tensor=False):
     return compiled(weight._absmax_kernel, signature, constants, unaligned, shape["num_warps"], 3, capability)
 
 
+def rule_kernel(capability, which, quantizer, bits, dtype, k, group_size=64):
+    """A kernel of the weight rules that sum: `rule` has a scale per row, `steps` and `codes` are the two of groups,
+    `total`, `parts` and `tensor` those of a whole matrix."""
+    kernel = {
+        "rule": weight._row_kernel,
+        "steps": weight._group_step_kernel,
+        "codes": weight._group_codes_kernel,
+        "total": weight._tensor_total_kernel,
+        "parts": weight._tensor_parts_kernel,
+        "tensor": weight._tensor_codes_kernel,
+    }[which]
+    types = dict.fromkeys(("n", "k", "stride_w", "row_bytes", "groups"), "i32")
+    types |= {"w_ptr": dtype, "q_ptr": "*u8", "mult_ptr": "*u8", "sums_ptr": "*i64", "clip": "fp32"}
+    types |= {"mult_limit": "fp32", "scale_ptr": "*fp32", "step_ptr": "*fp32", "threshold_ptr": "*fp32"}
+    if quantizer != "ternary":
+        del types["threshold_ptr"]
+    shape = weight.launch_shape(k)
+    constants = {"RULE": weight.RULES[quantizer], "BITS": bits, "LEVELS": float(qmath.quant_max(bits, quantizer))}
+    constants |= {"CANDIDATES": weight._CANDIDATES[quantizer], "SHIFT": 6, "GROUP": group_size, "BLOCK": shape["BLOCK"]}
+    signature = {name: types[name] for name in kernel.arg_names if name in types}
+    return compiled(kernel, signature, constants, _FLOATS | {"n", "groups"}, shape["num_warps"], 3, capability)
+
+
 # name: (function, its keywords); the name's first word is the kind of kernel. The first of each kind is compiled for
 # every capability, the rest for sm_80 and sm_90.
 CASES = {
@@ -102,6 +126,31 @@ CASES = {
     "weight W8 bf16 4096": (weight_kernel, {"bits": 8, "dtype": "*bf16", "k": 4096}),
     "weight W4 fp32 4096 groups": (weight_kernel, {"bits": 4, "dtype": "*fp32", "k": 4096, "group_size": 64}),
     "weight W8 fp32 1024 per_tensor": (weight_kernel, {"bits": 8, "dtype": "*fp32", "k": 1024, "per_tensor": True}),
+    **{
+        f"{which} {quantizer} W{bits} {dtype[1:]} {k}": (
+            rule_kernel,
+            {"which": which, "quantizer": quantizer, "bits": bits, "dtype": dtype, "k": k},
+        )
+        for which, quantizer, bits, dtype, k in (
+            ("rule", "four_level", 2, "*fp32", 1024),
+            ("rule", "mse", 4, "*bf16", 4096),
+            ("rule", "mse", 8, "*fp32", 768),
+            ("rule", "ternary", 2, "*fp32", 1024),
+            ("steps", "mse", 4, "*fp32", 1024),
+            ("steps", "four_level", 2, "*bf16", 4096),
+            ("steps", "ternary", 2, "*fp32", 1024),
+            ("codes", "ternary", 2, "*fp32", 1024),
+            ("codes", "four_level", 2, "*fp32", 4096),
+            ("codes", "mse", 4, "*bf16", 1024),
+            ("total", "four_level", 2, "*fp32", 1024),
+            ("parts", "mse", 8, "*fp32", 1024),
+            ("parts", "four_level", 2, "*fp32", 4096),
+            ("parts", "ternary", 2, "*bf16", 1024),
+            ("tensor", "four_level", 2, "*fp32", 1024),
+            ("tensor", "mse", 8, "*fp32", 1024),
+            ("tensor", "ternary", 2, "*fp32", 1024),
+        )
+    },
 }
 
 

@@ -38,14 +38,10 @@ def available(device_type: str) -> tuple[bool, str]:
 _GROUP_SIZES = (-1, 32, 64, 128)
 
 
-def supports(
-    op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, quantizer: str = "absmax", **facts
-) -> str | None:
-    """Everything but weight rules that sum floats, and heads of more than 128."""
+def supports(op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, **facts) -> str | None:
+    """Everything but heads of more than 128."""
     if head_dim > _MAX_HEAD_DIM:
         return f"has no {op} of head_dim={head_dim}, only up to {_MAX_HEAD_DIM}"
-    if op == "quantize_weight" and quantizer != "absmax":
-        return f"has no {quantizer} weight quantizer: its sums would have another order than eager's"
     if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
         return f"has no {op} with group_size={group_size} at {bits} bits, only -1, and 32, 64 or 128 at 2 and 4 bits"
     return None
@@ -229,7 +225,7 @@ def dequantize_weight(qweight, weight_scale, group_mult, *, bits, four_level, gr
 
 
 def quantize_weight(weight, layer):
-    """Float [N, K] by the absmax rule -> packed codes, scale [N] or [1], group multipliers [N, G] or None."""
+    """Float [N, K] by the layer's rule -> packed codes, scale [N] or [1], group multipliers [N, G] or None."""
     return _row_kernels()[2].quantize_weight(weight, layer)
 
 
