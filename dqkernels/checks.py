@@ -161,10 +161,7 @@ def check_attention(
         raise ValueError(f"q, k, v do not fit: {list(q.shape)}, {list(k.shape)}, {list(v.shape)}")
     _check_attention_sizes(q, k.shape[2], mode, clip)
     scores = (*q.shape[:3], k.shape[2])
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise ValueError(f"mask must be bool, True where a key is visible, got {mask.dtype}")
-        check_broadcast("mask", mask, scores)
+    check_mask(mask, scores)
     check_bias(bias, scores)
 
 
@@ -212,6 +209,50 @@ def check_attention_decode(
     check_bias(bias, (*q.shape[:3], capacity))
 
 
+def check_attention_backward(
+    grad: torch.Tensor,
+    q8: torch.Tensor,
+    q_scale: torch.Tensor,
+    k8: torch.Tensor,
+    k_scale: torch.Tensor,
+    v8: torch.Tensor,
+    v_scale: torch.Tensor,
+    mask: torch.Tensor | None,
+    bias: torch.Tensor | None,
+    passed: tuple[torch.Tensor | None, ...],
+    want_bias: bool,
+    out_dtype: torch.dtype,
+) -> None:
+    check_float("grad", grad)
+    if grad.dim() != 4 or q8.shape != grad.shape:
+        raise ValueError(
+            f"grad and q8 must be [batch, heads, queries, head_dim], got {list(grad.shape)} and {list(q8.shape)}"
+        )
+    batch, heads, queries, head_dim = grad.shape
+    for name, codes, scale in (("q", q8, q_scale), ("k", k8, k_scale), ("v", v8, v_scale)):
+        fits = codes.dim() == 4 and (*codes.shape[:2], codes.shape[3]) == (batch, heads, head_dim)
+        if codes.dtype != torch.int8 or not fits:
+            raise ValueError(
+                f"{name}8 must be int8 [{batch}, {heads}, length, {head_dim}], got {codes.dtype} {list(codes.shape)}"
+            )
+        if scale.dtype != torch.float32 or scale.shape != codes.shape[:3]:
+            raise ValueError(
+                f"{name}_scale must be float32 {list(codes.shape[:3])}, got {scale.dtype} {list(scale.shape)}"
+            )
+    if k8.shape != v8.shape:
+        raise ValueError(f"k8 and v8 differ: {list(k8.shape)}, {list(v8.shape)}")
+    keys = k8.shape[2]
+    _check_attention_sizes(grad, keys, "per_token", None)
+    check_mask(mask, (batch, heads, queries, keys))
+    check_bias(bias, (batch, heads, queries, keys))
+    if want_bias and bias is None:
+        raise ValueError("want_bias=True needs the bias whose gradient is wanted, got bias=None")
+    for bits, codes in zip(passed, (q8, k8, v8), strict=True):
+        check_passed(bits, codes.shape[:3].numel(), head_dim)
+    if out_dtype not in FLOAT_DTYPES:
+        raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
+
+
 def _check_attention_sizes(q: torch.Tensor, keys: int, mode: str, clip: float | None) -> None:
     if not 0 < q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be 1..{MAX_HEAD_DIM}, where q . k is exact in fp32, got {q.shape[3]}")
@@ -220,6 +261,13 @@ def _check_attention_sizes(q: torch.Tensor, keys: int, mode: str, clip: float | 
     if mode not in ("per_token", "per_tensor"):
         raise ValueError(f"mode must be 'per_token' or 'per_tensor', got {mode!r}")
     check_clip(clip)
+
+
+def check_mask(mask: torch.Tensor | None, shape: tuple) -> None:
+    if mask is not None:
+        if mask.dtype != torch.bool:
+            raise ValueError(f"mask must be bool, True where a key is visible, got {mask.dtype}")
+        check_broadcast("mask", mask, shape)
 
 
 def check_bias(bias: torch.Tensor | None, shape: tuple) -> None:

@@ -1,8 +1,10 @@
-"""The backward pass: the ops `qlinear_grad_input` and `qlinear_grad_weight`, and the formulas of the ops in `ops`.
+"""The backward pass: the ops `qlinear_grad_input`, `qlinear_grad_weight` and `qattention_backward`, and the formulas of
+the ops in `ops`.
 
 Straight through the quantizers (DQ-BART, section 3; paper.md section 1.5): the gradient of a quantized linear is that
-of the float linear whose weight and input are the dequantized ones, and zero where the activation clip saturated.
-`ops.qlinear` calls the first of them in its backward pass; training calls both. Calls and refusals, no arithmetic.
+of the float linear whose weight and input are the dequantized ones, and zero where the activation clip saturated; of
+attention likewise. `ops.qlinear` calls the first op in its backward pass, `ops.qattention` the third; training calls
+the first two. Calls and refusals, no arithmetic.
 """
 
 from __future__ import annotations
@@ -18,6 +20,9 @@ SCHEMAS = {
     "qlinear_grad_input": "(Tensor grad, Tensor qweight, Tensor weight_scale, Tensor? group_mult, Tensor? passed, "
     f"int bits, bool four_level, int group_size, int in_features, ScalarType out_dtype, {_WHERE}) -> Tensor",
     "qlinear_grad_weight": f"(Tensor grad, Tensor q, Tensor act_scale, ScalarType out_dtype, {_WHERE}) -> Tensor",
+    "qattention_backward": "(Tensor grad, Tensor q8, Tensor q_scale, Tensor k8, Tensor k_scale, Tensor v8, "
+    "Tensor v_scale, Tensor? mask, Tensor? bias, Tensor? q_passed, Tensor? k_passed, Tensor? v_passed, bool causal, "
+    f"float softmax_scale, bool want_bias, ScalarType out_dtype, {_WHERE}) -> (Tensor, Tensor, Tensor, Tensor)",
 }
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema)
@@ -72,6 +77,51 @@ def _grad_weight(grad, q, act_scale, out_dtype, backend="auto", strict=False):
     return choice.module.grad_weight(*rows, act_scale.reshape(-1), out_dtype)
 
 
+def _attention_backward(
+    grad,
+    q8,
+    q_scale,
+    k8,
+    k_scale,
+    v8,
+    v_scale,
+    mask,
+    bias,
+    q_passed,
+    k_passed,
+    v_passed,
+    causal,
+    softmax_scale,
+    want_bias,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    passed = q_passed, k_passed, v_passed
+    checks.check_attention_backward(
+        grad, q8, q_scale, k8, k_scale, v8, v_scale, mask, bias, passed, want_bias, out_dtype
+    )
+    choice = backends.choose("qattention_backward", grad.device.type, backend, strict, head_dim=grad.shape[-1])
+    *grads, grad_bias = choice.module.qattention_backward(
+        grad,
+        q8,
+        q_scale,
+        k8,
+        k_scale,
+        v8,
+        v_scale,
+        mask,
+        bias,
+        *passed,
+        causal=causal,
+        softmax_scale=softmax_scale,
+        want_bias=want_bias,
+        out_dtype=out_dtype,
+    )
+    return *grads, q_scale.new_empty(0) if grad_bias is None else grad_bias
+
+
+_LIB.impl("qattention_backward", _attention_backward, "CompositeExplicitAutograd")
 _LIB.impl("qlinear_grad_input", _grad_input, "CompositeExplicitAutograd")
 _LIB.impl("qlinear_grad_weight", _grad_weight, "CompositeExplicitAutograd")
 
@@ -99,6 +149,31 @@ def _(grad, q, act_scale, out_dtype, backend="auto", strict=False):
     return grad.new_empty((grad.shape[-1], q.shape[-1]), dtype=out_dtype)
 
 
+@torch.library.register_fake("dqkernels::qattention_backward", lib=_LIB)
+def _(
+    grad,
+    q8,
+    q_scale,
+    k8,
+    k_scale,
+    v8,
+    v_scale,
+    mask,
+    bias,
+    q_passed,
+    k_passed,
+    v_passed,
+    causal,
+    softmax_scale,
+    want_bias,
+    out_dtype,
+    backend="auto",
+    strict=False,
+):
+    grads = (x.new_empty(x.shape, dtype=out_dtype) for x in (q8, k8, v8))
+    return *grads, q_scale.new_empty(bias.shape if want_bias else 0)
+
+
 def _no_second_order(name: str):
     def backward(ctx, *grads):
         raise RuntimeError(f"dqkernels::{name} has no gradient: a straight-through estimator is differentiated once")
@@ -114,6 +189,9 @@ for _name in SCHEMAS:
 qlinear_grad_input = torch.ops.dqkernels.qlinear_grad_input.default
 #: grad float [..., N], the forward's int8 q [..., K] and act_scale fp32 [...] -> grad_w [N, K].
 qlinear_grad_weight = torch.ops.dqkernels.qlinear_grad_weight.default
+#: grad of qattention's output, the forward's codes and scales, mask and bias -> dQ, dK, dV in `out_dtype`, d(bias) in
+#: fp32 (or [0] without `want_bias`); see `reference.qattention_backward`.
+qattention_backward = torch.ops.dqkernels.qattention_backward.default
 
 
 # ------------------------------------------------------------------------------------------- formulas of the ops
@@ -156,6 +234,41 @@ def _qlinear_backward(ctx, grad):
     return grad_x, None, None, None, grad_bias, grad_residual, *([None] * 11)
 
 
+def _qattention_context(ctx, inputs, output):
+    """Keeps codes, scales and, with a clip, a bit per element: half of what 16-bit q, k, v take.
+
+    The op quantizes inside; doing it here once more costs what doing it in the backward pass would, with the same bits.
+    """
+    q, k, v, mask, bias, ctx.causal, ctx.softmax_scale, mode, clip, backend, strict = inputs
+    saved, passed = [], []
+    scaled = q.to(torch.float32, copy=True).mul_(ctx.softmax_scale)  # no alias: this runs below autograd
+    for x in (scaled, k, v):
+        saved += torch.ops.dqkernels.quantize_activation(x, mode, clip, False, None, backend, strict)[:2]
+        passed.append(None if clip is None else reference.pack_bits((x.abs() < clip).reshape(-1, x.shape[-1])))
+    saved[5] = reference.value_scale(*saved[4:])
+    ctx.save_for_backward(*saved, mask, bias, *passed)
+    ctx.dtypes = (q.dtype, k.dtype, v.dtype)
+    ctx.where = (backend, strict)
+
+
+def _qattention_backward(ctx, grad):
+    """Recomputes scores and shares from the codes; straight through the quantizers (design section 3)."""
+    bias = ctx.saved_tensors[7]
+    want_bias = bias is not None and ctx.needs_input_grad[4]
+    same = len(set(ctx.dtypes)) == 1
+    *grads, grad_bias = qattention_backward(
+        grad,
+        *ctx.saved_tensors,
+        ctx.causal,
+        ctx.softmax_scale,
+        want_bias,
+        ctx.dtypes[0] if same else torch.float32,
+        *ctx.where,
+    )
+    grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
+    return *grads, None, grad_bias.to(bias.dtype) if want_bias else None, *([None] * 6)
+
+
 def _qembedding_context(ctx, inputs, output):
     ctx.position = None if inputs[4] is None else (inputs[4].shape, inputs[4].dtype)
 
@@ -181,6 +294,7 @@ def register(library: torch.library.Library, names) -> None:
     """Gives every op of `names` its formula, or a refusal in words; `ops` calls this once."""
     formulas = {
         "qlinear": (_qlinear_backward, _qlinear_context),
+        "qattention": (_qattention_backward, _qattention_context),
         "qembedding": (_qembedding_backward, _qembedding_context),
     }
     for name in names:

@@ -11,6 +11,7 @@ so a plane is a contiguous run of K and activations are never permuted. Codes ar
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 BLOCK_K = 128
 BLOCK_N = 16
@@ -91,3 +92,16 @@ def check_packed(qweight: torch.Tensor, n: int, k: int, bits: int) -> None:
 def _check_bits(bits: int) -> None:
     if bits not in (2, 4, 8):
         raise ValueError(f"bits must be 2, 4 or 8, got {bits!r}")
+
+
+def pack_bits(mask: torch.Tensor) -> torch.Tensor:
+    """bool [M, K] -> uint8 [M, ceil(K / 8)]; element k is bit k % 8 of byte k // 8."""
+    m, k = mask.shape
+    bits = F.pad(mask, (0, -k % 8)).reshape(m, -(-k // 8), 8).to(torch.int32)
+    return (bits << torch.arange(8, device=mask.device)).sum(dim=-1).to(torch.uint8)
+
+
+def unpack_bits(packed: torch.Tensor, k: int) -> torch.Tensor:
+    """The inverse of `pack_bits`: bool [M, k]."""
+    bits = packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8, device=packed.device)
+    return (bits & 1).flatten(1)[:, :k].bool()

@@ -12,6 +12,12 @@ import torch
 import torch.nn.functional as F
 
 from dqkernels import packing, qmath
+from dqkernels.packing import pack_bits as pack_bits
+from dqkernels.packing import unpack_bits as unpack_bits
+from dqkernels.reference_attention import qattention as qattention
+from dqkernels.reference_attention import qattention_backward as qattention_backward
+from dqkernels.reference_attention import qattention_decode as qattention_decode
+from dqkernels.reference_attention import value_scale as value_scale
 
 ACTIVATIONS = ("none", "relu", "gelu")
 #: Integers of magnitude up to 2^24 and 2^53 are exact in fp32 and fp64, in any order of summation.
@@ -174,19 +180,6 @@ def dequantize(
     return qmath.dequantize_codes(codes, weight_scale, group_mult, four_level, group_size)
 
 
-def pack_bits(mask: torch.Tensor) -> torch.Tensor:
-    """bool [M, K] -> uint8 [M, ceil(K / 8)]; element k is bit k % 8 of byte k // 8."""
-    m, k = mask.shape
-    bits = F.pad(mask, (0, -k % 8)).reshape(m, -(-k // 8), 8).to(torch.int32)
-    return (bits << torch.arange(8, device=mask.device)).sum(dim=-1).to(torch.uint8)
-
-
-def unpack_bits(packed: torch.Tensor, k: int) -> torch.Tensor:
-    """The inverse of `pack_bits`: bool [M, k]."""
-    bits = packed.to(torch.int32).unsqueeze(-1) >> torch.arange(8, device=packed.device)
-    return (bits & 1).flatten(1)[:, :k].bool()
-
-
 def grad_input(
     grad: torch.Tensor,
     qweight: torch.Tensor,
@@ -295,133 +288,3 @@ def gelu_quantize(
     # On CPU tensors torch has another GELU for strided ones, with other last bits.
     y = F.gelu(x.float().contiguous()).to(x.dtype)
     return qmath.quantize_activation(y, mode, clip, act_scale, want_sum)
-
-
-def qattention(
-    q: torch.Tensor,
-    k: torch.Tensor,
-    v: torch.Tensor,
-    mask: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    causal: bool,
-    softmax_scale: float,
-    mode: str,
-    clip: float | None,
-) -> torch.Tensor:
-    """Attention with int8 Q (after `softmax_scale`), K, V and 8-bit probabilities (design section 3).
-
-    `s_j = float32(q . k_j) * qs * ks_j (+ bias)`, `m = max s` over visible keys,
-    `e_j = round(127 exp(s_j - m))`, `c_j = round(127 exp(s_j - m) min(1, vs_j (1 / vs_max)))`,
-    `out = vs_max * sum(c_j v_j) / sum(e_j)`; both sums int32. `per_tensor` gives every row the same scales. vs_max is
-    taken over the visible rows of V that are not all zero.
-
-    Args:
-        q: [batch, heads, queries, head_dim]; k, v: [batch, heads, keys, head_dim]; fp32, fp16 or bf16.
-        mask: bool, broadcastable to [batch, heads, queries, keys]; True where a key is visible. None: all.
-        bias: float, broadcastable likewise, added to the scores (T5's position bias).
-        causal: query i of `queries` sees keys up to `keys - queries + i`.
-        mode: `per_token` (one scale per token and head) or `per_tensor` (DQ-BART's rule).
-
-    Returns:
-        [batch, heads, queries, head_dim] in q's dtype. A query that sees no key gets zeros.
-    """
-    batch, heads, queries, head_dim = q.shape
-    keys = k.shape[2]
-    q8, q_scale, _ = qmath.quantize_activation(q.float() * softmax_scale, mode, clip)
-    k8, k_scale, _ = qmath.quantize_activation(k, mode, clip)
-    v8, v_scale, _ = qmath.quantize_activation(v, mode, clip)
-    v_scale = value_scale(v8, v_scale)
-    visible = torch.ones(queries, keys, dtype=torch.bool, device=q.device)
-    if causal:
-        visible = visible.tril(keys - queries)
-    if mask is not None:
-        visible = visible & mask
-    return _attend(q8, q_scale, k8, k_scale, v8, v_scale, visible, bias, q.dtype)
-
-
-def value_scale(v8: torch.Tensor, v_scale: torch.Tensor) -> torch.Tensor:
-    """The scales [...] of V's codes [..., head_dim] with 0 for zero rows, as attention and its caches want them.
-
-    The quantizer's 1 would become vs_max and round the other keys' c_j away. A NaN (a row that was not finite) stays.
-    """
-    return torch.where((v8 == 0).all(dim=-1) & v_scale.isfinite(), 0.0, v_scale)
-
-
-def qattention_decode(
-    q: torch.Tensor,
-    k_cache: torch.Tensor,
-    k_scale: torch.Tensor,
-    v_cache: torch.Tensor,
-    v_scale: torch.Tensor,
-    lengths: torch.Tensor,
-    source: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    *,
-    causal: bool,
-    softmax_scale: float,
-    mode: str,
-    clip: float | None,
-) -> torch.Tensor:
-    """`qattention` of a few new queries over K and V that were quantized when they were written to a cache.
-
-    Args:
-        q: [rows, heads, queries, head_dim]; fp32, fp16 or bf16. A row is a sequence or a beam.
-        k_cache, v_cache: int8 [caches, heads, capacity, head_dim], codes of `quantize_activation`.
-        k_scale, v_scale: fp32 [caches, heads, capacity], their scales (`per_tensor`: one number repeated); of V, what
-            `value_scale` makes of them.
-        lengths: int32 [rows], how many keys are visible; what lies behind them is never looked at.
-        source: int32 [rows], the cache that a row reads (beams of one source share one), or None: its own.
-        bias: float, broadcastable to [rows, heads, queries, capacity], or None.
-        causal: query i of `queries` sees keys up to `lengths - queries + i`; else each sees all `lengths` keys.
-        mode: of Q; `per_tensor` takes one scale over all rows.
-
-    Returns:
-        [rows, heads, queries, head_dim] in q's dtype. A query that sees no key gets zeros.
-    """
-    queries, capacity = q.shape[2], k_cache.shape[2]
-    q8, q_scale, _ = qmath.quantize_activation(q.float() * softmax_scale, mode, clip)
-    if source is not None:
-        k_cache, k_scale, v_cache, v_scale = (t[source.long()] for t in (k_cache, k_scale, v_cache, v_scale))
-    last = lengths.reshape(-1, 1, 1, 1).long().expand(-1, 1, queries, 1)
-    if causal:
-        last = last - torch.arange(queries - 1, -1, -1, device=q.device).reshape(queries, 1)
-    visible = torch.arange(capacity, device=q.device) < last
-    return _attend(q8, q_scale, k_cache, k_scale, v_cache, v_scale, visible, bias, q.dtype)
-
-
-def _attend(
-    q8: torch.Tensor,
-    q_scale: torch.Tensor,
-    k8: torch.Tensor,
-    k_scale: torch.Tensor,
-    v8: torch.Tensor,
-    v_scale: torch.Tensor,
-    visible: torch.Tensor,
-    bias: torch.Tensor | None,
-    dtype: torch.dtype,
-) -> torch.Tensor:
-    """The attention formula on codes [batch, heads, tokens, head_dim] and scales [batch, heads, tokens]."""
-    batch, heads, queries, head_dim = q8.shape
-    keys = k8.shape[2]
-    if keys == 0 or q8.numel() == 0:
-        return torch.zeros(q8.shape, dtype=dtype, device=q8.device)
-    # head_dim * 127 * 127 < 2^24 for head_dim <= 1040: fp32 products of codes are exact integers.
-    score = q8.float() @ k8.float().transpose(-1, -2)
-    score = score * q_scale.unsqueeze(-1) * k_scale.unsqueeze(-2)
-    if bias is not None:
-        score = score + bias.float()
-    visible = visible.expand(batch, heads, queries, keys)
-    score = score.masked_fill(~visible, float("-inf"))
-    top = score.amax(dim=-1, keepdim=True)
-    share = torch.exp(score - torch.where(top == float("-inf"), 0.0, top))
-    v_max = torch.where(visible, v_scale.unsqueeze(-2), 0.0).amax(dim=-1, keepdim=True)
-    # One quotient per query; the clamp takes back the ulp by which the product may exceed 1.
-    ratio = (v_scale.unsqueeze(-2) * qmath.divide(1.0, torch.where(v_max > 0, v_max, 1.0))).clamp(max=1.0)
-    e = qmath.round_half_even(qmath.ACT_MAX * share)
-    c = qmath.round_half_even(qmath.ACT_MAX * share * ratio.masked_fill(~visible, 0.0))
-    # float64: up to 127 * 127 * keys, an exact int32.
-    total = c.double() @ v8.double()
-    weight = e.sum(dim=-1, keepdim=True)
-    out = v_max * total.float() / torch.where(weight == 0, 1.0, weight)
-    return out.to(dtype)

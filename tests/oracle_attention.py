@@ -93,3 +93,68 @@ def assert_attention(got, q, qs, k, ks, v, vs, visible, bias, dtype: str, what: 
                 f"{what}, row {at}: off by {error.max()}, {row.flips} flips allow {allowed}"
             )
     return rows, flips
+
+
+# ------------------------------------------------------------------------------------------------ backward
+
+
+class Gradients(NamedTuple):
+    """Of one head, float64: what the straight-through backward pass is without rounding, and how far it may be off.
+
+    dq [queries, D], dk and dv [keys, D], ds [queries, keys]. `slack` [keys, D]: what flips of e and c may do to dv.
+    `magnitude`: sums of the magnitudes of the terms of dq, dk, dv and ds, in their shapes.
+    """
+
+    dq: np.ndarray
+    dk: np.ndarray
+    dv: np.ndarray
+    ds: np.ndarray
+    slack: np.ndarray
+    magnitude: tuple[np.ndarray, ...]
+
+
+def backward(g, q, qs, k, ks, v, vs, seen, bias, softmax_scale: float) -> Gradients:
+    """The gradients of one head (docs/design.md, "Attention, backward"), of finite values.
+
+    Args:
+        g: float64 [queries, D], of the output. q, k, v: int codes; qs, ks, vs: float32 scales, q's with softmax_scale.
+        seen: bool [queries, keys]. bias: float32 [queries, keys] or None.
+    """
+    vs = np.where((v == 0).all(axis=1), F32(0), vs)
+    dots, keys = q @ k.T, k.shape[0]
+    added = np.zeros(dots.shape, F32) if bias is None else bias
+    with np.errstate(all="ignore"):
+        # The codes of the shares are the forward's, so from its fp32 scores.
+        s = np.where(seen, dots.astype(F32) * qs[:, None] * ks[None, :] + added, -np.inf).astype(F32)
+        top = s.max(axis=1, initial=-np.inf, keepdims=True)
+        t = 127.0 * np.exp((s - np.where(top == -np.inf, F32(0), top)).astype(np.float64))
+        v_max = np.where(seen, vs[None, :], F32(0)).max(axis=1, initial=0, keepdims=True).astype(F32)
+        ratio = np.minimum(vs[None, :] * (F32(1) / np.where(v_max > 0, v_max, F32(1))), F32(1))
+        u = np.where(seen, t * ratio.astype(np.float64), 0.0)
+        e, c = np.rint(t), np.rint(u)
+        weight = np.maximum(e.sum(axis=1, keepdims=True), 1.0)
+        factor = np.where(vs > 0, v_max.astype(np.float64) / np.where(vs > 0, vs, 1.0), 1.0) / weight
+        share = np.where(vs > 0, c, e) * factor
+        flip_e, flip_c = (np.abs(x - np.floor(x) - 0.5) <= RELATIVE * x for x in (t, u))
+        off = np.where(vs > 0, flip_c, flip_e) * factor + share * flip_e.sum(axis=1, keepdims=True) / weight
+
+        q64, k64, v64 = (x * scale.astype(np.float64)[:, None] for x, scale in ((q, qs), (k, ks), (v, vs)))
+        s = np.where(seen, q64 @ k64.T + added, -np.inf)
+        top = s.max(axis=1, initial=-np.inf, keepdims=True)
+        p = np.exp(s - np.where(top == -np.inf, 0.0, top))
+        p = p / np.maximum(p.sum(axis=1, keepdims=True), np.finfo(float).tiny)
+    dp = g @ v64.T
+    mean = (p * dp).sum(axis=1, keepdims=True)
+    ds = p * (dp - mean)
+    terms = p * (np.abs(g) @ np.abs(v64).T + (p * (np.abs(g) @ np.abs(v64).T)).sum(axis=1, keepdims=True))
+    # An error of the score is one of p, relatively.
+    terms = terms * (1.0 + np.abs(np.where(np.isfinite(s), s, 0.0)))
+    assert keys == ds.shape[1]
+    return Gradients(
+        softmax_scale * ds @ k64,
+        ds.T @ q64,
+        share.T @ g,
+        ds,
+        off.T @ np.abs(g),
+        (abs(softmax_scale) * terms @ np.abs(k64), terms.T @ np.abs(q64), share.T @ np.abs(g), terms),
+    )

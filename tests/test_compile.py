@@ -9,7 +9,7 @@ from torch import nn
 from transformers import BartConfig
 from transformers.models.bart.modeling_bart import BartEncoderLayer
 
-from dqkernels import DQConfig, quantize_
+from dqkernels import DQConfig, ops, quantize_
 
 # inductor writes C++ on a CPU; where no compiler is, AOT autograd still sees every op.
 BACKEND = "inductor" if shutil.which("g++") or shutil.which("clang++") else "aot_eager"
@@ -65,3 +65,24 @@ def test_gradients_through_a_compiled_layer():
     compiled(x).square().sum().backward()
     model(twin).square().sum().backward()
     assert_same_bits(x.grad, twin.grad)
+
+
+@pytest.mark.parametrize("mode, clip", [("per_token", None), ("per_tensor", 1.5)])
+def test_gradients_through_compiled_attention(mode, clip):
+    """T5's self-attention: one graph, the bits of eager, whether the bias learns or not."""
+
+    def attend(q, k, v, bias):
+        return ops.qattention(q, k, v, None, bias, True, 0.25, mode, clip)
+
+    torch.manual_seed(0)
+    compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
+    shapes = ((2, 3, 5, 16), (2, 3, 7, 16), (2, 3, 7, 16), (1, 3, 5, 7))
+    for learns in (True, False):
+        tensors = [torch.randn(shape, requires_grad=learns or i < 3) for i, shape in enumerate(shapes)]
+        twins = [x.detach().clone().requires_grad_(x.requires_grad) for x in tensors]
+        compiled(*tensors).square().sum().backward()
+        attend(*twins).square().sum().backward()
+        for i, (x, twin) in enumerate(zip(tensors, twins, strict=True)):
+            assert (x.grad is None) == (not x.requires_grad)
+            if x.requires_grad:
+                assert_same_bits(x.grad, twin.grad, f"argument {i}")

@@ -93,6 +93,9 @@ def samples(op):
         yield (q, q, q, None, None, True, 0.35, "per_tensor", 2.5), {}
         empty = k[:, :, :0]
         yield (q, empty, empty, None, None, False, 0.35), {}
+        leaves = [x.clone().requires_grad_() for x in (q, k, k)]
+        yield (*leaves, mask, bias.clone().requires_grad_(), True, 0.35), {}
+        yield (*leaves, None, None, False, 0.35, "per_tensor", 1.0), {}
     elif op == "qattention_decode":
         q = torch.randn(2, 2, 3, 8).transpose(1, 2)
         for source, bias, rest in (
@@ -506,16 +509,13 @@ def test_position_gradient_of_qembedding(shape):
     assert_bounded(position.grad, truth, upstream.sum_to_size(shape), "position")
 
 
-@pytest.mark.parametrize(
-    "op", ["quantize_activation", "gelu_quantize", "layernorm_quantize", "qattention", "qattention_decode"]
-)
+@pytest.mark.parametrize("op", ["quantize_activation", "gelu_quantize", "layernorm_quantize", "qattention_decode"])
 def test_inference_ops_refuse_backward_in_words(op):
     x = torch.randn(1, 2, 3, 4, requires_grad=True)
     arguments = {
         "quantize_activation": (x, "per_token"),
         "gelu_quantize": (x, "per_token"),
         "layernorm_quantize": (x, None, torch.ones(4), None, 1e-5, "per_token"),
-        "qattention": (x, x, x, *ATTENTION),
         "qattention_decode": (
             x,
             *decode_cache(1, 2, 6, 4),

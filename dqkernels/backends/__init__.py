@@ -27,6 +27,7 @@ OPS = (
     "qattention_decode",
     "grad_input",
     "grad_weight",
+    "qattention_backward",
 )
 #: Fastest exact path first, by device type.
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}

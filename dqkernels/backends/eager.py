@@ -17,6 +17,7 @@ quantize_activation = qmath.quantize_activation
 qgemm = reference.qgemm
 grad_input = reference.grad_input
 grad_weight = reference.grad_weight
+qattention_backward = reference.qattention_backward
 
 
 def available(device_type: str) -> tuple[bool, str]:
