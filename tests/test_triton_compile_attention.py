@@ -41,6 +41,24 @@ def test_both_products_run_on_tensor_cores(kernels):
     report(failures)
 
 
+def test_backward_products_run_on_tensor_cores(kernels):
+    """The scores on integer ones for every type of gradient; the float products on those of 16 bits, where it has 16.
+
+    Each warp takes its part: no product is done twice, but in the small tiles of fp32.
+    """
+    failures = []
+    for name, found in each(kernels, "backward"):
+        scores = found["IMMA"] + found["IGMMA"] + found["UTCIMMA"]
+        products = found["HMMA"] + found["HGMMA"] + found["UTCHMMA"]
+        if not scores or (products == 0) != ("fp32" in name.split()):
+            failures.append(f"{name}: {scores} integer and {products} float matrix instructions")
+        if capability(name) == 80 and "64 fp16 key" in name:  # dV, dP, and two parts of dS
+            wanted = 4 * 32 * 32 * 64 // (16 * 8 * 16 * 4)
+            if products != wanted or scores != 32 * 32 * 64 // (16 * 8 * 32 * 4):
+                failures.append(f"{name}: {products} instead of {wanted} float products, {scores} of scores")
+    report(failures)
+
+
 def test_only_row_maxima_and_sums_cross_threads(kernels):
     """Tiles of 64 and more rows: three reductions in two steps for each half and row of a thread, and no others."""
     report(
@@ -58,6 +76,7 @@ def test_nothing_is_contracted(kernels):
         [
             f"{name}: {found}"
             for name, found in kernels.items()
+            if "fp32" not in name.split()  # the products of fp32 gradients are sums of FMAs
             if found["ptx_fma"] or found["FFMA2"] or found["ptx_div_fast"] or not found["ptx_div_rn"]
         ]
     )

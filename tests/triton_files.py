@@ -2,6 +2,7 @@
 
 import triton_checks
 import triton_checks_attention
+import triton_checks_attention_backward
 import triton_checks_backward
 import triton_checks_gemm
 import triton_checks_guard
@@ -17,6 +18,7 @@ FILES = (
     triton_checks_packed,
     triton_checks_weight,
     triton_checks_attention,
+    triton_checks_attention_backward,
     triton_checks_backward,
     triton_checks_guard,
     triton_grid_ops,

@@ -9,7 +9,7 @@ import sys
 
 from triton_sass import compiled, counts
 
-from dqkernels.kernels import attention, attention_decode
+from dqkernels.kernels import attention, attention_backward, attention_decode, tiles
 
 
 def strided(name, kind, rows):
@@ -78,8 +78,56 @@ def quantize_kernel(capability, dim, transpose, per_tensor=False, dtype="*fp16")
     )
 
 
+def backward_kernel(capability, which, dim, dtype, causal=False, mask=None, bias=None, clip=False, tile=None):
+    """`which`: "query" (dQ, and dS where there is a bias per pair) or "key" (dK and dV)."""
+    kernel = {"query": attention_backward._grad_query_kernel, "key": attention_backward._grad_key_kernel}[which]
+    size, pairs = 4 if dtype == "*fp32" else 2, "pairs" in (mask, bias)
+    tile = tile or tiles.attention_grad_tiles(dim, size, pairs)[which == "key"]
+    signature = {"g_ptr": dtype, "stats_ptr": "*fp32"}
+    signature |= dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), "*i8")
+    signature |= dict.fromkeys(("q_scale_ptr", "k_scale_ptr", "v_scale_ptr"), "*fp32")
+    numbers = ("heads", "queries", "keys", "head_dim", "stride_gb", "stride_gh", "stride_gt")
+    signature |= dict.fromkeys(numbers, "i32")
+    if which == "query":
+        signature |= {"out_ptr": dtype, "softmax_scale": "fp32"}
+        signature |= {"passed_ptr": "*u8"} if clip else {}
+        signature |= {"ds_ptr": "*fp32"} if bias == "pairs" else {}
+    else:
+        signature |= {"dk_ptr": dtype, "dv_ptr": dtype}
+        signature |= {"k_passed_ptr": "*u8", "v_passed_ptr": "*u8"} if clip else {}
+    constants = {"CAUSAL": causal, "MASK_ROWS": mask == "pairs", "BIAS_ROWS": bias == "pairs", "DIM": dim,
+                 "BLOCK_M": tile.block_m, "BLOCK_N": tile.block_n, "USE_ASM": True}  # fmt: skip
+    unaligned = {"softmax_scale", "heads", "queries", "keys"}
+    for name, kind, rows in (
+        ("mask_ptr", mask and "*u8", mask == "pairs"),
+        ("bias_ptr", bias and dtype, bias == "pairs"),
+    ):
+        more, fixed = strided(name, kind, rows)
+        signature, constants = signature | more, constants | fixed
+        unaligned |= {stride for stride in more if stride.startswith("stride")}
+    return compiled(kernel, signature, constants, unaligned, tile.num_warps, tile.num_stages, capability)
+
+
 #: (causal, mask, bias): BART's encoder and decoder, T5's decoder, and a mask per pair
 VARIANTS = ((False, "keys", None), (True, None, None), (True, "keys", "pairs"), (False, "pairs", None))
+
+
+#: (dim, gradient's type, variant) of both backward kernels: every tile of the table; elsewhere than on sm_80 and sm_90
+#: the first four.
+BACKWARD = (
+    (64, "*fp16", VARIANTS[2]), (128, "*fp16", VARIANTS[2]), (64, "*fp32", VARIANTS[2]), (64, "*fp16", VARIANTS[3]),
+    (32, "*fp16", VARIANTS[2]), (64, "*fp16", VARIANTS[0]), (64, "*bf16", VARIANTS[1]), (128, "*fp16", VARIANTS[3]),
+    (128, "*fp32", VARIANTS[3]),
+)  # fmt: skip
+
+
+def backward_kernels(capability):
+    """(name, counts) of the two backward kernels, with a clip's mask where there is a mask or bias per pair."""
+    for dim, dtype, (causal, mask, bias) in BACKWARD if capability in (80, 90) else BACKWARD[:4]:
+        for which in ("query", "key"):
+            kernel = backward_kernel(capability, which, dim, dtype, causal, mask, bias, "pairs" in (mask, bias))
+            words = f"{'causal' if causal else 'whole'} mask-{mask} bias-{bias}"
+            yield f"backward sm_{capability} {dim} {dtype[1:]} {which} {words}", {"dim": dim, **counts(kernel)}
 
 
 def every_kernel(capabilities):
@@ -100,6 +148,7 @@ def every_kernel(capabilities):
             for source in (False, True):
                 name = f"decode sm_{capability} {dim} {'beams' if source else 'own'}"
                 yield name, {"dim": dim, **counts(decode_kernel(capability, dim, source, bias=not source))}
+        yield from backward_kernels(capability)
         for transpose in (False, True):
             name = f"tokens sm_{capability} 64 {'transposed' if transpose else 'rows'}"
             yield name, {"dim": 64, **counts(quantize_kernel(capability, 64, transpose, per_tensor=transpose))}

@@ -153,6 +153,15 @@ def qattention_decode(
     )
 
 
+def qattention_backward(grad, q8, q_scale, k8, k_scale, v8, v_scale, mask, bias, q_passed, k_passed, v_passed, **facts):
+    """dQ, dK, dV and d(bias) or None, as `reference.qattention_backward`."""
+    from dqkernels.kernels import attention_backward
+
+    return attention_backward.qattention_backward(
+        grad, q8, q_scale, k8, k_scale, v8, v_scale, mask, bias, q_passed, k_passed, v_passed, **facts
+    )
+
+
 @functools.cache
 def _attention():
     from dqkernels.kernels import attention, attention_decode

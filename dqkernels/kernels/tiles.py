@@ -2,7 +2,7 @@
 
 Nothing here was measured (measured.py reads what was). The tables hold what tests/test_triton_compile.py compiles and
 budgets (spills, byte permutes, shared memory, multiply instructions); `choose` is arithmetic on M, N, K. Neither ever
-changes a result.
+changes a result, but for the last bits of the float sums of attention's backward pass.
 """
 
 from __future__ import annotations
@@ -172,3 +172,31 @@ def attention_tile(queries: int, pairs: bool) -> AttentionTile:
     """
     tile = next(tile for limit, tile in ATTENTION_TILES.items() if queries <= limit)
     return tile._replace(block_n=32) if pairs else tile
+
+
+#: Tiles of the backward pass by the bytes of the gradient's type, then by the padded head_dim: that of the queries'
+#: kernel and that of the keys'. Not by lengths, and not by the mask: the order of float sums shall not depend on them.
+#: Registers decide: 64 keys at a time spill beside a mask or bias per pair, and fp32 has no tensor cores to feed.
+_GRAD_KEYS = AttentionTile(32, 32, 4, 2)
+_GRAD_FP32 = AttentionTile(16, 32, 8, 1)
+ATTENTION_GRAD_TILES = {
+    2: {
+        32: (AttentionTile(64, 32, 4, 2), _GRAD_KEYS),
+        64: (AttentionTile(64, 32, 4, 2), _GRAD_KEYS),
+        128: (AttentionTile(32, 32, 4, 2), AttentionTile(32, 32, 4, 1)),
+    },
+    4: {32: (_GRAD_FP32, _GRAD_FP32), 64: (_GRAD_FP32, _GRAD_FP32), 128: (AttentionTile(16, 16, 8, 1), _GRAD_FP32)},
+}
+
+
+def attention_grad_tiles(dim: int, element_size: int, pairs: bool) -> tuple[AttentionTile, AttentionTile]:
+    """The tiles of the backward pass: of the kernel that gives dQ, and of the one that gives dK and dV.
+
+    `pairs`: the mask or the bias holds a value for each query and key. It decides on the stages, which no sum depends
+    on: without it ptxas aims at three blocks at once, and with a second stage it spills to get there.
+    tests/test_triton_compile_attention.py compiles them and checks that nothing spills.
+    """
+    tiles = ATTENTION_GRAD_TILES[element_size][dim]
+    if pairs or dim > 64:
+        return tiles
+    return tiles[0]._replace(num_stages=1), tiles[1]._replace(num_stages=1)
