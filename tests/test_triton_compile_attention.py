@@ -12,7 +12,7 @@ from test_triton_compile import SHARED_BYTES, capability, compile_all, each, rep
 
 @pytest.fixture(scope="module")
 def kernels():
-    return compile_all(Path(__file__).with_name("triton_sass_attention.py"), 40)
+    return compile_all(Path(__file__).with_name("triton_sass_attention.py"), 100)
 
 
 def test_nothing_spills(kernels):
