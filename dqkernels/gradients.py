@@ -244,7 +244,8 @@ def _qattention_context(ctx, inputs, output):
     scaled = q.to(torch.float32, copy=True).mul_(ctx.softmax_scale)  # no alias: this runs below autograd
     for x in (scaled, k, v):
         saved += torch.ops.dqkernels.quantize_activation(x, mode, clip, False, None, backend, strict)[:2]
-        passed.append(None if clip is None else reference.pack_bits((x.abs() < clip).reshape(-1, x.shape[-1])))
+        keep = None if clip is None else x.abs() < clip
+        passed.append(None if clip is None else reference.pack_bits(keep.reshape(-1, x.shape[-1])))
     saved[5] = reference.value_scale(*saved[4:])
     ctx.save_for_backward(*saved, mask, bias, *passed)
     ctx.dtypes = (q.dtype, k.dtype, v.dtype)
