@@ -17,6 +17,14 @@ import oracle
 import torch
 
 FORMS = ((8, False, -1), (4, False, -1), (4, False, 32), (2, False, -1), (2, True, -1), (2, True, 64))
+WEIGHT_RULES = (
+    (8, "absmax", "per_channel", -1),
+    (4, "absmax", "per_tensor", -1),
+    (4, "absmax", "per_channel", 32),
+    (4, "mse", "per_channel", -1),
+    (2, "ternary", "per_tensor", -1),
+    (2, "four_level", "per_channel", 64),
+)
 MODES = ("per_token", "per_tensor", "static")
 
 
@@ -73,12 +81,16 @@ def samples(m: int, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.fl
     q, steps = torch.randint(-127, 128, (m, k), generator=g, dtype=torch.int8), torch.full((m,), 0.5)
     operands = {"grad": torch.randint(-4, 5, (m, n), generator=g).to(dtype), "q": q, "act_scale": steps}
     found.append(Sample("qlinear_grad_weight", "qlinear_grad_weight", operands, {"out_dtype": torch.float32}))
-    for bits, granularity, group_size in ((8, "per_channel", -1), (4, "per_tensor", -1), (4, "per_channel", 32)):
-        facts = {"bits": bits, "quantizer": "absmax", "granularity": granularity, "group_size": group_size, "clip": 1.5}
-        weight = {"weight": normal(g, dtype, n, k)}
-        found.append(
-            Sample(f"quantize_weight W{bits} {granularity} group{group_size}", "quantize_weight", weight, facts)
-        )
+    for bits, quantizer, granularity, group_size in WEIGHT_RULES:
+        facts = {
+            "bits": bits,
+            "quantizer": quantizer,
+            "granularity": granularity,
+            "group_size": group_size,
+            "clip": 1.5,
+        }
+        name = f"quantize_weight W{bits} {quantizer} {granularity} group{group_size}"
+        found.append(Sample(name, "quantize_weight", {"weight": normal(g, dtype, n, k)}, facts))
     return found
 
 
@@ -149,6 +161,7 @@ def attention_samples(g, queries, keys, size, dtype):
         rows = () if mode == "per_tensor" else ("q", "k", "v", "mask")
         name, more = f"qattention {mode} causal {causal}", {"causal": causal, "mode": mode}
         yield Sample(name, "qattention", operands, facts | more, step, rows)
+    yield attention_backward_sample(g, q, k, v, mask, bias)
     cache = {}
     for name, x in (("k", k), ("v", v)):
         codes, scale, _ = ops.quantize_activation(x, "per_token", backend="eager")
@@ -163,6 +176,20 @@ def attention_samples(g, queries, keys, size, dtype):
              "source": torch.tensor([1, 0, 1], dtype=torch.int32), "bias": bias[:, :, :1].contiguous()}  # fmt: skip
     yield Sample("qattention_decode beams", "qattention_decode", beams | cache, facts | {"causal": False}, step,
                  (*rows, "source"))  # fmt: skip
+
+
+def attention_backward_sample(g, q, k, v, mask, bias):
+    """The same gradients as eager's but for the order of float sums and one step of a share."""
+    from dqkernels import ops, reference
+
+    operands = {"grad": normal(g, q.dtype, *q.shape), "mask": mask, "bias": bias}
+    for name, x in (("q", q * q.shape[-1] ** -0.5), ("k", k), ("v", v)):
+        codes, scale, _ = ops.quantize_activation(x, "per_token", 2.5, backend="eager")
+        scale = reference.value_scale(codes, scale) if name == "v" else scale
+        passed = reference.pack_bits((x.abs() < 2.5).reshape(-1, x.shape[-1]))
+        operands |= {f"{name}8": codes, f"{name}_scale": scale, f"{name}_passed": passed}
+    facts = {"causal": True, "softmax_scale": q.shape[-1] ** -0.5, "want_bias": True, "out_dtype": torch.float32}
+    return Sample("qattention_backward", "qattention_backward", operands, facts, 2.0**-5)
 
 
 def difference(got, want, within: float) -> str | None:

@@ -225,8 +225,12 @@ def run_embedding(case, device):
 
 
 WEIGHT = {
-    "layer": [(8, "per_channel", -1), (4, "per_channel", -1), (8, "per_tensor", -1), (4, "per_tensor", -1),
-              (4, "per_channel", 32), (4, "per_channel", 64), (4, "per_channel", 128)],
+    "layer": [(8, "absmax", "per_channel", -1), (4, "absmax", "per_channel", -1), (8, "absmax", "per_tensor", -1),
+              (4, "absmax", "per_tensor", -1), (4, "absmax", "per_channel", 32), (4, "absmax", "per_channel", 64),
+              (4, "absmax", "per_channel", 128), (8, "mse", "per_channel", -1), (4, "mse", "per_tensor", -1),
+              (4, "mse", "per_channel", 64), (2, "ternary", "per_channel", -1), (2, "ternary", "per_tensor", -1),
+              (2, "ternary", "per_channel", 32), (2, "four_level", "per_channel", -1),
+              (2, "four_level", "per_tensor", -1), (2, "four_level", "per_channel", 128)],
     "n": SIZES,
     "k": [*SIZES, "long"],
     "dtype": [*DTYPES, torch.float64],
@@ -245,10 +249,10 @@ def run_weight(case, device):
     draw = random.Random(case.seed)
     n = size(draw, case.n, 128)
     n, k = (min(n, 3), 4100 + draw.randrange(99)) if case.k == "long" else (n, size(draw, case.k, 512))
-    bits, granularity, group_size = case.layer
+    bits, quantizer, granularity, group_size = case.layer
     w = torch.randn(n, k, generator=torch.Generator().manual_seed(case.seed))
     w = place(spoil(w, case.values, case.seed).to(case.dtype), case.layout, device)
-    layer = LayerConfig(bits, "absmax", granularity, group_size, weight_clip=case.clip)
+    layer = LayerConfig(bits, quantizer, granularity, group_size, weight_clip=case.clip)
     got, want = backend.quantize_weight(w, layer), eager.quantize_weight(w.cpu(), layer)
     for name, mine, theirs in zip(("qweight", "scale", "group_mult"), got, want, strict=True):
         assert (mine is None) == (theirs is None), f"{case}: {name}"
