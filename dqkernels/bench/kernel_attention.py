@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from dqkernels import ops, qmath, reference
+from dqkernels import gradients, ops, qmath, reference
 from dqkernels.bench import proofs
 from dqkernels.bench.kernel_cases import CPU, Case, some_rows
 
@@ -57,8 +57,67 @@ def qattention(case: Case) -> None:
     )
 
 
-# The gradient of qattention has no builder yet: it goes here, beside the backward pass of SDPA, with the
-# bound of its own op. Add it to OPS and to the plans in `kernels`.
+def qattention_backward(case: Case) -> None:
+    """Gradients of q, k, v: [batch, heads, queries, keys, head_dim]; torch's five float products, not fused.
+
+    SDPA's own backward pass cannot be called without its forward, and would be timed with it.
+    """
+    batch, heads, queries, keys, dim = case.shape
+    causal, scale = case.variant == "causal", dim**-0.5
+    counts = (queries, keys, keys, queries)
+    q, k, v, grad = (
+        case.draw(batch, tokens, heads, dim, seed=seed).transpose(1, 2) for seed, tokens in enumerate(counts)
+    )
+    codes = []
+    for x in (q.float() * scale, k, v):
+        codes += qmath.quantize_activation(x, "per_token")[:2]
+    codes[5] = reference.value_scale(codes[4], codes[5])
+    hidden = torch.ones(queries, keys, dtype=torch.bool, device=case.device).tril(keys - queries).logical_not()
+
+    def unfused(grad, q, k, v):
+        score = (q * scale) @ k.mT
+        p = (score.masked_fill(hidden, float("-inf")) if causal else score).softmax(dim=-1)
+        product = grad @ v.mT
+        score = p * (product - (product * p).sum(dim=-1, keepdim=True))
+        return (score @ k) * scale, score.mT @ (q * scale), p.mT @ grad
+
+    def near(found, wanted, bound: float) -> str | None:
+        for name, got, truth in zip(("dQ", "dK", "dV"), found, wanted, strict=True):
+            if got.dtype != case.dtype:
+                return f"{name} is {got.dtype}, wanted {case.dtype}"
+            wrong = proofs.relative(got, truth, bound)
+            if wrong is not None:
+                return f"{name}: {wrong}"
+        return None
+
+    def prove_float(found) -> str | None:
+        # Softmax, dS and the products are rounded to 16 bits one after the other.
+        wanted = unfused(*(x.double() for x in (grad, q, k, v)))
+        return near(found, wanted, 4 * proofs.FLOAT_BOUND[case.dtype])
+
+    def prove(found) -> str | None:
+        facts = {"causal": causal, "softmax_scale": scale, "want_bias": False}
+        wanted = reference.qattention_backward(
+            grad, *codes, *(None,) * 5, **facts, out_dtype=torch.float64, compute_dtype=torch.float64
+        )
+        return near(found[:3], wanted[:3], 4 * proofs.FLOAT_BOUND[case.dtype])
+
+    pairs = queries * keys if not causal else int(hidden.logical_not().sum())
+    work = {"operations": 10 * batch * heads * pairs * dim, "peak_bits": 8 * case.width}
+    moved = batch * heads * dim * case.width * (2 * queries + 2 * keys)  # grad and dQ, dK and dV
+    floats = batch * heads * dim * case.width * (queries + 2 * keys)
+    case.add_torch("unfused", unfused, (grad, q, k, v), moved + floats, prove_float, **work)
+    case.add_ours(
+        "qattention_backward",
+        {"head_dim": dim},
+        lambda grad, *rest: gradients.qattention_backward(
+            grad, *rest[:-1], *(None,) * 5, causal, scale, False, case.dtype, rest[-1]
+        ),
+        (grad, *codes),
+        moved + batch * heads * (dim + 4) * (queries + 2 * keys),
+        prove,
+        **work,
+    )
 
 
 def qattention_decode(case: Case) -> None:

@@ -15,7 +15,7 @@ import torch
 from dqkernels.bench import floors, protocol, record
 from dqkernels.bench import rows as shared
 from dqkernels.bench.candidates import short
-from dqkernels.bench.kernel_attention import qattention, qattention_decode
+from dqkernels.bench.kernel_attention import qattention, qattention_backward, qattention_decode
 from dqkernels.bench.kernel_cases import (
     COPY,
     ROTATION_BYTES,
@@ -42,6 +42,7 @@ OPS: dict[str, tuple[Callable[[Case], None], tuple[str, ...], tuple[str, ...]]] 
     "qembedding": (qembedding, ("tokens", "num_embeddings", "embedding_dim"), WIDTHS),
     "qattention": (qattention, ("batch", "heads", "queries", "keys", "head_dim"), ("", "causal")),
     "qattention_decode": (qattention_decode, ("sequences", "beams", "heads", "keys", "head_dim"), ("",)),
+    "qattention_backward": (qattention_backward, ("batch", "heads", "queries", "keys", "head_dim"), ("", "causal")),
     "qlinear_grad_input": (qlinear_grad_input, ("tokens", "out_features", "in_features"), WIDTHS),
     "qlinear_grad_weight": (qlinear_grad_weight, ("tokens", "out_features", "in_features"), ("",)),
 }
@@ -67,6 +68,7 @@ _GPU: dict[str, tuple] = {
         ((8, 16, 128, 1024, 64), ""),
     ),
     "qattention_decode": tuple(((n, beams, 16, 1024, 64), "") for n in (1, 16) for beams in (1, 4)),
+    "qattention_backward": (((8, 16, 1024, 1024, 64), ""), ((8, 16, 128, 128, 64), "causal")),
     "qlinear_grad_input": _LARGE,
     "qlinear_grad_weight": tuple((shape, "") for shape in _LARGE),
 }
@@ -79,6 +81,7 @@ _CPU: dict[str, tuple] = {
     "qembedding": ((128, 4096, 768),),
     "qattention": (((1, 12, 64, 64, 64), ""), ((1, 12, 64, 64, 64), "causal")),
     "qattention_decode": (((1, 1, 12, 128, 64), ""), ((1, 4, 12, 128, 64), "")),
+    "qattention_backward": (((1, 12, 64, 64, 64), ""),),
     "qlinear_grad_input": ((64, 768, 768),),
     "qlinear_grad_weight": (((64, 768, 768), ""),),
 }
