@@ -3,6 +3,8 @@
 TRITON_INTERPRET must be set before Triton is imported, so each file runs in a subprocess and each check reports here.
 """
 
+import atexit
+import concurrent.futures
 import functools
 import json
 import os
@@ -22,8 +24,7 @@ def subprocess_env(**extra):
     return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", **extra}
 
 
-@functools.cache
-def outcome(path, names):
+def run(path, names):
     """{check: "ok" or its traceback} of one file."""
     done = subprocess.run(
         [sys.executable, path, *names],
@@ -33,8 +34,16 @@ def outcome(path, names):
         timeout=1800,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    print(done.stderr)
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@functools.cache
+def started(files):
+    """A future for each ((path, names), ...): the files run side by side, one per core."""
+    pool = concurrent.futures.ThreadPoolExecutor(max_workers=max(1, min(4, os.cpu_count() or 1)))
+    futures = {path: pool.submit(run, path, names) for path, names in files}
+    atexit.register(pool.shutdown, wait=False, cancel_futures=True)
+    return futures
 
 
 @pytest.mark.parametrize("file, name", [pytest.param(file, name, id=name) for file in FILES for name in file.CHECKS])
@@ -42,9 +51,11 @@ def test_in_the_interpreter(file, name, request):
     pytest.importorskip("triton", reason="triton is not installed")
     # -k asked for some of a file's checks: only these run. A check that faults takes its file's others along.
     asked = [item.callspec.params for item in request.session.items if item.originalname == request.node.originalname]
-    names = tuple(params["name"] for params in asked if params["file"] is file)
-    found = outcome(file.__file__, names)[name]
-    assert found == "ok", found
+    names = {each: tuple(params["name"] for params in asked if params["file"] is each) for each in FILES}
+    files = tuple((each.__file__, chosen) for each, chosen in names.items() if chosen)
+    found, seconds = started(files)[file.__file__].result()
+    print(seconds)
+    assert found[name] == "ok", found[name]
 
 
 def test_import_stays_away_from_triton():
