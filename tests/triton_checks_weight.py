@@ -79,7 +79,7 @@ def weight_grid(device):
 
 @check
 def weight_rules_grid(device):
-    """The rules that sum; shapes around every block edge, clip and float types dealt around (tests/long has them all)."""
+    """The rules that sum; shapes around every block edge, clip and float types dealt around (tests/long has all)."""
     g = torch.Generator().manual_seed(21)
     cases = [*zip(itertools.cycle(((2, 31), (1, 129), (2, 300))), RULES, strict=False)]
     cases += [*itertools.product(((1, 1), (17, 130)), RULES[::8])]
