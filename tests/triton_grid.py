@@ -208,7 +208,8 @@ def run_linear(case, device):
     facts = {"bits": bits, "four_level": four_level, "group_size": group_size, "out_features": n}
     weight = there(pack(codes, bits, "cpu")), there(scale), there(mult), there(bias)
     forced = tile_of(case, device), case.split_k
-    with unittest.mock.patch.object(gemm, "choose", lambda *anything: forced):
+    gemm._plan.cache_clear()  # plans keep the choice of their first call
+    with unittest.mock.patch.object(gemm.measured, "choose", lambda *anything: forced):
         if out_scale is None:
             got = backend.qlinear(
                 placed, *weight, there(residual, case.layout), act_mode=case.mode, act_clip=case.clip,
@@ -221,6 +222,7 @@ def run_linear(case, device):
                 residual=there(residual), out_dtype=torch.int8, group_mult=weight[2],
                 out_scale=torch.tensor([out_scale], device=device), **facts,
             )  # fmt: skip
+    gemm._plan.cache_clear()
     what = f"{m}x{n}x{k} {case}"
     assert got.shape == (m, n) and got.dtype == case.out_dtype, what
     spec = eager.quantize_activation(x, case.mode, case.clip, act_scale, four_level)
