@@ -142,6 +142,10 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
     """
     n, k = weight_shape(weight)
     weight = weight.detach().float()
+    if n == 0:
+        per_tensor, groups = layer.granularity == "per_tensor", -(-k // layer.group_size)
+        mult = None if layer.group_size == -1 else weight.new_empty((0, groups), dtype=torch.uint8)
+        return QuantizedWeight(weight.to(torch.int8), weight.new_zeros(1 if per_tensor else 0), mult)
     if layer.weight_clip is not None:
         # NaN must survive the clamp; Inf must not become a number.
         weight = torch.where(torch.isfinite(weight), weight.clamp(-layer.weight_clip, layer.weight_clip), weight)

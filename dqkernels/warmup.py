@@ -19,8 +19,10 @@ from torch import nn
 from dqkernels import backends, ops
 from dqkernels.nn import PackedModule, QLinear
 
-#: Both sides of every bound at which the choice of tiles changes, up to a batch of long sources.
-TOKENS = (1, 16, 32, 64, 128, 256, 257, 512, 1024, 2048)
+#: Every bucket of the choice of tiles, by rule or measured; from the last one on it does not change.
+TOKENS = (1, 16, 32, 64, 128, 256, 257, 512, 1024, 2048, 4096, 8192)
+#: Outputs of more elements are not made for this: an lm_head at thousands of tokens, which no decoder asks for.
+_MAX_ELEMENTS = 1 << 29
 #: Backends whose kernels are compiled at their first call; the others are compiled with the package or not at all.
 _COMPILING = ("triton",)
 
@@ -64,8 +66,8 @@ def warmup(
 
     Args:
         model: a model after `quantize_`, or loaded packed, on the device that will serve.
-        tokens: numbers of rows to meet: batch times beams in decoding, batch times source length in encoding. More
-            rows than the last take the last one's tile.
+        tokens: numbers of rows to meet: batch times beams in decoding, batch times source length in encoding.
+            The default meets every tile; other numbers meet theirs.
         progress: called with (calls done, calls, what comes next).
 
     Raises:
@@ -87,7 +89,12 @@ def warmup(
         else:
             skipped[name] = skipped.get(name, 0) + 1
     before, start = _variants(), time.perf_counter()
-    calls = [(module, count) for module in kinds.values() for count in tokens]
+    calls = [
+        (module, count)
+        for module in kinds.values()
+        for count in tokens
+        if count * module.weight.shape[0] <= _MAX_ELEMENTS or count == tokens[0]
+    ]
     with torch.inference_mode():
         for done, (module, count) in enumerate(calls):
             if progress is not None:
@@ -95,8 +102,8 @@ def warmup(
             module.forward(_input(module, count))  # forward, not the call: a user's hooks are not for zeros
     if progress is not None:
         progress(len(calls), len(calls), "")
-    if any(module.qweight.is_cuda for module in kinds.values()):
-        torch.cuda.synchronize()  # a launch that failed says so here, not in the first request
+    for device in {module.qweight.device for module in kinds.values() if module.qweight.is_cuda}:
+        torch.cuda.synchronize(device)  # a launch that failed says so here, not in the first request
     return Warmup(_variants() - before, time.perf_counter() - start, len(kinds), tokens, skipped)
 
 

@@ -39,6 +39,7 @@ def h200(monkeypatch, tmp_path):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     facts = types.SimpleNamespace(multi_processor_count=132)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
+    monkeypatch.setattr(measured, "_triton", lambda: "3.6.1")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("DQKERNELS_TILES", raising=False)
     monkeypatch.setattr(measured, "_SHIPPED", tmp_path / "shipped")
@@ -105,8 +106,20 @@ def test_another_gpus_table_is_not_taken(h200, monkeypatch, other):
     assert "other.json was measured on NVIDIA" in measured.in_use(DEVICE)
 
 
+def test_another_tritons_table_is_not_taken(monkeypatch):
+    """What a tile compiles to changes with the compiler; a patch release does not count."""
+    put(measured.user_file("NVIDIA H200"), table(row()))
+    assert choose() == OTHER
+    measured.refresh()
+    monkeypatch.setattr(measured, "_triton", lambda: "3.9.0")
+    assert choose() == RULE
+    assert "was measured with Triton 3.6.0, this is 3.9.0: dqkernels tune once more" in measured.in_use(DEVICE)
+
+
 BAD = {
+    "a capability that is no number": (table(capability="\u00b2.0"), "must name the GPU"),
     "not JSON": (None, "is no table of tiles"),
+    "too deep": (None, "is no table of tiles"),
     "a list": ([], "must be a record of kind 'tiles' and schema_version 1, got 'list'"),
     "another kind": ({**table(), "kind": "linear"}, "got 'linear' and 1"),
     "another version": ({**table(), "schema_version": 2}, "got 'tiles' and 2"),
@@ -132,10 +145,11 @@ BAD = {
 def test_what_a_file_may_not_hold(case, h200, monkeypatch):
     """Refused by name where it was asked for; left aside with a warning where it was found."""
     content, sentence = BAD[case]
+    deep = case == "too deep"
     path = measured.user_file("NVIDIA H200")
     put(path, copy.deepcopy(content))
     if content is None:
-        path.write_text("{")
+        path.write_text("[" * 100_000 if deep else "{")
     with pytest.raises(measured.TableError, match=sentence) as error:
         measured.read(path)
     assert "nvidia-h200.json" in str(error.value) and str(h200) not in str(error.value)

@@ -360,10 +360,13 @@ def test_means_are_exact_to_the_last_bits():
     assert ulps <= 1
 
 
-@pytest.mark.parametrize("layer", [layer for layer in LAYERS if layer.granularity == "per_channel"], ids=str)
+@pytest.mark.parametrize("layer", LAYERS, ids=str)
 def test_a_matrix_without_rows(layer):
     got = qmath.quantize_weight(torch.empty(0, 70), layer)
-    assert got.codes.shape == (0, 70) and got.scale.shape == (0,)
+    assert got.codes.shape == (0, 70) and got.codes.dtype == torch.int8 and got.scale.dtype == torch.float32
+    assert got.scale.tolist() == ([0.0] if layer.granularity == "per_tensor" else [])
+    groups = -(-70 // layer.group_size)
+    assert got.group_mult is None if layer.group_size == -1 else got.group_mult.shape == (0, groups)
     if layer.group_size != -1:
         assert got.group_mult.shape == (0, -(-70 // layer.group_size))
 

@@ -34,6 +34,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(
         record, "environment", lambda threads=None: {**facts_of_record, "gpu": "NVIDIA H200", "triton": "3.6.0"}
     )
+    monkeypatch.setattr(measured, "_triton", lambda: "3.6.0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("DQKERNELS_TILES", raising=False)
     caches = (tune.protocol.cache_bytes, measured.table_of, tiles.family, tiles.multiprocessors)
@@ -45,7 +46,7 @@ def gpu(monkeypatch, tmp_path):
         seen.append(cell)
         tile = tiles.candidates("sm90", cell.bits)[-1]
         return {**cell._asdict(), **tile._asdict(), "split_k": 1, "median_us": 4.25, "rule_us": 5.5, "is_rule": False,
-                "candidates": 9, "refused": []}  # fmt: skip
+                "candidates": 9, "refused": [], "mismatched": []}  # fmt: skip
 
     monkeypatch.setattr(tune, "measure", measure)
     yield seen
@@ -171,13 +172,21 @@ def test_without_a_gpu_it_is_refused(capsys):
     assert captured.out == "" and captured.err.count("\n") == 1 and "none can be used here" in captured.err
     for arguments, sentence in {
         ("bart-base", "--sizes", "64x64"): "give either MODEL or --sizes",
-        ("--sizes", "64"): "--sizes must be NxN with numbers above 0",
+        ("--sizes", "64"): "--sizes must be OUTxIN with numbers above 0",
         ("--bits", "3"): "--bits must be 2, 4 or 8, comma-separated, got '3'",
         ("--group_size", "48"): "--group_size must be -1, 32, 64 or 128, comma-separated, got '48'",
         ("--seconds", "0"): "--seconds must be above 0",
     }.items():
         assert main(["tune", *arguments]) == 2
         assert sentence in capsys.readouterr().err
+
+
+def test_other_bits_fail_the_verb(gpu, capsys, monkeypatch):
+    real = tune.measure
+    monkeypatch.setattr(tune.text, "check_device", torch.device)
+    monkeypatch.setattr(tune, "measure", lambda *given: {**real(*given), "mismatched": ["64x64x128 w4 s3"]})
+    assert main(["tune", "--sizes", "64x64", "--tokens", "1", "--bits", "4", "--device", "cuda"]) == 1
+    assert "a tile gave other bits than the rule's" in capsys.readouterr().err
 
 
 def test_the_verb(gpu, capsys, monkeypatch):
@@ -204,24 +213,28 @@ tune.tiles.candidates = lambda arch, bits, group_size=-1: (
 
 def qgemm(*, tile, **rest):
     y = real(tile=tile, **rest)
-    if tile.block_n == 16:
+    if tile.block_n == 16 or (wrong == "no room" and tile.block_n == 32 and y.dtype == torch.float32):
         raise RuntimeError("out of resource: shared memory")
-    return y + 1 if tile.block_n == 32 and wrong else y
+    bad = wrong == "half" and y.dtype == torch.bfloat16 or wrong == "full" and y.dtype == torch.float32
+    return y + 1 if tile.block_n == 32 and bad else y
 
 gemm.qgemm = qgemm
-for wrong in (False, True):
+for wrong in (None, "half", "full", "no room"):
     print(json.dumps(tune.measure(tune.Cell(4, 64, 3, 40, 256), device, 0.01)))
 """
 
 
 def test_a_cell_is_proven_before_it_is_timed():
-    """With real kernels: other bits or no room for a tile refuse it, with the reason in the row."""
+    """With real kernels: other bits or no room for a tile, in any epilogue, cost it its place, and the row says so."""
     pytest.importorskip("triton", reason="triton is not installed")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    right, wrong = (json.loads(line) for line in done.stdout.splitlines())
-    no_room = "RuntimeError: out of resource: shared memory"
-    assert right["refused"] == [no_room] and (right["block_n"], right["split_k"], right["median_us"]) == (32, 2, 16.0)
-    assert wrong["refused"] == ["RuntimeError: other bits than the rule's tile", no_room] and wrong["block_n"] == 64
-    assert right["candidates"] == wrong["candidates"] + 2
+    right, half, full, no_room = (json.loads(line) for line in done.stdout.splitlines())
+    reason = "RuntimeError: out of resource: shared memory"
+    assert right["refused"] == [reason] and (right["block_n"], right["split_k"], right["median_us"]) == (32, 2, 16.0)
+    bad = ["16x32x128 w2 s4", "16x32x128 w2 s4 /2"]
+    for row in (half, full):
+        assert row["mismatched"] == bad and row["refused"] == [reason] and row["block_n"] == 64
+    assert tune.mismatches({"rows": [right, full]}) == ["W4 g64 3x40x256 with " + ", ".join(bad)]
+    assert not no_room["mismatched"] and no_room["refused"] == [reason] and no_room["block_n"] == 64

@@ -167,12 +167,13 @@ def measure(cell: Cell, device: torch.device, seconds: float) -> dict:
     )
     arguments, copies = _operands(cell, device)
     wanted = gemm.qgemm(**arguments, tile=rule[0], split_k=rule[1])
-    samplers, refused = {}, {}
+    samplers, refused, mismatched = {}, {}, []
     for choice in choices(cell, rule, tiles.family(device)):
         call = functools.partial(gemm.qgemm, tile=choice[0], split_k=choice[1])
         try:
             if not torch.equal(call(**arguments), wanted):
-                raise RuntimeError("other bits than the rule's tile")
+                mismatched.append(describe(choice))
+                continue
             calls = [functools.partial(call, **{**arguments, "qweight": copy}) for copy in copies]
             samplers[choice] = protocol.sampler(calls, device, weight_bytes=copies[0].numel()).sample
         except Exception as error:  # noqa: BLE001 - a tile that does not fit this GPU is refused, the others go on
@@ -183,6 +184,17 @@ def measure(cell: Cell, device: torch.device, seconds: float) -> dict:
     quick = protocol.interleave(samplers, seconds=seconds / 3, max_rounds=5, patience=float("inf"))
     order = sorted(quick.stats, key=lambda choice: quick.stats[choice].median)
     finalists = dict.fromkeys([rule, *order[:_FINALISTS]])
+    # The table serves every epilogue: what is not timed must at least fit this GPU and be right.
+    for other in _other_epilogues(arguments, cell):
+        wanted = gemm.qgemm(**other, tile=rule[0], split_k=rule[1])
+        for choice in [choice for choice in finalists if choice != rule]:
+            try:
+                if not torch.equal(gemm.qgemm(**other, tile=choice[0], split_k=choice[1]), wanted):
+                    mismatched.append(describe(choice))
+                    del finalists[choice]
+            except Exception as error:  # noqa: BLE001 - as above
+                refused[choice] = f"{type(error).__name__}: {error}"
+                del finalists[choice]
     final = protocol.interleave(
         {choice: samplers[choice] for choice in finalists},
         seconds=seconds,
@@ -200,6 +212,7 @@ def measure(cell: Cell, device: torch.device, seconds: float) -> dict:
         "rule_us": final.stats[rule].row("us")["median_us"],
         "is_rule": best == rule,
         "candidates": len(samplers),
+        "mismatched": sorted(set(mismatched)),
         "refused": sorted({record.scrub(reason.splitlines()[0]) for reason in refused.values()}),
     }
 
@@ -213,6 +226,13 @@ def choices(cell: Cell, rule: Choice, arch: str) -> Iterator[Choice]:
         for split in tiles.SPLITS if cell.m <= tiles.SPLIT_M else (1,):
             if split <= -(-cell.k // tile.block_k) and (tile, split) != rule:
                 yield tile, split
+
+
+def describe(choice: Choice) -> str:
+    """`64x128x128 w4 s3 /2`: the tile, its warps and stages, and the splits of K where there are any."""
+    tile, split = choice
+    words = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
+    return words + (f" /{split}" if split > 1 else "")
 
 
 def decide(times: dict[Choice, float], rule: Choice) -> Choice:
@@ -244,6 +264,16 @@ def _operands(cell: Cell, device: torch.device) -> tuple[dict, list[torch.Tensor
         "group_size": cell.group_size,
     }
     return arguments, [qweight, *(qweight.clone() for _ in range(protocol.copies_for(qweight.numel(), device) - 1))]
+
+
+def _other_epilogues(arguments: dict, cell: Cell) -> Iterator[dict]:
+    """The heaviest of the other ones: fp32 with a residual, and four_level with its row sums at 2 bits."""
+    device = arguments["xq"].device
+    residual = torch.ones(cell.m, cell.n, device=device)
+    full = {**arguments, "out_dtype": torch.float32, "bias": arguments["bias"].float(), "residual": residual}
+    yield full
+    if cell.bits == 2:
+        yield {**full, "four_level": True, "row_sum": arguments["xq"].sum(dim=1, dtype=torch.int32)}
 
 
 def _key(cell: Cell) -> measured.Key:
@@ -310,6 +340,15 @@ class _alone:
 # -------------------------------------------------------------------------------------------- table
 
 
+def mismatches(result: dict) -> list[str]:
+    """Tiles that gave other bits than the rule's, with their sizes: a bug of a kernel or of the compiler."""
+    return [
+        f"{Cell(*(row[name] for name in Cell._fields))} with {', '.join(row['mismatched'])}"
+        for row in result["rows"]
+        if row["mismatched"]
+    ]
+
+
 def render(result: dict):
     """A rich table of a record: one line per cell, the tile taken and what it gains over the rule."""
     from rich import box
@@ -328,15 +367,12 @@ def render(result: dict):
     ):
         table.add_column(name, justify=justify, no_wrap=True)
     for row in result["rows"]:
-        tile = (
-            "x".join(str(row[name]) for name in ("block_m", "block_n", "block_k"))
-            + f" w{row['num_warps']} s{row['num_stages']}"
-        )
+        choice = (tiles.Config(*(row[name] for name in tiles.Config._fields)), row["split_k"])
         table.add_row(
             f"{row['m']}x{row['n']}x{row['k']}",
             str(row["bits"]),
             "" if row["group_size"] == -1 else str(row["group_size"]),
-            tile + (f" /{row['split_k']}" if row["split_k"] > 1 else "") + (" (rule)" if row["is_rule"] else ""),
+            describe(choice) + (" (rule)" if row["is_rule"] else ""),
             f"{row['median_us']:.1f}",
             f"{row['rule_us'] / row['median_us']:.2f}",
         )

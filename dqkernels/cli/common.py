@@ -53,11 +53,11 @@ def check_new_file(flag: str, path: str | None, overwrite: bool) -> None:
         raise WrongUsage(f"{flag} {path!r} is there already: give --overwrite to replace it")
 
 
-def numbers(flag: str, text: str, separator: str, count: int) -> tuple[int, ...]:
-    """`1x768x768` as numbers above 0."""
+def numbers(flag: str, text: str, separator: str, count: int, form: str | None = None) -> tuple[int, ...]:
+    """`1x768x768` as numbers above 0; `form` is how the help spells it."""
     parts = text.strip().split(separator)
     if len(parts) != count or not all(part.isascii() and part.isdigit() and int(part) > 0 for part in parts):
-        form = separator.join("N" * count)
+        form = form or separator.join("N" * count)
         raise WrongUsage(f"{flag} must be {form} with numbers above 0, comma-separated, got {text!r}")
     return tuple(map(int, parts))
 

@@ -56,7 +56,7 @@ def tune(
 ) -> None:
     if model is not None and sizes is not None:
         raise common.WrongUsage("give either MODEL or --sizes, not both")
-    pairs = None if sizes is None else [common.numbers("--sizes", part, "x", 2) for part in sizes.split(",")]
+    pairs = None if sizes is None else [common.numbers("--sizes", part, "x", 2, "OUTxIN") for part in sizes.split(",")]
     rows = None if tokens is None else _tokens(tokens)
     widths = common.choices("--bits", bits, (2, 4, 8))
     groups = common.choices("--group_size", group_size, (-1, 32, 64, 128))
@@ -87,6 +87,11 @@ def tune(
     else:
         common.console().print(library.render(result))
     where = out if out is not None else str(library.default_file(place))
+    if wrong := library.mismatches(result):
+        raise common.Failed(
+            f"a tile gave other bits than the rule's, which must never be: {'; '.join(wrong)}. It was not taken; "
+            "please report it with the file"
+        )
     common.say(f"wrote {where}" + ("" if out is None else f"; DQKERNELS_TILES={out} takes it"))
 
 

@@ -280,10 +280,10 @@ def _gemm_kernel(
     """One tile of Y, or with split-K one part of its sum; see `_finish` for the formula."""
     # Programs that run at once share _GROUP_M tiles of X and a few of weights, so that both stay in the L2 cache.
     tile = tl.program_id(0)
-    grid_m = tl.cdiv(m, BLOCK_M)
-    in_group = tile % (_GROUP_M * tl.cdiv(n, BLOCK_N))
-    first_m = tile // (_GROUP_M * tl.cdiv(n, BLOCK_N)) * _GROUP_M
-    group_m = tl.minimum(grid_m - first_m, _GROUP_M)
+    group = _GROUP_M * tl.cdiv(n, BLOCK_N)
+    in_group = tile % group
+    first_m = tile // group * _GROUP_M
+    group_m = tl.minimum(tl.cdiv(m, BLOCK_M) - first_m, _GROUP_M)
     pid_m = first_m + in_group % group_m
     pid_n = in_group // group_m
     rows_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -385,9 +385,7 @@ def qgemm(
         ValueError: where `qweight` or `group_mult` is too small for [N, K], K could overflow the int32 sum, the
             group size does not exist, `row_sum` is missing, or `out_dtype` and `out_scale` do not fit together.
     """
-    m, k = xq.shape
-    n = out_features
-    row_bytes = qweight.shape[1]
+    (m, k), n, row_bytes = xq.shape, out_features, qweight.shape[1]
     if k > _MAX_K:
         raise ValueError(f"in_features must be at most {_MAX_K} for an exact int32 sum, got {k}")
     if qweight.shape[0] < n or row_bytes * 8 < k * bits:
@@ -464,9 +462,8 @@ def _plan(
     """The launch for these facts; they include every type, size and None that the kernel is compiled for."""
     cfg, split = measured.choose(m, n, k, bits, group_size, device)
     cfg, split = tile or cfg, split_k or split
-    # As many splits as have a step to do: 5 steps among 4 are 2, 2, 1.
     steps = max(1, -(-k // cfg.block_k))
-    split = -(-steps // -(-steps // split))
+    split = -(-steps // -(-steps // split))  # as many as have a step to do: 5 steps among 4 are 2, 2, 1
     tiles = count(m, n, cfg)
     launch = _gemm.bind(
         (tiles, split),

@@ -8,6 +8,7 @@ tiles of `tiles.candidates`, and none of them ever changes a bit. Nothing is tim
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import re
@@ -132,9 +133,26 @@ def _find(device: torch.device) -> tuple[Table | None, str]:
             why = f"{path.name} cannot be read"
             continue
         if (table.gpu, table.capability) == (gpu, capability):
-            return table, ""
+            compiler = _triton()
+            if _minor(table.triton) == _minor(compiler):
+                return table, ""
+            why = f"{path.name} was measured with Triton {table.triton}, this is {compiler}: dqkernels tune once more"
+            continue
         why = f"{path.name} was measured on {table.gpu} (sm_{table.capability}), this is {gpu} (sm_{capability})"
     return None, why
+
+
+def _triton() -> str | None:
+    """The installed version; asked for without importing it."""
+    try:
+        return importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _minor(version: str | None) -> list[str] | None:
+    """`3.9` of `3.9.1`: what a tile compiles to, and how fast that is, changes with it."""
+    return None if version is None else version.split(".")[:2]
 
 
 def read(path: str | os.PathLike[str], source: str = "yours") -> Table:
@@ -148,7 +166,7 @@ def read(path: str | os.PathLike[str], source: str = "yours") -> Table:
         if path.stat().st_size > _MAX_BYTES:
             raise TableError(f"{path.name} must be a table of tiles, it has more than {_MAX_BYTES >> 20} MiB")
         record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         if isinstance(error, TableError):
             raise
         raise TableError(f"{path.name} is no table of tiles: {error}") from None
@@ -163,7 +181,8 @@ def read(path: str | os.PathLike[str], source: str = "yours") -> Table:
     if not (isinstance(environment, dict) and isinstance(settings, dict) and isinstance(rows, list)):
         raise TableError(f"{path.name} lacks its environment, settings or rows")
     gpu, capability = environment.get("gpu"), settings.get("compute_capability")
-    if not isinstance(gpu, str) or not isinstance(capability, str):
+    named = isinstance(gpu, str) and isinstance(capability, str) and re.fullmatch(r"[0-9]+\.[0-9]+", capability)
+    if not named or not isinstance(environment.get("triton"), str | None):
         raise TableError(f"{path.name} must name the GPU and its compute_capability, got {gpu!r} and {capability!r}")
     entries = dict(_entry(f"{path.name}, row {index}", row, capability) for index, row in enumerate(rows))
     return Table(source, gpu, capability, environment.get("triton"), entries)
@@ -186,7 +205,7 @@ def _entry(where: str, row: object, capability: str) -> tuple[Key, tuple[tiles.C
         raise TableError(f"{where}: m, n, k must be 1 or more, got {list(sizes)}")
     if (bits, group_size != -1) not in tiles.FORMATS or group_size not in (-1, 32, 64, 128):
         raise TableError(f"{where}: no kernel has bits={bits} with group_size={group_size}")
-    arch = tiles.family_of(int(capability.split(".")[0]) if capability.split(".")[0].isdigit() else 0)
+    arch = tiles.family_of(int(capability.split(".")[0]))
     if tile not in tiles.candidates(arch, bits, group_size):
         raise TableError(f"{where}: {tuple(tile)} is no tile of this release for bits={bits}")
     if split not in tiles.SPLITS or (split > 1 and sizes[0] > tiles.SPLIT_M):

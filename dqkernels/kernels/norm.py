@@ -350,7 +350,7 @@ def gelu_quantize(
     rows = x if x.dim() == 2 else x.reshape(m, k)
     if k > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
-    limit, stride = math.inf if clip is None else float(clip), rows.stride(0)
+    limit, stride = math.inf if clip is None else float(clip), _stride(rows)
     facts = (m, k, stride, x.dtype, x.device)
     with device_of(x):
         amax_bits = None

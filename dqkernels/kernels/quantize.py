@@ -220,7 +220,7 @@ def quantize_rows(
         return q, scale, row_sum
     if k > 1 and rows.stride(1) != 1:
         rows = rows.contiguous()
-    stride = rows.stride(0)
+    stride = rows.stride(0) if m > 1 else k  # of a single row torch may say anything
     with device_of(rows):
         if mode == "per_tensor" and amax_bits is None:
             amax_bits, shape = torch.zeros(1, dtype=torch.int32, device=device), launch_shape(k)
