@@ -21,9 +21,11 @@ def compile_all(tool, least):
     pytest.importorskip("triton", reason="triton is not installed")
     env = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(tool.parents[1]), env.get("PYTHONPATH")]))
+    # CI compiles with the oldest Triton as well, for the three that must not spill there.
+    wanted = os.environ.get("TEST_SASS_ARCHS", "80 90 100 120").split()
     runs = [
         subprocess.Popen([sys.executable, tool, *capabilities], env=env, stdout=subprocess.PIPE, text=True)
-        for capabilities in (("80", "100"), ("90", "120"))
+        for capabilities in (wanted[::2], wanted[1::2])
     ]
     try:
         lines = [line for run in runs for line in run.communicate(timeout=1800)[0].splitlines()]
@@ -32,7 +34,7 @@ def compile_all(tool, least):
             run.kill()
     assert not any(run.returncode for run in runs), "compiling failed, see the captured stderr"
     found = dict(json.loads(line) for line in lines)
-    assert len(found) >= least
+    assert len(found) >= least * len(wanted) // 4
     return found
 
 

@@ -29,7 +29,6 @@ from .rounding import _add, _round_to
 from .tiles import Config, count
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
-_GROUP_M = tl.constexpr(16)
 _MAX_K = 131_071  # int32 holds K * 127 * 128 up to here
 
 
@@ -278,14 +277,15 @@ def _gemm_kernel(
     USE_ASM: tl.constexpr,  # False in the interpreter, which has no inline assembly
 ):
     """One tile of Y, or with split-K one part of its sum; see `_finish` for the formula."""
-    # Programs that run at once share _GROUP_M tiles of X and a few of weights, so that both stay in the L2 cache.
     tile = tl.program_id(0)
-    group = _GROUP_M * tl.cdiv(n, BLOCK_N)
-    in_group = tile % group
-    first_m = tile // group * _GROUP_M
-    group_m = tl.minimum(tl.cdiv(m, BLOCK_M) - first_m, _GROUP_M)
-    pid_m = first_m + in_group % group_m
-    pid_n = in_group // group_m
+    grid_m = tl.cdiv(m, BLOCK_M)
+    pid_m = tile % grid_m  # neighbours share a weight tile
+    pid_n = tile // grid_m
+    if BLOCK_M >= 128:  # and those of a large M that run at once 16 tiles of X: both then stay in the L2 cache
+        group = 16 * tl.cdiv(n, BLOCK_N)
+        first_m = tile // group * 16
+        pid_m = first_m + tile % group % tl.minimum(grid_m - first_m, 16)
+        pid_n = tile % group // tl.minimum(grid_m - first_m, 16)
     rows_m = pid_m * BLOCK_M + tl.arange(0, BLOCK_M)
     rows_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
 
