@@ -67,7 +67,7 @@ def warmup(
     Args:
         model: a model after `quantize_`, or loaded packed, on the device that will serve.
         tokens: numbers of rows to meet: batch times beams in decoding, batch times source length in encoding.
-            The default meets every tile; other numbers meet theirs.
+            The default meets every tile, but for outputs of more than 2^29 elements; other numbers meet theirs.
         progress: called with (calls done, calls, what comes next).
 
     Raises:
@@ -93,7 +93,7 @@ def warmup(
         (module, count)
         for module in kinds.values()
         for count in tokens
-        if count * module.weight.shape[0] <= _MAX_ELEMENTS or count == tokens[0]
+        if count * _width(module) <= _MAX_ELEMENTS or count == tokens[0]
     ]
     with torch.inference_mode():
         for done, (module, count) in enumerate(calls):
@@ -125,6 +125,11 @@ def _kind(module: PackedModule) -> tuple:
         type(module), module.layer, tuple(module.weight.shape), module.compute_dtype, module.qweight.device,
         module.backend, None if bias is None else bias.dtype,
     )  # fmt: skip
+
+
+def _width(module: PackedModule) -> int:
+    """Elements of the output for one row."""
+    return module.out_features if isinstance(module, QLinear) else module.embedding_dim
 
 
 def _input(module: PackedModule, count: int) -> torch.Tensor:

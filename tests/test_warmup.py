@@ -63,6 +63,15 @@ def test_what_makes_another_kernel_is_another_kind(on_triton):
     assert [dtype for *_, dtype in on_triton].count(torch.bfloat16) == 1
 
 
+def test_outputs_that_are_too_large_are_not_made(model, on_triton, monkeypatch):
+    """The head of 100 words at 64 tokens, not the table of 100 rows of which 64 are read."""
+    monkeypatch.setattr(warmup, "_MAX_ELEMENTS", 64 * 60)
+    warmup.warmup(model, (1, 64))
+    shapes = {(kind, shape, given[0]) for kind, shape, given, _ in on_triton}
+    assert (QLinear, (100, 40), 1) in shapes and (QLinear, (100, 40), 64) not in shapes
+    assert (QEmbedding, (100, 40), 64) in shapes and (QLinear, (56, 40), 64) in shapes
+
+
 def test_hooks_are_not_called_with_zeros(model, on_triton):
     called = []
     for module in model.modules():

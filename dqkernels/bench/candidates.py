@@ -171,7 +171,7 @@ class Layer:
     def _add_ours(self, bits: int, names: Sequence[str] | None) -> None:
         device = self.linear.weight.device
         # The ternary rule at 2 bits: it packs fastest, and the kernels do the same work for any codes.
-        # Packed on the CPU: the same codes on every machine, whatever order its sums take.
+        # Packed on the CPU, which has no kernel to be wrong: the same codes on every machine.
         config = DQConfig(weight_bits=bits, weight_quantizer="ternary").for_linear("linear")
         packed = QLinear.from_linear(copy.deepcopy(self.linear).cpu(), config).to(device)
         asked = names

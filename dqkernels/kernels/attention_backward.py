@@ -32,9 +32,10 @@ from .attention import (
     padded_dim,
     strides,
 )
-from .gemm import _add, _round_to, interpreted
+from .gemm import interpreted
 from .launch import Launcher
 from .quantize import device_of
+from .rounding import _add, _round_to
 from .tiles import AttentionTile, attention_grad_tiles
 
 # P^ is at most 2, and at least 2^-24 where it is not 0: times 2^14 it is a normal fp16 number. Taken off again in fp32.

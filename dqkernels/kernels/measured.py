@@ -74,9 +74,12 @@ def table_of(device: torch.device) -> Table | None:
 
     Raises:
         TableError: for a file named by DQKERNELS_TILES that cannot be read. One found elsewhere is left aside with a
-            warning.
+            warning, and so is any that another Triton measured.
     """
-    return _find(device)[0]
+    table, why, stale = _find(device)
+    if stale:
+        warnings.warn(f"a table of tiles is left aside, the tiles are chosen by rule: {why}", stacklevel=2)
+    return table
 
 
 def in_use(device: torch.device) -> str:
@@ -84,7 +87,7 @@ def in_use(device: torch.device) -> str:
     if device.type != "cuda":
         return "by rule: only GPUs have measured tables"
     try:
-        table, why = _find(device)
+        table, why, _ = _find(device)
     except TableError as error:
         return f"none, every GEMM will refuse: {error}"
     if table is None:
@@ -108,19 +111,19 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
-def _find(device: torch.device) -> tuple[Table | None, str]:
-    """The table for a device, or None and the reason."""
+def _find(device: torch.device) -> tuple[Table | None, str, bool]:
+    """The table for a device, or None and the reason; and whether there is a file for it that cannot be used."""
     if device.type != "cuda":
-        return None, "no GPU"
+        return None, "no GPU", False
     gpu = torch.cuda.get_device_name(device)
     capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
     asked = os.environ.get(VARIABLE, "")
     if asked == "off":
-        return None, f"{VARIABLE}=off"
+        return None, f"{VARIABLE}=off", False
     places = [(user_file(gpu), "yours"), (_SHIPPED / file_name(gpu), "shipped")]
     if asked:
         places = [(Path(asked), VARIABLE)]
-    why = f"nobody has measured the {gpu} yet (dqkernels tune does)"
+    why, stale = f"nobody has measured the {gpu} yet (dqkernels tune does)", False
     for path, source in places:
         if not path.is_file() and not asked:
             continue
@@ -129,17 +132,17 @@ def _find(device: torch.device) -> tuple[Table | None, str]:
         except TableError as error:
             if asked:
                 raise
-            warnings.warn(f"a table of tiles is left aside, the tiles are chosen by rule: {error}", stacklevel=3)
-            why = f"{path.name} cannot be read"
+            why, stale = str(error), True
             continue
         if (table.gpu, table.capability) == (gpu, capability):
             compiler = _triton()
             if _minor(table.triton) == _minor(compiler):
-                return table, ""
+                return table, "", False
+            stale = True
             why = f"{path.name} was measured with Triton {table.triton}, this is {compiler}: dqkernels tune once more"
             continue
         why = f"{path.name} was measured on {table.gpu} (sm_{table.capability}), this is {gpu} (sm_{capability})"
-    return None, why
+    return None, why, stale
 
 
 def _triton() -> str | None:
