@@ -4,8 +4,7 @@
 // per_tensor needs the largest magnitude of all rows before the first code. Its rows pass it through `scale`,
 // so that no scratch memory is needed: row maxima, then one block spreads their maximum, then every block
 // reads only its own entry.
-#include <cuda_runtime.h>
-
+#include "cuda/launch.h"
 #include "dqk/api.h"
 #include "dqk/element.h"
 #include "dqk/rounding.h"
@@ -80,7 +79,7 @@ __device__ uint32_t row_amax_bits(const typename Element<kType>::type* row, int6
 template <DType kType, bool kVector>
 __global__ void row_amax_kernel(const typename Element<kType>::type* x, int64_t rows, int64_t k,
                                 int64_t row_stride, float* amax) {
-    __shared__ uint32_t shared[kMaxWarps];
+    DQK_SHARED(uint32_t, shared, kMaxWarps);
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const uint32_t bits = row_amax_bits<kType, kVector>(x + row * row_stride, k, shared);
         if (threadIdx.x == 0) amax[row] = bits_float(bits);
@@ -89,7 +88,7 @@ __global__ void row_amax_kernel(const typename Element<kType>::type* x, int64_t 
 
 // per_tensor, step 2, one block: amax[*] = max over rows.
 __global__ void spread_max_kernel(float* amax, int64_t rows) {
-    __shared__ uint32_t shared[kMaxWarps];
+    DQK_SHARED(uint32_t, shared, kMaxWarps);
     uint32_t bits = 0;
     for (int64_t row = threadIdx.x; row < rows; row += blockDim.x)
         bits = MaxOf::of(bits, float_bits(amax[row]));
@@ -104,7 +103,7 @@ __global__ void quantize_rows_kernel(const typename Element<kType>::type* x, int
                                      const float* act_scale_pointer, int8_t* q, float* scale,
                                      int32_t* row_sum) {
     constexpr int32_t kCount = kElements<kVector>;
-    __shared__ uint32_t shared[kMaxWarps];
+    DQK_SHARED(uint32_t, shared, kMaxWarps);
     if (act_scale_pointer != nullptr) act_scale = *act_scale_pointer;
     for (int64_t row = blockIdx.x; row < rows; row += gridDim.x) {
         const typename Element<kType>::type* in = x + row * row_stride;
@@ -147,55 +146,37 @@ __global__ void quantize_rows_kernel(const typename Element<kType>::type* x, int
 
 // ---- launcher ---------------------------------------------------------------------------------------------
 
-Status status_of(cudaError_t error) {
-    switch (error) {
-        case cudaSuccess:
-            return Status::ok;
-        case cudaErrorInsufficientDriver:
-        case cudaErrorStubLibrary:
-            return Status::cuda_no_driver;
-        case cudaErrorNoDevice:
-            return Status::cuda_no_device;
-        case cudaErrorNoKernelImageForDevice:
-        case cudaErrorInvalidDeviceFunction:
-            return Status::cuda_no_kernel_image;
-        case cudaErrorInvalidResourceHandle:
-            return Status::cuda_bad_stream;
-        default:
-            return Status::cuda_failed;
-    }
-}
-
-bool aligned(const void* pointer, uintptr_t bytes) {
-    return reinterpret_cast<uintptr_t>(pointer) % bytes == 0;
-}
-
 template <DType kType, bool kVector>
-Status launch(const QuantizeRows& args, const float* act_scale, cudaStream_t stream) {
+Status launch_rows(const QuantizeRows& args, const float* act_scale, void* stream) {
     const auto* x = static_cast<const typename Element<kType>::type*>(args.x);
     const float clip = args.clip == 0.0f ? kNoClip : args.clip;
     const int64_t wanted = (args.k + kElements<kVector> - 1) / kElements<kVector>;
     const int64_t whole_warps = (wanted + kWarp - 1) / kWarp * kWarp;
-    const auto threads = static_cast<unsigned>(whole_warps < kMaxThreads ? whole_warps : kMaxThreads);
-    const auto blocks = static_cast<unsigned>(args.rows < kMaxBlocks ? args.rows : kMaxBlocks);
+    Launch shape;
+    shape.grid_x = static_cast<uint32_t>(args.rows < kMaxBlocks ? args.rows : kMaxBlocks);
+    shape.threads = static_cast<uint32_t>(whole_warps < kMaxThreads ? whole_warps : kMaxThreads);
+    shape.stream = stream;
 
     if (args.mode == ActMode::per_tensor) {
-        row_amax_kernel<kType, kVector>
-            <<<blocks, threads, 0, stream>>>(x, args.rows, args.k, args.row_stride, args.scale);
-        spread_max_kernel<<<1, kMaxThreads, 0, stream>>>(args.scale, args.rows);
+        Status status =
+            launch(row_amax_kernel<kType, kVector>, shape, x, args.rows, args.k, args.row_stride, args.scale);
+        if (status != Status::ok) return status;
+        Launch one_block;
+        one_block.threads = kMaxThreads;
+        one_block.stream = stream;
+        status = launch(spread_max_kernel, one_block, args.scale, args.rows);
+        if (status != Status::ok) return status;
     }
-    quantize_rows_kernel<kType, kVector>
-        <<<blocks, threads, 0, stream>>>(x, args.rows, args.k, args.row_stride, args.mode, clip,
-                                         args.act_scale, act_scale, args.q, args.scale, args.row_sum);
-    return status_of(cudaGetLastError());
+    return launch(quantize_rows_kernel<kType, kVector>, shape, x, args.rows, args.k, args.row_stride,
+                  args.mode, clip, args.act_scale, act_scale, args.q, args.scale, args.row_sum);
 }
 
 template <DType kType>
-Status launch(const QuantizeRows& args, const float* act_scale, cudaStream_t stream) {
+Status launch_rows(const QuantizeRows& args, const float* act_scale, void* stream) {
     const bool vector = args.k % kStep == 0 && aligned(args.x, 16) && aligned(args.q, 8) &&
                         (args.row_stride * element_bytes(kType)) % 16 == 0;
-    return vector ? launch<kType, true>(args, act_scale, stream)
-                  : launch<kType, false>(args, act_scale, stream);
+    return vector ? launch_rows<kType, true>(args, act_scale, stream)
+                  : launch_rows<kType, false>(args, act_scale, stream);
 }
 
 }  // namespace
@@ -206,14 +187,13 @@ Status cuda_quantize_rows(const QuantizeRows& args, const float* act_scale, void
         checked.act_scale = 1.0f;  // the real one is on the device; its loader has judged it
     const Status status = check(checked);
     if (status != Status::ok || args.rows == 0) return status;
-    const auto cuda_stream = static_cast<cudaStream_t>(stream);
     switch (args.dtype) {
         case DType::float16:
-            return launch<DType::float16>(args, act_scale, cuda_stream);
+            return launch_rows<DType::float16>(args, act_scale, stream);
         case DType::bfloat16:
-            return launch<DType::bfloat16>(args, act_scale, cuda_stream);
+            return launch_rows<DType::bfloat16>(args, act_scale, stream);
         default:
-            return launch<DType::float32>(args, act_scale, cuda_stream);
+            return launch_rows<DType::float32>(args, act_scale, stream);
     }
 }
 

@@ -22,6 +22,7 @@ enum class Status : int32_t {
     cuda_no_kernel_image,
     cuda_bad_stream,
     cuda_failed,
+    cuda_shared_memory,
 };
 
 // One sentence, without the caller's values: those are added where they are known, in the binding.
@@ -63,6 +64,8 @@ constexpr const char* sentence(Status status) {
             return "the stream does not belong to the current CUDA device";
         case Status::cuda_failed:
             return "the CUDA runtime refused the launch";
+        case Status::cuda_shared_memory:
+            return "a kernel was asked to run with more than 48 KiB of dynamic shared memory";
     }
     return "unknown status";
 }
