@@ -48,9 +48,10 @@ def load() -> list[Mutant]:
 
 
 def copy_tree(folder: Path) -> None:
-    """The package, the tests and their settings; the compiled core comes with the package where there is one."""
+    """The package, the kernels, the tests and their settings; the compiled core comes with the package where there is
+    one: a defect in csrc/ shows only in tests that compile it themselves (tests/sim)."""
     ignored = shutil.ignore_patterns("__pycache__", "mutants", "test_mutants.py")
-    for name in ("dqkernels", "tests"):
+    for name in ("dqkernels", "csrc", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("pyproject.toml",):
         if (ROOT / name).is_file():
