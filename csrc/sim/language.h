@@ -65,8 +65,7 @@ T __ldg(const T* p) {
     return *p;
 }
 
-// ---- the block
-// ----------------------------------------------------------------------------------------------
+// ---- the block --------------------------------------------------------------------------------------------
 
 inline void __syncthreads(::dqk::sim::Site site = ::dqk::sim::Site::here()) {
     ::dqk::sim::barrier("__syncthreads", 0, site);
@@ -77,8 +76,7 @@ inline int32_t __syncthreads_or(int32_t predicate, ::dqk::sim::Site site = ::dqk
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-// ---- the warp
-// -----------------------------------------------------------------------------------------------
+// ---- the warp ---------------------------------------------------------------------------------------------
 
 namespace dqk {
 namespace sim {
@@ -177,24 +175,26 @@ inline int32_t __all_sync(uint32_t mask, int32_t predicate,
     return ::dqk::sim::vote("__all_sync", mask, predicate != 0, site).predicate ? 1 : 0;
 }
 
-// ---- atomics: int32_t and uint32_t
-// ----------------------------------------------------------------------------
+// ---- atomics: int32_t and uint32_t ------------------------------------------------------------------------
 
 template <class T>
-T atomicAdd(T* p, T value) {
+T atomicAdd(T* p, T value, ::dqk::sim::Site site = ::dqk::sim::Site::here()) {
+    ::dqk::sim::count_poll(site);
     static_assert(sizeof(T) == 4 && T(0.5) == T(0), "32-bit integers: a float sum would depend on its order");
     const T old = *p;
     *p = static_cast<T>(static_cast<uint32_t>(old) + static_cast<uint32_t>(value));
     return old;
 }
 template <class T>
-T atomicMax(T* p, T value) {
+T atomicMax(T* p, T value, ::dqk::sim::Site site = ::dqk::sim::Site::here()) {
+    ::dqk::sim::count_poll(site);
     static_assert(sizeof(T) == 4 && T(0.5) == T(0), "32-bit integers");
     const T old = *p;
     *p = std::max(old, value);
     return old;
 }
-inline uint32_t atomicInc(uint32_t* p, uint32_t last) {
+inline uint32_t atomicInc(uint32_t* p, uint32_t last, ::dqk::sim::Site site = ::dqk::sim::Site::here()) {
+    ::dqk::sim::count_poll(site);
     const uint32_t old = *p;
     *p = ::dqk::sim::increment_model(old, last);
     return old;

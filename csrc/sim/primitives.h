@@ -14,9 +14,7 @@ inline void check_operand(const void* p, int32_t bytes, uintptr_t alignment, Spa
     if (reinterpret_cast<uintptr_t>(p) % alignment != 0)
         fail("misaligned: thread %u gives %s %p, which is not on %d bytes (%s:%d)", current->thread.x, what,
              p, static_cast<int>(alignment), site.file, site.line);
-    const char* at = static_cast<const char*>(p);
-    const bool local = at >= current->stack && at < current->stack + kStackBytes;
-    if (local || is_shared(p) != (space == Space::shared))
+    if (current->stack.holds(p) || is_shared(p) != (space == Space::shared))
         fail("thread %u gives %s an address that is not in %s memory (%s:%d)", current->thread.x, what,
              space == Space::shared ? "shared" : "global", site.file, site.line);
 #if defined(__SANITIZE_ADDRESS__)
@@ -122,17 +120,15 @@ void copy_async_wait() {
 inline void wait_for_producer() {}
 inline void release_dependents() {}
 
-inline uint32_t arrive(uint32_t* counter, uint32_t last) {
-    return atomicInc(counter, last);
+inline uint32_t arrive(uint32_t* counter, uint32_t last, sim::Site site = sim::Site::here()) {
+    return atomicInc(counter, last, site);
 }
-inline int32_t atomic_add(int32_t* p, int32_t value) {
-    return atomicAdd(p, value);
+inline int32_t atomic_add(int32_t* p, int32_t value, sim::Site site = sim::Site::here()) {
+    return atomicAdd(p, value, site);
 }
 inline void fence() {}
 inline int32_t load_fresh(const int32_t* p, sim::Site site = sim::Site::here()) {
-    if (++sim::current->spins > sim::kMaxSpins)
-        sim::fail("deadlock: thread %u polls for ever, and blocks run one after another (%s:%d)",
-                  sim::current->thread.x, site.file, site.line);
+    sim::count_poll(site);
     return *static_cast<const volatile int32_t*>(p);
 }
 

@@ -1,30 +1,23 @@
-// Runs CUDA kernels on a CPU: kernels compiled as C++ with -DDQK_SIM and, to see anything,
-// -fsanitize=address, undefined. One stack per thread of a block, switched by hand; blocks one after another;
-// every wait seeded.
+// Runs CUDA kernels on a CPU. They are compiled as C++ with -DDQK_SIM and, for it to see anything, with ASan
+// and UBSan. Every thread of a block has a stack of its own; blocks run one after another.
 //
-// The eight pitfalls of such a machine, and what happens to each:
-// 1. Schedule. One warp runs until all its lanes wait at a block barrier or have returned, then the next;
-// blocks,
-//    warps (afresh between two barriers) and lanes are permuted by the seed. Seeds 2i and 2i + 1 are mirror
-//    images, so that of any two accesses between two barriers each comes first once. Results must not depend
+// The eight pitfalls of such a machine, and what becomes of each:
+// 1. Schedule. One warp runs until all its lanes wait at a block barrier or have returned, then the next.
+//    Blocks, warps and lanes are permuted by the seed, afresh after each barrier. Seeds 2i and 2i + 1 are
+//    mirror images: of any two accesses between two barriers each comes first once. Results must not depend
 //    on the seed.
-// 2. Asynchronous copies are performed by the wait that covers them and no sooner. Until then their
-// destination
-//    holds junk, so that both a missing wait and an overwritten reader show.
-// 3. Shared arrays lie in an arena with poisoned gaps, and start as junk that depends on the seed.
-// 4. A model is not the instruction: tests/cuda/primitives.cu compares every model with it on a GPU.
-// 5. Out of scope: memory order, fences, clusters. No kernel may wait for another block: a lane that polls is
-//    reported. Arrival counters work. Dependent launch is a no-op.
-// 6. ASan is told of every switch, and a stack is unpoisoned before it is used again.
-// 7. Kernels include cuda/launch.h and cuda/primitives.cuh, never a CUDA header; no #ifdef in a kernel.
+// 2. Asynchronous copies are performed by the wait that covers them. From their start to then the destination
+//    holds junk, so that a missing wait shows, and a reader that is overwritten too.
+// 3. Shared arrays lie in an arena with poisoned gaps and start as junk that depends on the seed.
+// 4. A model is not the instruction: tests/cuda/primitives.cu compares them on a GPU.
+// 5. Out of scope: memory order, fences, clusters. No kernel may wait for another block; one that polls is
+//    reported. Arrival counters work. Dependent launch does nothing here.
+// 6. ASan is told of every switch, and a stack is unpoisoned before it is used again (stack.h).
+// 7. Kernels include cuda/launch.h and cuda/primitives.cuh, never a CUDA header, and hold no #ifdef.
 // 8. Out of scope: bank conflicts, registers, occupancy, speed. Nothing here says anything about them.
-// Not thread-safe: one launch at a time in a process.
+//
+// One launch at a time in a process. language.h spells this in CUDA, primitives.h adds the instructions.
 #pragma once
-#if !defined(__x86_64__) || !defined(__linux__)
-#error "the simulator switches stacks by hand and knows how on x86-64 Linux only"
-#endif
-#include <sys/mman.h>
-
 #include <algorithm>
 #include <cstdarg>
 #include <cstdint>
@@ -36,19 +29,7 @@
 #include <vector>
 
 #include "sim/models.h"
-
-#if defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define __SANITIZE_ADDRESS__ 1
-#endif
-#endif
-#if defined(__SANITIZE_ADDRESS__)
-#include <sanitizer/asan_interface.h>
-#include <sanitizer/common_interface_defs.h>
-#define DQK_ASAN(call) call
-#else
-#define DQK_ASAN(call) ((void)0)
-#endif
+#include "sim/stack.h"
 
 struct uint3 {
     uint32_t x, y, z;
@@ -57,29 +38,11 @@ struct dim3 {
     uint32_t x = 1, y = 1, z = 1;
 };
 
-// void dqk_sim_switch(void** save, void* load): keeps this stack pointer in *save, goes on where `load`
-// stopped. Outside of C++, so that the compiler assumes nothing about it.
-extern "C" void dqk_sim_switch(void** save, void* load);
-asm(R"(
-    .pushsection .text.dqk_sim_switch, "axG", @progbits, dqk_sim_switch, comdat
-    .weak dqk_sim_switch
-    .type dqk_sim_switch, @function
-dqk_sim_switch:
-    pushq %rbp; pushq %rbx; pushq %r12; pushq %r13; pushq %r14; pushq %r15
-    movq %rsp, (%rdi)
-    movq %rsi, %rsp
-    popq %r15; popq %r14; popq %r13; popq %r12; popq %rbx; popq %rbp
-    ret
-    .size dqk_sim_switch, .-dqk_sim_switch
-    .popsection
-)");
-
 namespace dqk {
 namespace sim {
 
 constexpr uint32_t kMaxThreads = 1024, kMaxGridYZ = 65535, kMaxSpins = 1u << 16;
-constexpr size_t kStackBytes = 64 * 1024, kPage = 4096, kSharedLimit = 48 * 1024;
-constexpr size_t kGap = 64, kArenaBytes = 4 * kSharedLimit;
+constexpr size_t kSharedLimit = 48 * 1024, kArenaBytes = 4 * kSharedLimit, kGap = 64;
 
 // A line of a kernel: as a default argument, here() is the line of the call.
 struct Site {
@@ -90,8 +53,7 @@ struct Site {
     }
 };
 
-// ---- one lane, one machine
-// ----------------------------------------------------------------------------------
+// ---- one lane, one machine --------------------------------------------------------------------------------
 
 struct Copy {
     void* to;
@@ -102,8 +64,8 @@ struct Copy {
 };
 
 enum class State : uint8_t { ready, at_barrier, at_warp, done };
-using Together = void (*)(void* const* arguments,
-                          uint32_t members);  // [32], null for lanes that take no part
+// arguments[32]: null for lanes that take no part.
+using Together = void (*)(void* const* arguments, uint32_t members);
 
 struct Lane {
     uint3 thread = {0, 0, 0};
@@ -118,9 +80,7 @@ struct Lane {
     uint32_t spins = 0;
     uint32_t group = 0;  // copy groups committed so far
     std::vector<Copy> copies;
-    char* stack = nullptr;
-    void* stack_pointer = nullptr;
-    void* fake_stack = nullptr;
+    Stack stack;
 };
 
 struct Machine {
@@ -131,9 +91,6 @@ struct Machine {
     std::vector<Lane> lanes;  // kMaxThreads once used, so that they never move
     uint32_t threads = 0;
     const std::function<void()>* body = nullptr;
-    void* stack_pointer = nullptr;
-    const void* stack = nullptr;  // of whoever launched
-    size_t stack_bytes = 0;
     char* arena = nullptr;
     size_t arena_used = 0, shared_used = 0;
     unsigned char* dynamic_shared = nullptr;
@@ -162,8 +119,7 @@ inline void set_seed(uint64_t seed) {
     std::abort();
 }
 
-// ---- chance
-// -------------------------------------------------------------------------------------------------
+// ---- chance -----------------------------------------------------------------------------------------------
 
 inline uint64_t hash(uint64_t a, uint64_t b) {  // splitmix64's steps; their wrapping is meant
     uint64_t x = a * 0x9E3779B97F4A7C15u + b + 0x9E3779B97F4A7C15u;
@@ -194,8 +150,7 @@ inline void scribble(void* to, size_t bytes) {
     }
 }
 
-// ---- shared memory
-// ------------------------------------------------------------------------------------------
+// ---- shared memory ----------------------------------------------------------------------------------------
 
 inline bool is_shared(const void* p) {
     const char* at = static_cast<const char*>(p);
@@ -233,67 +188,13 @@ inline void empty_arena(size_t dynamic_bytes) {
     machine.dynamic_shared = reinterpret_cast<unsigned char*>(take_shared(dynamic_bytes));
 }
 
-// ---- stacks
-// -------------------------------------------------------------------------------------------------
-
-inline void resume(Lane* lane) {
-    current = lane;
-    lane->spins = 0;
-    void* fake_stack = nullptr;
-    DQK_ASAN(__sanitizer_start_switch_fiber(&fake_stack, lane->stack, kStackBytes));
-    dqk_sim_switch(&machine.stack_pointer, lane->stack_pointer);
-    DQK_ASAN(__sanitizer_finish_switch_fiber(fake_stack, nullptr, nullptr));
-    (void)fake_stack;
-}
-
-inline void leave() {  // back to resume(); for good if the lane is done
-    Lane* lane = current;
-    void** keep = lane->state == State::done ? nullptr : &lane->fake_stack;
-    DQK_ASAN(__sanitizer_start_switch_fiber(keep, machine.stack, machine.stack_bytes));
-    dqk_sim_switch(&lane->stack_pointer, machine.stack_pointer);
-    DQK_ASAN(__sanitizer_finish_switch_fiber(lane->fake_stack, nullptr, nullptr));
-    (void)keep;
-}
-
-// The first frame of every stack.
-inline void enter() {
-    DQK_ASAN(__sanitizer_finish_switch_fiber(nullptr, &machine.stack, &machine.stack_bytes));
-    (*machine.body)();
-    if (!current->copies.empty())
-        fail("thread %u returns, and nobody has waited for its copy_async16 (%s:%d)", current->thread.x,
-             current->copies[0].site.file, current->copies[0].site.line);
-    current->state = State::done;
-    leave();
-    std::abort();
-}
-
-inline void prepare(Lane* lane, uint32_t thread) {
-    if (lane->stack == nullptr) {  // above an unreadable page, for the process's life
-        void* memory = mmap(nullptr, kPage + kStackBytes, PROT_READ | PROT_WRITE,
-                            MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-        if (memory == MAP_FAILED || mprotect(memory, kPage, PROT_NONE) != 0) fail("no memory for a stack");
-        lane->stack = static_cast<char*>(memory) + kPage;
-    }
-    DQK_ASAN(ASAN_UNPOISON_MEMORY_REGION(lane->stack, kStackBytes));
-    void** top = reinterpret_cast<void**>(lane->stack + kStackBytes) - 2;
-    top[1] = nullptr;  // enter()'s return address: it has none
-    top[0] = reinterpret_cast<void*>(&enter);
-    for (int32_t i = 1; i <= 6; ++i) top[-i] = nullptr;  // the six registers
-    lane->stack_pointer = top - 6;
-    lane->fake_stack = nullptr;
-    lane->thread = {thread, 0, 0};
-    lane->state = State::ready;
-    lane->group = 0;
-}
-
-// ---- waiting
-// ------------------------------------------------------------------------------------------------
+// ---- waiting ----------------------------------------------------------------------------------------------
 
 inline void wait(State state, const char* what, Site site) {
     current->state = state;
     current->what = what;
     current->site = site;
-    leave();
+    current->stack.leave(false);
 }
 
 // Waits for the lanes of `mask` (those that have not returned; `whole`: all 32 must take part), then
@@ -348,6 +249,12 @@ inline bool converge(Lane* warp, uint32_t count, const Lane& first, bool explain
     return true;
 }
 
+inline void resume(Lane* lane) {
+    current = lane;
+    lane->spins = 0;
+    lane->stack.resume();
+}
+
 // Until every lane is at a block barrier or done.
 inline void run_warp(uint32_t number) {
     static std::vector<uint32_t> order;
@@ -363,6 +270,13 @@ inline void run_warp(uint32_t number) {
     }
     for (const uint32_t i : order)
         if (warp[i].state == State::at_warp) converge(warp, count, warp[i], true);
+}
+
+// Blocks run one after another: a lane that reads the same counter for ever would hang.
+inline void count_poll(Site site) {
+    if (++current->spins > kMaxSpins)
+        fail("deadlock: thread %u polls for ever, and blocks run one after another (%s:%d)",
+             current->thread.x, site.file, site.line);
 }
 
 inline int32_t barrier(const char* what, int32_t predicate, Site site) {
@@ -395,11 +309,26 @@ inline bool pass_barrier() {
     return true;
 }
 
+// One thread, on its stack.
+inline void run_lane() {
+    (*machine.body)();
+    if (!current->copies.empty())
+        fail("thread %u returns, and nobody has waited for its copy_async16 (%s:%d)", current->thread.x,
+             current->copies[0].site.file, current->copies[0].site.line);
+    current->state = State::done;
+}
+
 inline void run_block(size_t shared_bytes) {
     static std::vector<uint32_t> order;
     empty_arena(shared_bytes);
     machine.interval = 0;
-    for (uint32_t i = 0; i < machine.threads; ++i) prepare(&machine.lanes[i], i);
+    for (uint32_t i = 0; i < machine.threads; ++i) {
+        Lane& lane = machine.lanes[i];
+        lane.thread = {i, 0, 0};
+        lane.state = State::ready;
+        lane.group = 0;
+        if (!lane.stack.start(run_lane)) fail("no memory for the stack of thread %u", i);
+    }
     do {
         permute((machine.threads + kLanes - 1) / kLanes, hash(machine.block_number, machine.interval),
                 &order);

@@ -29,6 +29,8 @@ CSRC = ROOT / "csrc"
 #: Two schedules and their mirror images (csrc/sim/sim.h).
 SEEDS = (0, 1, 2, 3)
 CALL_S = 120
+#: Programs that stay in the temporary folder.
+KEPT = 24
 #: -fno-strict-aliasing: nvcc allows kernels to read one type through another. -ffp-contract=off: promise P1.
 FLAGS = (
     "-x", "c++", "-std=c++17", "-DDQK_SIM", "-O1", "-g", "-Wall", "-Wextra", "-ffp-contract=off",
@@ -75,7 +77,7 @@ def build(sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
     command = ["g++", *FLAGS, f"-I{CSRC / 'include'}", f"-I{CSRC}", f"-I{HERE}", *flags, *map(str, sources)]
     digest = hashlib.sha256(version.encode())
     digest.update("\0".join([*FLAGS, *flags, *(path.name for path in sources)]).encode())
-    headers = [path for path in [*CSRC.rglob("*"), HERE / "protocol.h"] if path.suffix in (".h", ".cuh")]
+    headers = [path for path in [*CSRC.rglob("*"), *HERE.glob("*.h")] if path.suffix in (".h", ".cuh")]
     for path in [*sources, *sorted(headers)]:
         digest.update(path.read_bytes())
     binary = _cache() / f"{sources[0].stem}-{digest.hexdigest()[:16]}"
@@ -87,6 +89,13 @@ def build(sources: Sequence[Path], flags: Sequence[str] = ()) -> Path:
                 first = next((i for i, line in enumerate(lines) if "error:" in line), 0)
                 raise BuildError(f"{' '.join(command)}\n" + "\n".join(lines[max(0, first - 2) : first + 20]))
             os.replace(f"{folder}/program", binary)
+        programs = sorted(
+            (path for path in _cache().iterdir() if path.is_file()), key=lambda path: path.stat().st_mtime
+        )
+        for old in programs[:-KEPT]:
+            old.unlink(missing_ok=True)
+    else:
+        binary.touch()
     return binary
 
 

@@ -4,7 +4,8 @@
 
 namespace {
 
-// scalars: rows, k, row_stride, dtype, mode, clip, act_scale. buffers: x, q, scale, row_sum, act_scale on the device.
+// scalars: rows, k, row_stride, dtype, mode, clip, act_scale. buffers: x, q, scale, row_sum, act_scale on the
+// device.
 dqk::Status run(const dqk::sim::Request& request) {
     dqk::QuantizeRows args = {};
     args.rows = request.integer(0);

@@ -9,8 +9,7 @@ namespace {
 constexpr uint32_t kAll = 0xFFFFFFFFu;
 constexpr int32_t kThreads = 64;  // two warps
 
-// ---- memory: x, out [64]
-// --------------------------------------------------------------------------------------
+// ---- memory: x, out [64] ----------------------------------------------------------------------------------
 
 template <bool kMistake>
 __global__ void global_read(const int32_t* x, int32_t* out) {
@@ -97,8 +96,7 @@ __global__ void too_much_shared(const int32_t* x, int32_t* out) {
     out[threadIdx.x] = array[threadIdx.x];
 }
 
-// ---- barriers
-// -------------------------------------------------------------------------------------------------
+// ---- barriers ---------------------------------------------------------------------------------------------
 
 template <bool kMistake>
 __global__ void barrier_before(const int32_t* x, int32_t* out) {
@@ -172,8 +170,7 @@ __global__ void waits_for_block(const int32_t* x, int32_t* out) {
     out[1] = x[0];
 }
 
-// ---- warps
-// ----------------------------------------------------------------------------------------------------
+// ---- warps ------------------------------------------------------------------------------------------------
 
 template <bool kMistake>
 __global__ void different_warp_operations(const int32_t* x, int32_t* out) {
@@ -236,8 +233,7 @@ __global__ void ldmatrix_from_global(const int32_t* x, int32_t* out) {
     out[threadIdx.x] = static_cast<int32_t>(r[0]);
 }
 
-// ---- asynchronous copies: 16 threads copy the 64 words of x
-// ---------------------------------------------------
+// ---- asynchronous copies: 16 threads copy the 64 words of x -----------------------------------------------
 
 template <bool kMistake>
 __global__ void missing_wait(const int32_t* x, int32_t* out) {
@@ -321,8 +317,7 @@ __global__ void copy_past_row(const int32_t* x, int32_t* out) {
     out[threadIdx.x] = tile[threadIdx.x] + tile[kThreads + threadIdx.x % 4];
 }
 
-// ---- what instructions compute
-// --------------------------------------------------------------------------------
+// ---- what instructions compute ----------------------------------------------------------------------------
 
 __global__ void mma_kernel(const uint32_t* a, const uint32_t* b, int32_t* c) {
     const uint32_t lane = threadIdx.x;
@@ -384,8 +379,7 @@ __global__ void nothing_kernel(int32_t* ran) {
     *ran = 1;
 }
 
-// ---- the door
-// -------------------------------------------------------------------------------------------------
+// ---- the door ---------------------------------------------------------------------------------------------
 
 struct Pair {
     const char* name;
