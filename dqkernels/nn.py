@@ -261,19 +261,23 @@ class QLinear(PackedModule):
         layer = self.layer
         device = self.qweight.device.type
         try:
-            gemm, quantizer = ops.choose_qlinear(
-                device, layer.bits, layer.group_size, layer.act_granularity, self.backend, self.strict
-            )
+            facts = device, layer.bits, layer.group_size, layer.act_granularity, self.backend, self.strict
+            (few, reason), (many, _) = (_kernels(*ops.choose_qlinear(*facts, rows)) for rows in (False, True))
         except backends.BackendError as error:
             return f"none ({error})"
-        with_quantizer = "" if quantizer is None or quantizer.backend == gemm.backend else f"+{quantizer.backend}"
-        return f"{gemm.backend}{with_quantizer} ({gemm.reason})"
+        return f"{few} ({reason})" if few == many else f"{few} to {ops.FEW_ROWS} rows, {many} above ({reason})"
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._describe()}, act={self.layer.act_granularity}"
         )
+
+
+def _kernels(gemm: backends.Choice, quantizer: backends.Choice | None) -> tuple[str, str]:
+    """Names of both in one word, and the reason."""
+    with_quantizer = "" if quantizer is None or quantizer.backend == gemm.backend else f"+{quantizer.backend}"
+    return gemm.backend + with_quantizer, gemm.reason
 
 
 class QEmbedding(PackedModule):

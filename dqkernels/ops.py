@@ -41,6 +41,9 @@ SCHEMAS = {
     "Tensor? source, Tensor? bias, bool causal, float softmax_scale, "
     f'str mode="per_token", float? clip=None, {_WHERE}) -> Tensor',
 }
+#: Where kernels for decoding end and those for whole sequences begin.
+FEW_ROWS = 64
+
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema)
 
@@ -177,7 +180,8 @@ def _qgemm(
         q.shape[-1], qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
     )
     checks.check_residual(residual, (*q.shape[:-1], out_features))
-    choice = backends.choose("qgemm", q.device.type, backend, strict, bits=bits, group_size=group_size)
+    facts = {"bits": bits, "group_size": group_size, "many_rows": q.numel() > FEW_ROWS * q.shape[-1]}
+    choice = backends.choose("qgemm", q.device.type, backend, strict, **facts)
     return choice.module.qgemm(
         q,
         act_scale,
@@ -245,7 +249,8 @@ def _qlinear(
     )
     checks.check_residual(residual, (*x.shape[:-1], out_features))
     format_ = {"bits": bits, "four_level": four_level, "group_size": group_size, "out_features": out_features}
-    gemm, quantizer = choose_qlinear(x.device.type, bits, group_size, act_mode, backend, strict)
+    many_rows = x.numel() > FEW_ROWS * x.shape[-1]
+    gemm, quantizer = choose_qlinear(x.device.type, bits, group_size, act_mode, backend, strict, many_rows)
     if quantizer is None:
         return gemm.module.qlinear(
             x,
@@ -279,10 +284,20 @@ def _qlinear(
 
 
 def choose_qlinear(
-    device_type: str, bits: int, group_size: int, act_mode: str, backend: str = "auto", strict: bool = False
+    device_type: str,
+    bits: int,
+    group_size: int,
+    act_mode: str,
+    backend: str = "auto",
+    strict: bool = False,
+    many_rows: bool = False,
 ) -> tuple[backends.Choice, backends.Choice | None]:
-    """The backend of a quantized linear's GEMM, and that of its quantizer (None when the GEMM has it inside)."""
-    gemm = backends.choose("qgemm", device_type, backend, strict, bits=bits, group_size=group_size)
+    """The backend of a quantized linear's GEMM, and that of its quantizer (None when the GEMM has it inside).
+
+    many_rows: for more than `FEW_ROWS` rows of input.
+    """
+    facts = {"bits": bits, "group_size": group_size, "many_rows": many_rows}
+    gemm = backends.choose("qgemm", device_type, backend, strict, **facts)
     if hasattr(gemm.module, "qlinear"):
         return gemm, None
     return gemm, backends.choose("quantize_activation", device_type, backend, strict, mode=act_mode)

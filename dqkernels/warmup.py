@@ -111,7 +111,7 @@ def _backend(module: PackedModule) -> str:
     device, layer = module.qweight.device.type, module.layer
     if isinstance(module, QLinear):
         choice, _ = ops.choose_qlinear(
-            device, layer.bits, layer.group_size, layer.act_granularity, module.backend, module.strict
+            device, layer.bits, layer.group_size, layer.act_granularity, module.backend, module.strict, True
         )
     else:
         choice = backends.choose("qembedding", device, module.backend, module.strict, bits=layer.bits)

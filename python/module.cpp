@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "dqk/api.h"
 #include "dqk/format.h"
+#include "skinny.h"
 
 namespace py = pybind11;
 using dqk::binding::pointer;
@@ -133,5 +134,6 @@ PYBIND11_MODULE(_C, m) {
           "quantize_rows on the current CUDA device, queued on a stream. static_scale_ptr: a float on the "
           "device, read "
           "instead of static_scale.");
+    dqk::binding::define_skinny(m);
 #endif
 }

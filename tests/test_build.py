@@ -88,10 +88,10 @@ def test_listings_are_read():
 
 def test_without_a_card_every_known_generation_is_built():
     archs, reason = build.choose_archs([], NVCC_13)
-    assert archs == ["80-real", "86-real", "89-real", "90a-real", "100-real", "120-real", "120-virtual"]
+    assert archs == ["80-real", "90a-real", "100-real", "120-real", "120-virtual"]
     assert "no card" in reason
-    assert build.choose_archs([], NVCC_12_4)[0] == ["80-real", "86-real", "89-real", "90a-real", "90-virtual"]
-    assert build.choose_archs([], {70, 75}) == ([], "this nvcc compiles for none of 80, 86, 89, 90, 100, 120")
+    assert build.choose_archs([], NVCC_12_4)[0] == ["80-real", "90a-real", "90-virtual"]
+    assert build.choose_archs([], {70, 75}) == ([], "this nvcc compiles for none of 80, 90, 100, 120")
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 
 #define threadIdx (::dqk::sim::current->thread)
 #define blockIdx (::dqk::sim::machine.block)

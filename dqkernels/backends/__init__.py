@@ -2,8 +2,9 @@
 
 A backend is a module of this folder with the ops of `OPS` as functions (all of one signature per op, the one of
 `eager`), `available(device_type) -> (bool, reason)` and `supports(op, **facts) -> reason or None`. One that
-quantizes inside its GEMM also has `qlinear`. Nothing is probed at import: the first `choose` asks, and the answers
-are kept.
+quantizes inside its GEMM also has `qlinear`; one that knows when another is faster has `defers(op, **facts) -> reason
+or None`, which counts under `auto` only. Nothing is probed at import: the first `choose` asks, and the answers are
+kept.
 """
 
 from __future__ import annotations
@@ -104,6 +105,12 @@ def refusal(name: str, op: str, device_type: str, facts: dict) -> str | None:
     return module.supports(op, **facts)
 
 
+def _deferral(name: str, op: str, facts: dict) -> str | None:
+    """Why backend `name`, which could run `op`, would rather leave it to the next."""
+    defers = getattr(_module(name), "defers", None)
+    return None if defers is None else defers(op, **facts)
+
+
 def choose(op: str, device_type: str, backend: str = "auto", strict: bool = False, **facts) -> Choice:
     """Picks the backend for one op.
 
@@ -134,9 +141,14 @@ def _choose(op: str, device_type: str, name: str, source: str, strict: bool, fac
             f"{source} cannot run {op} on {device_type}: {why_not}. Backends that can: {', '.join(others) or 'none'}"
         )
     passed = []
+    deferring = None
     for candidate in ORDER.get(device_type, ("eager",)):
         why_not = refusal(candidate, op, device_type, facts)
-        if why_not is None:
+        if why_not is None and candidate in SLOW and deferring is not None:
+            return deferring
+        if why_not is None and (why_not := _deferral(candidate, op, facts)) is not None:
+            deferring = deferring or Choice(candidate, f"no faster one here, though {why_not}")
+        elif why_not is None:
             if strict and candidate in SLOW:
                 raise BackendError(
                     f"strict=True refuses the {candidate} path of {op} on {device_type}: "
@@ -145,4 +157,6 @@ def _choose(op: str, device_type: str, name: str, source: str, strict: bool, fac
                 )
             return Choice(candidate, "; ".join(passed) or "first choice for this device")
         passed.append(f"{candidate}: {why_not}")
+    if deferring is not None:
+        return deferring
     raise BackendError(f"no backend can run {op} on {device_type}: {'; '.join(passed)}")

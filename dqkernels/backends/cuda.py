@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels.kernels import native
+from dqkernels.kernels import native, skinny
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -21,9 +21,19 @@ def available(device_type: str) -> tuple[bool, str]:
     return True, "compiled CUDA kernels"
 
 
-def supports(op: str, **facts) -> str | None:
-    """The ops defined here take every option of the op table."""
+_GROUP_SIZES = (-1, 32, 64, 128)
+
+
+def supports(op: str, *, bits: int = 8, group_size: int = -1, **facts) -> str | None:
+    """Everything that the formats have."""
+    if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
+        return f"has no {op} with group_size={group_size} at {bits} bits, only -1, and 32, 64 or 128 at 2 and 4 bits"
     return None
+
+
+def defers(op: str, *, many_rows: bool = False, **facts) -> str | None:
+    """The GEMM reads its weights again for every 64 rows, so that larger tiles win above."""
+    return f"it is made for up to {skinny.ROWS} rows" if op == "qgemm" and many_rows else None
 
 
 def quantize_activation(
@@ -31,3 +41,86 @@ def quantize_activation(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `qmath.quantize_activation`; the same bits."""
     return native.cuda_quantize_rows(x, mode, clip, act_scale, want_sum)
+
+
+def qgemm(
+    xq,
+    act_scale,
+    row_sum,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    *,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    activation,
+    out_dtype,
+):
+    """int8 xq [..., K] times packed weights, with the epilogue -> [..., out_features]. Needs no row sums."""
+    rows = xq.reshape(-1, xq.shape[-1])
+    (y,) = skinny.gemm(
+        rows if rows.stride(1) == 1 else rows.contiguous(),
+        [_part(qweight, weight_scale, group_mult, bias, residual, out_features)],
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        act_scale=act_scale.reshape(-1).contiguous(),
+    )
+    return y.reshape(*xq.shape[:-1], out_features)
+
+
+def qlinear(
+    x,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    *,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    act_mode,
+    act_clip,
+    act_scale,
+    activation,
+    out_dtype,
+):
+    """Quantizes x [..., K], then `qgemm` -> [..., out_features]; in one launch for up to 16 rows."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 or rows.data_ptr() % rows.element_size():
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    if rows.shape[0] > skinny.PROLOGUE_ROWS:
+        rows, act_scale, _ = native.cuda_quantize_rows(rows, act_mode, act_clip, act_scale, False)
+        act_mode, act_clip = "per_token", None
+    (y,) = skinny.gemm(
+        rows,
+        [_part(qweight, weight_scale, group_mult, bias, residual, out_features)],
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        act_scale=act_scale,
+        mode=act_mode,
+        clip=act_clip,
+    )
+    return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+
+
+def _part(qweight, weight_scale, group_mult, bias, residual, out_features) -> skinny.Part:
+    return skinny.Part(
+        qweight.contiguous(),
+        weight_scale.contiguous(),
+        None if group_mult is None else group_mult.contiguous(),
+        None if bias is None else bias.contiguous(),
+        None if residual is None else residual.reshape(-1, out_features).contiguous(),
+        out_features,
+    )

@@ -23,7 +23,7 @@ import torch
 from dqkernels import packing
 
 #: Twin of kAbiVersion in csrc/include/dqk/api.h. An extension of another version is refused, not called.
-ABI_VERSION = 1
+ABI_VERSION = 2
 MODES = {"per_token": 0, "per_tensor": 1, "static": 2}
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKAGE = Path(__file__).resolve().parent.parent
@@ -122,7 +122,12 @@ def _import(path: Path) -> ModuleType:
     return module
 
 
-def _require(function: str) -> ModuleType:
+def require(function: str) -> ModuleType:
+    """The extension module, which has `function`.
+
+    Raises:
+        RuntimeError: if it is absent or was built without, with the build's reasons.
+    """
     module = native()
     if module is None:
         raise RuntimeError(why_absent())
@@ -144,7 +149,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     Raises:
         ValueError: for another device, dtype, shape or width, or a code outside the width's signed range.
     """
-    core = _require("pack")
+    core = require("pack")
     _check_bits(bits)
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] == 0:
         raise ValueError(f"codes must be int8 [N, K] with K >= 1, got {codes.dtype} {list(codes.shape)}")
@@ -162,7 +167,7 @@ def unpack(qweight: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor:
     Raises:
         ValueError: if `qweight` is not the CPU tensor that [n, k] codes of `bits` bits pack to.
     """
-    core = _require("unpack")
+    core = require("unpack")
     _check_bits(bits)
     if n < 0 or k < 1:
         raise ValueError(f"n must be >= 0 and k >= 1, got n={n}, k={k}")
@@ -200,7 +205,7 @@ def quantize_rows(
     Raises:
         ValueError: for another device, dtype, shape, mode, clip or act_scale.
     """
-    core = _require("quantize_rows")
+    core = require("quantize_rows")
     _check_device("x", x, "cpu")
     rows, clip, out = _quantize_arguments(x, mode, clip, act_scale, want_sum)
     scale_value = float(act_scale) if mode == "static" else 0.0
@@ -219,7 +224,7 @@ def cuda_quantize_rows(
 
     An `act_scale` tensor stays on the device: fp32, one element, on the device of x.
     """
-    core = _require("cuda_quantize_rows")
+    core = require("cuda_quantize_rows")
     _check_device("x", x, "cuda")
     with torch.cuda.device(x.device):  # the core launches on the current device
         rows, clip, out = _quantize_arguments(x, mode, clip, act_scale, want_sum)

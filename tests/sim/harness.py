@@ -33,7 +33,8 @@ CALL_S = 120
 KEPT = 24
 #: -fno-strict-aliasing: nvcc allows kernels to read one type through another. -ffp-contract=off: promise P1.
 FLAGS = (
-    "-x", "c++", "-std=c++17", "-DDQK_SIM", "-O1", "-g", "-Wall", "-Wextra", "-ffp-contract=off",
+    "-x", "c++", "-std=c++17", "-DDQK_SIM", "-O1", "-g", "-Wall", "-Wextra", "-Wno-unknown-pragmas",
+    "-ffp-contract=off",
     "-fno-strict-aliasing", "-fno-omit-frame-pointer", "-fsanitize=address,undefined", "-fno-sanitize-recover=all",
 )  # fmt: skip
 

@@ -8,7 +8,7 @@
 namespace dqk {
 
 // Raised whenever a signature below or the packed format changes; dqkernels/kernels/native.py holds its twin.
-constexpr int32_t kAbiVersion = 1;
+constexpr int32_t kAbiVersion = 2;
 
 // ---- CPU instruction sets ---------------------------------------------------------------------------------
 
@@ -31,7 +31,7 @@ Status unpack(const uint8_t* packed, int64_t n, int64_t k, int32_t bits, int8_t*
 
 // ---- activations ------------------------------------------------------------------------------------------
 
-enum class DType : int32_t { float32 = 0, float16 = 1, bfloat16 = 2 };
+enum class DType : int32_t { float32 = 0, float16 = 1, bfloat16 = 2, int8 = 3 };
 enum class ActMode : int32_t { per_token = 0, per_tensor = 1, static_scale = 2 };
 
 // q = round_half_even(clamp(clip(x) * inv, -127, 127)), one (inv, scale) per row; rounding.h holds the rule.
@@ -58,5 +58,79 @@ Status quantize_rows(const QuantizeRows& args);
 // `act_scale`, if not null, is a device pointer read in place of args.act_scale: a layer's own tensor, so
 // that no call waits for the device.
 Status cuda_quantize_rows(const QuantizeRows& args, const float* act_scale, void* stream);
+
+// ---- the skinny GEMM: few tokens, packed weights
+// -----------------------------------------------------------
+
+enum class Activation : int32_t { none = 0, relu = 1, gelu = 2 };
+
+// One linear of a launch. Up to kMaxParts of them share the input: Q, K and V, or K and V of a
+// cross-attention.
+struct SkinnyPart {
+    const uint8_t* qweight;     // packed v1 [ceil16(n), ceil128(k) * bits / 8], 16-byte aligned
+    const float* weight_scale;  // [n], or [1] with tensor_scale
+    const uint8_t* group_mult;  // [n, ceil(k / group_size)], read when group_size > 0
+    const void* bias;           // [n] of bias_dtype, or nullptr
+    const void* residual;       // [m, n] of residual_dtype, or nullptr
+    void* y;                    // [m, n] of y_dtype
+    int64_t n;
+};
+constexpr int32_t kMaxParts = 3;
+
+// y = act(float(q . code) * act_scale[m] * weight_scale[n] + bias[n]) + residual, each step rounded on its
+// own (docs/design.md, section 3). A float x is quantized on the way in (and normalized before, with
+// norm_weight), an int8 x brings its scales.
+struct SkinnyGemm {
+    const void* x;            // [m, k], elements of a row adjacent; float types need m <= kPrologueTokens
+    DType x_dtype;            //
+    int64_t m;                //
+    int64_t k;                //
+    int64_t row_stride;       // of x, in elements
+    ActMode mode;             // of a float x
+    float clip;               // of a float x; 0 = none
+    const float* act_scale;   // int8 x: [m]; static: [1]; else not read
+    const void* norm_weight;  // LayerNorm of a float x: [k] of x_dtype, or nullptr for none
+    const void* norm_bias;    // [k] of x_dtype, or nullptr
+    float norm_eps;           //
+    void* norm_y;             // [m, k] of x_dtype: the normalized rows, for the next residual
+
+    int32_t bits;
+    bool four_level;
+    int32_t group_size;  // 0 = per channel or per tensor
+    bool tensor_scale;
+    SkinnyPart parts[kMaxParts];
+    int32_t part_count;
+    DType bias_dtype;
+    DType residual_dtype;
+    Activation activation;
+    DType y_dtype;
+    const float* out_scale;  // [1], for an int8 y
+
+    // How it is cut up; results do not depend on it. 0 = by the rule of skinny_shape.h for a GPU of `sms`.
+    int32_t warps_n;  // warps of a block side by side in N (1, 2, 4, 8); the other 8 / warps_n share K
+    int32_t splits;   // blocks that share the K of one tile
+    int32_t sms;
+    bool overlap;  // sm_90: start while the previous kernel ends, and read the weights meanwhile. Only for
+                   // weights which that kernel did not write.
+
+    int32_t* workspace;  // skinny_memory() says how much; needs no zeros
+    uint32_t* counters;  // zeros before the first launch, and zeros again after each
+};
+
+constexpr int64_t kPrologueTokens = 16;
+
+struct SkinnyMemory {
+    int64_t workspace_bytes;
+    int64_t counter_bytes;
+    int32_t warps_n;  // what the rule chose
+    int32_t splits;
+};
+
+// What a launch needs besides its operands; both 0 without a split. Reads the sizes of `args`, no pointer.
+Status skinny_memory(const SkinnyGemm& args, SkinnyMemory* out);
+
+// On the current CUDA device, queued on `stream`. Any m: slices of 64 tokens. Allocates and waits for
+// nothing.
+Status cuda_skinny_gemm(const SkinnyGemm& args, void* stream);
 
 }  // namespace dqk

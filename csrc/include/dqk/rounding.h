@@ -3,6 +3,7 @@
 // Every step is one IEEE single-precision operation. The host is compiled with -ffp-contract=off and the
 // device names its rounding, so that nothing is fused and all backends return the same bits.
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
@@ -60,6 +61,14 @@ DQK_HD float div_rn(float a, float b) {
 #endif
 }
 
+DQK_HD float sqrt_rn(float a) {
+#if defined(__CUDA_ARCH__)
+    return __fsqrt_rn(a);
+#else
+    return std::sqrt(a);
+#endif
+}
+
 // |x| as an integer that orders like the magnitude, with Inf and NaN on top: float max would drop a NaN.
 DQK_HD uint32_t magnitude_bits(float x) {
     return float_bits(x) & 0x7FFFFFFFu;
@@ -67,15 +76,45 @@ DQK_HD uint32_t magnitude_bits(float x) {
 
 // 16-bit inputs widen exactly. Integer steps, so that flush-to-zero modes cannot touch half subnormals.
 DQK_HD float half_to_float(uint16_t h) {
+#if defined(__CUDA_ARCH__)
+    float wide;  // one instruction, exact as well
+    asm("cvt.f32.f16 %0, %1;" : "=f"(wide) : "h"(h));
+    return wide;
+#else
     const uint32_t sign = static_cast<uint32_t>(h & 0x8000u) << 16;
     const uint32_t mag = h & 0x7FFFu;
     if (mag >= 0x7C00u) return bits_float(sign | kInfBits | ((mag & 0x3FFu) << 13));
     if (mag >= 0x0400u) return bits_float(sign | ((mag << 13) + (112u << 23)));
     return bits_float(sign |
                       float_bits(mul_rn(static_cast<float>(mag), 5.9604644775390625e-8f)));  // mag * 2^-24
+#endif
 }
 DQK_HD float bfloat16_to_float(uint16_t b) {
     return bits_float(static_cast<uint32_t>(b) << 16);
+}
+
+// Round half to even; beyond the largest half comes Inf, and a NaN stays one.
+DQK_HD uint16_t float_to_half(float x) {
+#if defined(__CUDA_ARCH__)
+    uint16_t h;
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(h) : "f"(x));
+    return h;
+#else
+    const uint32_t bits = float_bits(x);
+    const uint32_t sign = (bits >> 16) & 0x8000u;
+    uint32_t mag = bits & 0x7FFFFFFFu;
+    if (mag >= 0x47800000u) return static_cast<uint16_t>(sign | (mag > kInfBits ? 0x7E00u : 0x7C00u));
+    // Below 2^-14 the adder rounds: next to 0.5 an ulp is 2^-24, the step of half subnormals.
+    if (mag < 0x38800000u)
+        return static_cast<uint16_t>(sign | (float_bits(add_rn(bits_float(mag), 0.5f)) - 0x3F000000u));
+    mag += 0xFFFu + ((mag >> 13) & 1u);
+    return static_cast<uint16_t>(sign | ((mag - (112u << 23)) >> 13));
+#endif
+}
+DQK_HD uint16_t float_to_bfloat16(float x) {
+    const uint32_t bits = float_bits(x);
+    if ((bits & 0x7FFFFFFFu) > kInfBits) return 0x7FC0u;
+    return static_cast<uint16_t>((bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // What one row is quantized with. inv == 0: all codes are 0 (scale 1: a zero row; NaN: a non-finite row).

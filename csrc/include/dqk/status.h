@@ -15,6 +15,13 @@ enum class Status : int32_t {
     bad_clip,
     bad_act_scale,
     code_out_of_range,
+    bad_group_size,
+    bad_part,
+    bad_activation,
+    bad_output,
+    bad_prologue,
+    bad_plan,
+    no_workspace,
     unknown_isa,
     unsupported_isa,
     cuda_no_driver,
@@ -49,6 +56,26 @@ constexpr const char* sentence(Status status) {
                    "numbers";
         case Status::code_out_of_range:
             return "a code lies outside the signed range of its width";
+        case Status::bad_group_size:
+            return "group_size must be 32, 64 or 128 at 2 and 4 bits, or 0 for none";
+        case Status::bad_part:
+            return "a launch takes 1 to 3 parts, each with n >= 1, weights on a 16-byte boundary, scales, an "
+                   "output "
+                   "and, with groups, multipliers";
+        case Status::bad_activation:
+            return "activation code must be 0 (none), 1 (relu) or 2 (gelu)";
+        case Status::bad_output:
+            return "an int8 output needs its static scale, and a float one takes none";
+        case Status::bad_prologue:
+            return "a float input is quantized inside the GEMM for up to 16 rows only, and only a float "
+                   "input is "
+                   "normalized";
+        case Status::bad_plan:
+            return "warps_n must be 1, 2, 4 or 8 and splits such that each has a part of K, with room for "
+                   "the "
+                   "activations in 40 KiB of shared memory";
+        case Status::no_workspace:
+            return "a GEMM that is split over blocks needs its workspace and its counters";
         case Status::unknown_isa:
             return "DQKERNELS_CPU must be one of scalar, avx2, avx_vnni, avx512_vnni, amx_int8, dotprod";
         case Status::unsupported_isa:

@@ -1,0 +1,275 @@
+"""The skinny CUDA GEMM: torch tensors in and out of `_C.SkinnyPlan`. No arithmetic here.
+
+A plan (sizes, options, how the work is cut up) is made once per kind of call and kept; a call then only allocates its
+outputs and hands over addresses, so that it can stand in a CUDA graph. Where K is split over blocks, a call also gets a
+workspace of its own from torch's allocator, which knows the stream, and counters that are zero: outside of a capture
+those of the stream, which the kernel leaves at zero; under capture fresh ones, so that two graphs never share them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import threading
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+
+from . import native
+
+#: Rows up to which a float input is quantized inside the GEMM.
+PROLOGUE_ROWS = 16
+#: Rows of one slice: up to here the weights are read once.
+ROWS = 64
+_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+_ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+_local = threading.local()
+_counters: dict[tuple[int, int], torch.Tensor] = {}
+_lock = threading.Lock()
+
+
+class Part(NamedTuple):
+    """One linear of a launch; several share the input.
+
+    qweight uint8 packed v1, weight_scale fp32 [N] or [1], group_mult uint8 [N, G] or None, bias [N] or None,
+    residual [M, N] or None; out_features N.
+    """
+
+    qweight: torch.Tensor
+    weight_scale: torch.Tensor
+    group_mult: torch.Tensor | None
+    bias: torch.Tensor | None
+    residual: torch.Tensor | None
+    out_features: int
+
+
+class Norm(NamedTuple):
+    """A LayerNorm on the way in: weight and bias (or None) [K] in x's dtype."""
+
+    weight: torch.Tensor
+    bias: torch.Tensor | None
+    eps: float
+
+
+@contextlib.contextmanager
+def settled_weights() -> Iterator[None]:
+    """Promises that no kernel launched in this thread within the context writes packed weights.
+
+    On compute capability 9.0 and newer a GEMM then starts while the kernel before it ends and reads its weights
+    meanwhile (programmatic dependent launch). Without the promise it waits, since that kernel might be the one that
+    packs them.
+    """
+    before = getattr(_local, "settled", False)
+    _local.settled = True
+    try:
+        yield
+    finally:
+        _local.settled = before
+
+
+def gemm(
+    x: torch.Tensor,
+    parts: Sequence[Part],
+    *,
+    bits: int,
+    four_level: bool,
+    group_size: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    act_scale: torch.Tensor | None = None,
+    mode: str = "per_token",
+    clip: float | None = None,
+    norm: Norm | None = None,
+    out_scale: torch.Tensor | None = None,
+    warps_n: int = 0,
+    splits: int = 0,
+) -> list[torch.Tensor]:
+    """Y = epilogue(quantize(norm(X)) . W^T) for each part, in one launch on the current stream.
+
+    Args:
+        x: int8 [M, K] with its `act_scale` fp32 [M]; or float [M, K] of at most 16 rows, quantized by `mode` and
+            `clip` (`static`: with `act_scale` fp32 [1]). Elements of a row adjacent, any row stride.
+        parts: 1 to 3, of one width and granularity.
+        group_size: -1 for none.
+        out_dtype: float, or int8 with `out_scale` fp32 [1].
+        norm: LayerNorm before the quantizer, for a float x.
+        warps_n, splits: how the work is cut up; 0 lets the rule choose. Results do not depend on it.
+
+    Returns:
+        Y [M, N] of each part; with a norm the normalized rows [M, K] first.
+
+    Raises:
+        ValueError: for tensors that the kernel cannot read, naming the argument.
+    """
+    device = x.get_device()
+    if device < 0:
+        raise ValueError(f"x must be on cuda, got {x.device}")
+    if device != torch.cuda.current_device():
+        with torch.cuda.device(device):
+            return _gemm(x, parts, bits, four_level, group_size, activation, out_dtype, act_scale, mode, clip, norm,
+                         out_scale, warps_n, splits)  # fmt: skip
+    return _gemm(x, parts, bits, four_level, group_size, activation, out_dtype, act_scale, mode, clip, norm,
+                 out_scale, warps_n, splits)  # fmt: skip
+
+
+def _gemm(
+    x,
+    parts,
+    bits,
+    four_level,
+    group_size,
+    activation,
+    out_dtype,
+    act_scale,
+    mode,
+    clip,
+    norm,
+    out_scale,
+    warps_n,
+    splits,
+):
+    if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+        raise ValueError(f"x must be [M, K] with adjacent elements, got {list(x.shape)} with strides {x.stride()}")
+    (m, k), device = x.shape, x.get_device()
+    _check(x, parts, act_scale, norm, out_scale)
+    plan = _plan(
+        (m, k, x.stride(0) if m > 1 else k, x.dtype, mode, 0.0 if clip is None else clip),
+        0.0 if norm is None else norm.eps,
+        (bits, four_level, max(group_size, 0), _one_scale(parts)),
+        next((p.bias.dtype for p in parts if p.bias is not None), torch.float32),
+        next((p.residual.dtype for p in parts if p.residual is not None), torch.float32),
+        activation,
+        out_dtype,
+        tuple(part.out_features for part in parts),
+        (warps_n, splits),
+        device,
+        getattr(_local, "settled", False),
+    )
+    outputs = [x.new_empty((m, part.out_features), dtype=out_dtype) for part in parts]
+    normalized = None if norm is None else x.new_empty((m, k))
+    stream = torch._C._cuda_getCurrentRawStream(device)
+    workspace, counters = 0, 0
+    if plan.workspace_bytes:
+        room = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)  # lives until this call is queued
+        zeros = _zeros(device, stream, plan.counter_bytes)
+        workspace, counters = room.data_ptr(), zeros.data_ptr()
+    plan.run(
+        x.data_ptr(),
+        _address(act_scale),
+        *((0, 0, 0) if norm is None else (norm.weight.data_ptr(), _address(norm.bias), normalized.data_ptr())),
+        _address(out_scale),
+        [
+            (
+                part.qweight.data_ptr(),
+                part.weight_scale.data_ptr(),
+                _address(part.group_mult),
+                _address(part.bias),
+                _address(part.residual),
+                y.data_ptr(),
+            )
+            for part, y in zip(parts, outputs, strict=True)
+        ],
+        workspace,
+        counters,
+        stream,
+    )
+    return outputs if norm is None else [normalized, *outputs]
+
+
+def _one_scale(parts: Sequence[Part]) -> bool:
+    """One weight scale for a whole matrix, and not because it has a single row."""
+    return any(part.weight_scale.numel() == 1 and part.out_features > 1 for part in parts)
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, sizes, cut, device, settled):
+    m, k, stride, x_dtype, mode, clip = x
+    bits, four_level, group_size, tensor_scale = weight
+    properties = torch.cuda.get_device_properties(device)
+    return native.require("SkinnyPlan").SkinnyPlan(
+        m=m,
+        k=k,
+        row_stride=stride,
+        x_dtype=_DTYPES[x_dtype],
+        mode=native.MODES[mode],
+        clip=clip,
+        norm_eps=eps,
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        tensor_scale=tensor_scale,
+        bias_dtype=_DTYPES[bias_dtype],
+        residual_dtype=_DTYPES[residual_dtype],
+        activation=_ACTIVATIONS[activation],
+        y_dtype=_DTYPES[out_dtype],
+        n=list(sizes),
+        warps_n=cut[0],
+        splits=cut[1],
+        sms=properties.multi_processor_count,
+        overlap=settled and properties.major >= 9,
+    )
+
+
+def _zeros(device: int, stream: int, count: int) -> torch.Tensor:
+    """`count` bytes of zeros that nobody else counts in while this call runs."""
+    if torch.cuda.is_current_stream_capturing():
+        return torch.zeros(count, dtype=torch.uint8, device=device)
+    found = _counters.get((device, stream))
+    if found is None or found.numel() < count:
+        # A larger one does not replace a smaller one under a kernel that still runs: the stream orders them.
+        with _lock:
+            found = _counters[device, stream] = torch.zeros(max(count, 4096), dtype=torch.uint8, device=device)
+    return found
+
+
+def _check(x, parts, act_scale, norm, out_scale) -> None:
+    """What the addresses alone would not tell: device, dtype, shape and memory layout of every tensor."""
+    m, k = x.shape
+    first, one_scale = parts[0], _one_scale(parts)
+    named = [("act_scale", act_scale, torch.float32), ("out_scale", out_scale, torch.float32)]
+    if norm is not None:
+        named += [("norm weight", norm.weight, x.dtype), ("norm bias", norm.bias, x.dtype)]
+        for name, tensor in (("norm weight", norm.weight), ("norm bias", norm.bias)):
+            if tensor is not None and tensor.numel() != k:
+                raise ValueError(f"{name} must have {k} elements, got {list(tensor.shape)}")
+    for part in parts:
+        named += [
+            ("qweight", part.qweight, torch.uint8),
+            ("weight_scale", part.weight_scale, torch.float32),
+            ("group_mult", part.group_mult, torch.uint8),
+            ("bias", part.bias, None),
+            ("residual", part.residual, None),
+        ]
+        if part.residual is not None and part.residual.shape != (m, part.out_features):
+            raise ValueError(f"residual must be {[m, part.out_features]}, got {list(part.residual.shape)}")
+        if part.qweight.data_ptr() % 16:
+            raise ValueError("qweight must start on a 16-byte boundary: the kernel reads 16 bytes at a time")
+        if part is not first:
+            for name in ("bias", "residual"):
+                mine, other = getattr(part, name), getattr(first, name)
+                if mine is not None and other is not None and mine.dtype != other.dtype:
+                    raise ValueError(f"the parts' {name} must have one dtype, got {other.dtype} and {mine.dtype}")
+        scales = 1 if one_scale else part.out_features
+        if part.weight_scale.numel() != scales:
+            raise ValueError(f"weight_scale must hold {scales} elements, got {list(part.weight_scale.shape)}")
+    if x.dtype == torch.int8 and (act_scale is None or act_scale.numel() != m):
+        raise ValueError(f"act_scale must hold {m} elements for int8 rows, got {_shape(act_scale)}")
+    device = x.get_device()
+    for name, tensor, dtype in named:
+        if tensor is None:
+            continue
+        if tensor.get_device() != device:
+            raise ValueError(f"{name} must be on {x.device} like x, got {tensor.device}")
+        if dtype is not None and tensor.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {tensor.dtype}")
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tensor.stride()}")
+
+
+def _shape(tensor: torch.Tensor | None) -> str:
+    return "None" if tensor is None else str(list(tensor.shape))

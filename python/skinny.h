@@ -1,0 +1,9 @@
+// The skinny GEMM's part of the extension module.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace dqk::binding {
+
+void define_skinny(pybind11::module_& m);
+
+}  // namespace dqk::binding
