@@ -61,14 +61,15 @@ def test_percentiles_interpolate_between_neighbours():
     assert [protocol.percentile([10, 20, 30, 40, 50], p) for p in (0, 20, 50, 80, 100)] == [10, 18, 30, 42, 50]
     stats = protocol.Stats.of([4.0, 1.0, 3.0, 2.0])
     assert (stats.median, stats.mean, stats.n) == (2.5, 2.5, 4)
-    assert protocol.Stats.of([7.0]) == protocol.Stats(7.0, 7.0, 7.0, 7.0, 1)
+    assert protocol.Stats.of([7.0]) == protocol.Stats(7.0, 7.0, 7.0, 7.0, 7.0, 7.0, 1)
     with pytest.raises(ValueError, match="nothing was timed"):
         protocol.Stats.of([])
 
 
 def test_rows_carry_their_unit():
     row = protocol.Stats.of([1.5e-6, 2.5e-6]).row("us")
-    assert row == {"median_us": 2.0, "p20_us": 1.7, "p80_us": 2.3, "mean_us": 2.0, "samples": 2}
+    spread = {"p10_us": 1.6, "p20_us": 1.7, "p80_us": 2.3, "p90_us": 2.4}
+    assert row == {"median_us": 2.0, **spread, "mean_us": 2.0, "samples": 2}
 
 
 def test_candidates_take_turns_and_warmup_is_thrown_away():
@@ -80,7 +81,7 @@ def test_candidates_take_turns_and_warmup_is_thrown_away():
         clock=clock,
     )
     assert "".join(log) == "ab" * 5  # two rounds of warm-up, three timed
-    assert found.stats["a"] == protocol.Stats(1.0, 1.0, 1.0, 1.0, 3)
+    assert found.stats["a"] == protocol.Stats(1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 3)
     assert found.stats["b"].median == 2.0 and found.rounds == 3
 
 

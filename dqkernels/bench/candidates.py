@@ -7,6 +7,7 @@ within a rounding bound of the float64 layer, an int8 peer within the error of 8
 from __future__ import annotations
 
 import copy
+import functools
 import importlib.util
 import warnings
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch
 from torch import nn
 
 from dqkernels import backends as registry
-from dqkernels import ops, qmath, reference
+from dqkernels import ops, packing, qmath, reference
 from dqkernels.bench import proofs, protocol
 from dqkernels.config import DQConfig
 from dqkernels.nn import QLinear
@@ -24,7 +25,7 @@ from dqkernels.nn import QLinear
 #: Rows a CPU recomputes when the device under test proved itself against its own reference.
 CPU_ROWS = 16
 #: Relative error of int8 peers to the float64 layer: codes of one scale per tensor stay below 3% on such data.
-_INT8_BOUND = 0.03
+INT8_BOUND = 0.03
 PEERS = ("gemlite", "humming", "bitblas", "torchao")
 
 
@@ -40,6 +41,10 @@ class Candidate:
         prove: (x, y) -> reason why it does not compute the layer, or None.
         kernel: what runs, in words.
         backend: ours: the backend forced; else None.
+        group_size: of its weights; -1 is one scale per output channel.
+        least_tokens: fewer rows of x are not supported.
+        bind: (module, x) -> the call that is timed.
+        foreign: somebody else's package: where it raises it is not compared.
     """
 
     name: str
@@ -49,6 +54,14 @@ class Candidate:
     prove: Callable[[torch.Tensor, torch.Tensor], str | None]
     kernel: str
     backend: str | None = None
+    group_size: int = -1
+    least_tokens: int = 0
+    bind: Callable[..., protocol.CALL] = functools.partial
+    foreign: bool = False
+
+    def absent(self, tokens: int) -> str | None:
+        """Why so few rows are not supported, or None."""
+        return None if tokens >= self.least_tokens else f"takes {self.least_tokens} rows and more, x has {tokens}"
 
 
 class IntMM(nn.Module):
@@ -61,34 +74,43 @@ class IntMM(nn.Module):
         self.bias = linear.bias.detach()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        scale = (x.abs().amax(dim=-1, keepdim=True) / 127).float()
-        q = torch.round(x / scale).clamp_(-127, 127).to(torch.int8)
+        q, scale = quantized_by_hand(x)
         return (torch._int_mm(q, self.codes) * scale * self.scale + self.bias).to(x.dtype)
+
+
+def quantized_by_hand(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes and fp32 scales [..., 1] per token, in plain torch."""
+    scale = (x.abs().amax(dim=-1, keepdim=True) / 127).float()
+    return torch.round(x / scale).clamp_(-127, 127).to(torch.int8), scale
 
 
 # ------------------------------------------------------------------------------------------- proofs
 
 
-def exact(module: QLinear) -> Callable[[torch.Tensor, torch.Tensor], str | None]:
-    """A proof that y is bit for bit what the reference computes from the module's own packed weights."""
+def exact(module: QLinear, cpu_columns: int | None = None) -> Callable[[torch.Tensor, torch.Tensor], str | None]:
+    """A proof that y is bit for bit what the reference computes from the module's own packed weights.
 
-    def expected(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    `cpu_columns`: the CPU recomputes about so many of the last output columns, not all of them.
+    """
+
+    def expected(x: torch.Tensor, device: torch.device, first: int = 0) -> torch.Tensor:
         layer = module.layer
-        move = [None if t is None else t.to(device) for t in (module.qweight, module.weight_scale, module.bias)]
+        parts = (module.qweight, module.weight_scale, module.group_mult, module.bias)
+        qweight, weight_scale, group_mult, bias = (None if t is None else t[first:].to(device) for t in parts)
         q, scale, row_sum = qmath.quantize_activation(x.to(device), layer.act_granularity, want_sum=True)
         return reference.qgemm(
             q,
             scale,
             row_sum,
-            move[0],
-            move[1],
-            None,
-            move[2],
+            qweight,
+            weight_scale,
+            group_mult,
+            bias,
             None,
             bits=layer.bits,
             four_level=layer.four_level,
-            group_size=-1,
-            out_features=module.out_features,
+            group_size=layer.group_size,
+            out_features=module.out_features - first,
             activation="none",
             out_dtype=x.dtype,
         )
@@ -99,7 +121,9 @@ def exact(module: QLinear) -> Callable[[torch.Tensor, torch.Tensor], str | None]
             # Rows are independent of each other, so a few of them on the CPU check the device's reference
             # too.
             rows = torch.linspace(0, x.shape[0] - 1, min(CPU_ROWS, x.shape[0])).long().to(x.device)
-            wrong = proofs.bits(y[rows].cpu(), expected(x[rows], torch.device("cpu")))
+            first = 0 if cpu_columns is None else max(0, module.out_features - cpu_columns)
+            first -= first % packing.BLOCK_N  # packed rows come in blocks
+            wrong = proofs.bits(y[rows, first:].cpu(), expected(x[rows], torch.device("cpu"), first))
         return wrong
 
     return prove
@@ -132,31 +156,22 @@ def make_linear(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: 
     return linear.requires_grad_(False).to(device)
 
 
-class Layer:
-    """One float layer and everything here that can compute it, the float layer itself first.
+class Contest:
+    """A float layer and what can compute it; `Layer` and the decode GEMM's own kind fill it.
 
     Attributes:
         key: ((out_features, in_features), dtype).
+        linear: the float layer.
         found: what can be timed.
         absent: what cannot, with its reason.
     """
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None):
-        self.key = ((n, k), dtype)
-        self.linear = make_linear(n, k, dtype, device)
+    def __init__(self, linear: nn.Linear):
+        self.key = (tuple(linear.weight.shape), linear.weight.dtype)
+        self.linear = linear
         self.found: list[Candidate] = []
         self.absent: dict[str, str] = {}
         self._copies: dict[str, list] = {}
-        width = self.linear.weight.element_size()
-        proof = bounded(self.linear, proofs.FLOAT_BOUND[dtype])
-        self._add(Candidate(f"torch {short(dtype)}", self.linear, 8 * width, n * k * width, proof, "torch.nn.Linear"))
-        for one in bits:
-            self._add_ours(one, names)
-        self._add_int_mm()
-        self._add_dynamic_int8()
-        for name in PEERS:
-            here = importlib.util.find_spec(name) is not None
-            self.absent[name] = "installed, but this bench has no adapter for it" if here else "not installed"
 
     def copies(self, one: Candidate) -> list:
         """The candidate's module and as many clones as a cold rotation needs."""
@@ -168,44 +183,70 @@ class Layer:
     def _add(self, one: Candidate) -> None:
         self.found.append(one)
 
-    def _add_ours(self, bits: int, names: Sequence[str] | None) -> None:
-        device = self.linear.weight.device
-        # The ternary rule at 2 bits: it packs fastest, and the kernels do the same work for any codes.
-        # Packed on the CPU, which has no kernel to be wrong: the same codes on every machine.
-        config = DQConfig(weight_bits=bits, weight_quantizer="ternary").for_linear("linear")
-        packed = QLinear.from_linear(copy.deepcopy(self.linear).cpu(), config).to(device)
-        asked = names
-        if asked is None:
-            order = registry.ORDER.get(device.type, ("eager",))
-            asked = [name for name in order if name not in registry.SLOW]
-        count = len(self.found)
-        for name in asked:
-            self._add_backend(packed, name)
-        if names is None and len(self.found) == count:
-            for name in registry.SLOW:  # nothing faster runs here, and something must
-                self._add_backend(packed, name)
+    def _add_float(self, linear: nn.Linear, **more) -> None:
+        dtype, weight_bytes = linear.weight.dtype, linear.weight.nbytes
+        proof = bounded(linear, proofs.FLOAT_BOUND[dtype])
+        bits = 8 * dtype.itemsize
+        self._add(Candidate(f"torch {short(dtype)}", linear, bits, weight_bytes, proof, "torch.nn.Linear", **more))
 
-    def _add_backend(self, packed: QLinear, backend: str) -> None:
-        name = f"dqkernels W{packed.layer.bits} {backend}"
+    def _add_backends(self, packed: QLinear, names: Sequence[str] | None, **more) -> None:
+        """Those named; by default the device's own, of which the slow ones run only where nothing else does."""
+        asked, count = names, len(self.found)
+        if asked is None:
+            order = registry.ORDER.get(self.linear.weight.device.type, ("eager",))
+            asked = [name for name in order if name not in registry.SLOW]
+        for name in asked:
+            self._add_backend(packed, name, **more)
+        if names is None and len(self.found) == count:
+            for name in registry.SLOW:
+                self._add_backend(packed, name, **more)
+
+    def _add_backend(self, packed: QLinear, backend: str, cpu_columns: int | None = None, **more) -> None:
+        layer = packed.layer
+        name = f"dqkernels {format_words(layer.bits, layer.group_size)} {backend}"
         device = self.linear.weight.device.type
         try:
-            choices = ops.choose_qlinear(device, packed.layer.bits, -1, "per_token", backend)
+            choices = ops.choose_qlinear(device, layer.bits, layer.group_size, "per_token", backend)
         except registry.BackendError as error:
             self.absent[name] = str(error)
             return
         kernel = "+".join(dict.fromkeys(c.backend for c in choices if c is not None))
         module = copy.copy(packed)
         module.backend = backend
-        proof = exact(module)
-        self._add(Candidate(name, module, packed.layer.bits, packed.packed_bytes(), proof, kernel, backend))
+        proof = exact(module, cpu_columns)
+        more = {"backend": backend, "group_size": layer.group_size, **more}
+        self._add(Candidate(name, module, layer.bits, packed.packed_bytes(), proof, kernel, **more))
 
     def _add_int_mm(self) -> None:
-        n, k = self.linear.weight.shape
-        if self.linear.weight.is_cuda and (n % 8 or k % 8):
+        (n, k), weight = self.linear.weight.shape, self.linear.weight
+        if weight.is_cuda and (n % 8 or k % 8):
             self.absent["torch _int_mm"] = "on CUDA it takes N and K divisible by 8"
             return
-        proof = bounded(self.linear, _INT8_BOUND)
-        self._add(Candidate("torch _int_mm", IntMM(self.linear), 8, n * k, proof, "eager quantizer, torch._int_mm"))
+        proof, kernel = bounded(self.linear, INT8_BOUND), "eager quantizer, torch._int_mm"
+        least = 17 if weight.is_cuda else 0  # so says torch, on CUDA
+        self._add(Candidate("torch _int_mm", IntMM(self.linear), 8, n * k, proof, kernel, least_tokens=least))
+
+
+class Layer(Contest):
+    """One float layer and everything here that can compute it, the float layer itself first."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None):
+        super().__init__(make_linear(n, k, dtype, device))
+        self._add_float(self.linear)
+        for one in bits:
+            self._add_ours(one, names)
+        self._add_int_mm()
+        self._add_dynamic_int8()
+        for name in PEERS:
+            here = importlib.util.find_spec(name) is not None
+            self.absent[name] = "installed, but this bench has no adapter for it" if here else "not installed"
+
+    def _add_ours(self, bits: int, names: Sequence[str] | None) -> None:
+        device = self.linear.weight.device
+        # The ternary rule at 2 bits: it packs fastest, and the kernels do the same work for any codes.
+        # Packed on the CPU, which has no kernel to be wrong: the same codes on every machine.
+        config = DQConfig(weight_bits=bits, weight_quantizer="ternary").for_linear("linear")
+        self._add_backends(QLinear.from_linear(copy.deepcopy(self.linear).cpu(), config).to(device), names)
 
     def _add_dynamic_int8(self) -> None:
         name, weight = "torch dynamic int8", self.linear.weight
@@ -225,7 +266,7 @@ class Layer:
             except (RuntimeError, NotImplementedError) as error:
                 self.absent[name] = f"torch.ao: {str(error).splitlines()[0]}"
                 return
-            proof, kernel = bounded(self.linear, _INT8_BOUND), f"torch.ao, {torch.backends.quantized.engine}"
+            proof, kernel = bounded(self.linear, INT8_BOUND), f"torch.ao, {torch.backends.quantized.engine}"
             self._add(Candidate(name, module, 8, weight.numel(), proof, kernel))
 
 
@@ -240,6 +281,11 @@ def _clone(module: nn.Module) -> nn.Module:
     }
     new._buffers = {name: b if b is None else b.clone() for name, b in module._buffers.items()}
     return new
+
+
+def format_words(bits: int, group_size: int = -1) -> str:
+    """`W4`, or `W4g64` with a multiplier per 64 weights of a row."""
+    return f"W{bits}" + (f"g{group_size}" if group_size != -1 else "")
 
 
 def short(dtype: torch.dtype) -> str:

@@ -58,14 +58,16 @@ def device_of(gpu_name: str | None) -> Device | None:
     return next((device for pattern, device in _BY_NAME if re.fullmatch(pattern, gpu_name)), None)
 
 
-def gemm_bytes(m: int, n: int, k: int, bits: int) -> int:
+def gemm_bytes(m: int, n: int, k: int, bits: int, group_size: int = -1) -> int:
     """Bytes a GEMM has to move once. 16 and 32 bits: input, weights and output of that width.
 
-    2, 4, 8 bits: packed weights, int8 input, 16-bit output, fp32 scales per output channel and per token.
+    2, 4, 8 bits: packed weights, int8 input, 16-bit output, fp32 scales per output channel and per token; with a
+    group_size, one byte more for each group of a row.
     """
     if bits in (16, 32):
         return (n * k + m * k + m * n) * bits // 8
-    return n * k * bits // 8 + m * k + 2 * m * n + 4 * (n + m)
+    groups = 0 if group_size == -1 else -(-k // group_size)
+    return n * k * bits // 8 + m * k + 2 * m * n + 4 * (n + m) + n * groups
 
 
 def gemm_ops(m: int, n: int, k: int) -> int:
@@ -81,12 +83,12 @@ class Floor:
     bound: str
 
 
-def gemm_floor(device: Device | None, m: int, n: int, k: int, bits: int) -> Floor | None:
+def gemm_floor(device: Device | None, m: int, n: int, k: int, bits: int, group_size: int = -1) -> Floor | None:
     """The floor of one GEMM, or None where nothing is known about the device.
 
     `bits` is that of the weights: 2, 4, 8 run at the int8 peak, 16 at the half peak, 32 by memory alone.
     """
-    return op_floor(device, gemm_bytes(m, n, k, bits), gemm_ops(m, n, k), bits)
+    return op_floor(device, gemm_bytes(m, n, k, bits, group_size), gemm_ops(m, n, k), bits)
 
 
 def op_floor(device: Device | None, moved_bytes: int, operations: int = 0, bits: int = 8) -> Floor | None:

@@ -128,7 +128,8 @@ def run(
     rows: list[dict] = []
     deadline = time.perf_counter() + seconds
     with torch.inference_mode(), shared.on(device):
-        for index, ((op, shape, variant), kind) in enumerate(todo):
+        # One case at a time: what it holds on the device goes with it.
+        for index, ((op, shape, variant), kind) in enumerate(shared.progress("bench kernels", todo, _group_words)):
             case = Case(op, shape, variant, kind, device, names)
             left = deadline - time.perf_counter()
             if left <= 0:
@@ -205,7 +206,8 @@ def measure(case: Case, seconds: float, peak: floors.Device | None, build: Calla
                 "kernel": way.kernel,
                 "cache": cache,
                 "moved_bytes": way.moved_bytes,
-                **shared.verdict(way.floor(peak), reason),
+                **shared.floor_row(way.floor(peak)),
+                **shared.verdict(reason),
             }
             if reason is None:
                 walk = case.calls(way, cold=cache == "cold")
@@ -293,6 +295,15 @@ def _label(line: dict) -> str:
     return f"{line['op']}\n{'x'.join(map(str, line['shape']))}\n{line['variant']} {line['dtype']}".replace("\n ", "\n")
 
 
+def _group_words(one: tuple[Group, torch.dtype]) -> str:
+    (op, shape, variant), kind = one
+    return _words({"op": op, "shape": shape, "variant": variant, "dtype": short(kind)})
+
+
+def _words(line: dict) -> str:
+    return _label(line).replace("\n", " ")
+
+
 def _notes(lines: Iterable[dict]) -> list[str]:
     """As `rows.notes`, with the ops beside each candidate that was not compared or not right."""
     ops: dict[tuple[str, str, str], list[str]] = {}
@@ -305,4 +316,4 @@ def _notes(lines: Iterable[dict]) -> list[str]:
             rest.append(line)
     for (status, reason, candidate), names in ops.items():
         rest.append({"status": status, "reason": reason, "candidate": f"{candidate} on {', '.join(names)}"})
-    return shared.notes(rest, lambda line: _label(line).replace("\n", " "))
+    return shared.notes(rest, _words)

@@ -11,7 +11,7 @@ import torch
 
 from dqkernels.bench import floors, protocol, record
 from dqkernels.bench import rows as shared
-from dqkernels.bench.candidates import Layer, float64_layer, short
+from dqkernels.bench.candidates import Candidate, Contest, Layer, float64_layer, short
 
 #: (out_features, in_features): BART-base QKV, BART-large square and fc1, and one large enough for bandwidth.
 GPU_SIZES = ((2304, 768), (1024, 1024), (4096, 1024), (4096, 4096))
@@ -62,7 +62,7 @@ def run(
     rows: list[dict] = []
     layer, deadline = None, time.perf_counter() + seconds
     with torch.inference_mode(), shared.on(device):
-        for index, (shape, kind) in enumerate(groups):
+        for index, (shape, kind) in enumerate(shared.progress("bench linear", groups, _words)):
             left = deadline - time.perf_counter()
             if left <= 0:
                 rows.append({**_identity(shape, kind), "status": "not reached", "reason": f"{seconds:g} s were over"})
@@ -96,7 +96,7 @@ def run(
     return result
 
 
-def measure(tokens: int, layer: Layer, seconds: float, peak: floors.Device | None) -> list[dict]:
+def measure(tokens: int, layer: Contest, seconds: float, peak: floors.Device | None) -> list[dict]:
     """All rows of one layer at one M: proven, then timed cold and warm, in `seconds` with the building."""
     start = time.perf_counter()
     (n, k), kind = layer.key
@@ -107,30 +107,57 @@ def measure(tokens: int, layer: Layer, seconds: float, peak: floors.Device | Non
     samplers: dict[str, dict[str, protocol.Sampler]] = {cache: {} for cache in shared.CACHES}
     calls: dict[str, protocol.CALL] = {}
     for one in layer.found:
-        y, reason = shared.judged(functools.partial(one.module, x), functools.partial(one.prove, x))
+        verdict, ready, y = _prepared(one, layer, x)
         error = None if y is None or y.shape != exact_output.shape else _relative(y, exact_output)
-        floor = floors.gemm_floor(peak, tokens, n, k, one.bits)
+        floor = floors.gemm_floor(peak, tokens, n, k, one.bits, one.group_size)
         for cache in samplers:
             rows[one.name, cache] = {
                 **_identity((tokens, n, k), kind),
                 "candidate": one.name,
                 "bits": one.bits,
+                "group_size": one.group_size,
                 "backend": one.backend,
                 "kernel": one.kernel,
                 "cache": cache,
                 "weights_bytes": one.weight_bytes,
                 "float_error": error,
-                **shared.verdict(floor, reason),
+                **shared.floor_row(floor),
+                **verdict,
             }
-            if reason is None:
-                calls[one.name] = functools.partial(one.module, x)
-                modules = layer.copies(one) if cache == "cold" else [one.module]
-                samplers[cache][one.name] = protocol.sampler(
-                    [functools.partial(module, x) for module in modules], device, weight_bytes=one.weight_bytes
-                )
+            if cache in ready:
+                samplers[cache][one.name] = ready[cache]
+        if ready:
+            calls[one.name] = one.bind(one.module, x)
     base = layer.found[0].name
     shared.fill(rows, samplers, calls, base, device, start=start, seconds=seconds, max_rounds=_MAX_ROUNDS)
     return list(rows.values())
+
+
+def _prepared(one: Candidate, layer: Contest, x: torch.Tensor):
+    """The verdict on a candidate, its samplers by cache (none unless it is to be timed), and what it gave for x."""
+    too_few = one.absent(x.shape[0])
+    if too_few is not None:
+        return shared.verdict(too_few, "not supported"), {}, None
+    y, reason = shared.judged(one.bind(one.module, x), functools.partial(one.prove, x))
+    if y is None and one.foreign:
+        return shared.verdict(reason, "not compared"), {}, None
+    ready: dict[str, protocol.Sampler] = {}
+    if reason is None:
+        try:
+            for cache in shared.CACHES:
+                walk = [one.bind(module, x) for module in (layer.copies(one) if cache == "cold" else [one.module])]
+                ready[cache] = protocol.sampler(walk, x.device, weight_bytes=one.weight_bytes)
+                if one.foreign:
+                    ready[cache].sample()  # raises here or, most likely, never
+        except Exception as error:
+            if not one.foreign:
+                raise
+            return shared.verdict(shared.raised(error), "not compared"), {}, y
+    return shared.verdict(reason), ready, y
+
+
+def _words(group) -> str:
+    return _label(_identity(*group))
 
 
 def _identity(shape, kind: torch.dtype) -> dict:

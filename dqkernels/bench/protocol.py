@@ -1,4 +1,4 @@
-"""How things are timed here: warm-up, interleaved rounds, median with p20 and p80, and a bound on the whole.
+"""How things are timed here: warm-up, interleaved rounds, median with p10, p20, p80, p90, and a bound on the whole.
 
 On a GPU one sample is the replay of a CUDA graph between two events, divided by the launches in it; `cold`
 graphs walk through copies of the weights that together exceed three times the L2 cache, `warm` ones repeat
@@ -42,9 +42,11 @@ BUSY = 0.25
 class Stats:
     """Seconds per operation over `n` samples; linear interpolation between neighbours."""
 
+    p10: float
     p20: float
     median: float
     p80: float
+    p90: float
     mean: float
     n: int
 
@@ -55,12 +57,13 @@ class Stats:
             raise ValueError("samples is empty: nothing was timed")
         ordered = sorted(samples)
         mean = sum(ordered) / len(ordered)
-        return cls(percentile(ordered, 20), percentile(ordered, 50), percentile(ordered, 80), mean, len(ordered))
+        return cls(*(percentile(ordered, percent) for percent in (10, 20, 50, 80, 90)), mean, len(ordered))
 
     def row(self, unit: str) -> dict:
         """As it stands in a record: `median_us`, `p20_us`, ..., `samples`. `unit` is `us`, `ms` or `s`."""
         factor = {"us": 1e6, "ms": 1e3, "s": 1.0}[unit]
-        row = {f"{name}_{unit}": _short(getattr(self, name) * factor) for name in ("median", "p20", "p80", "mean")}
+        names = ("median", "p10", "p20", "p80", "p90", "mean")
+        row = {f"{name}_{unit}": _short(getattr(self, name) * factor) for name in names}
         return {**row, "samples": self.n}
 
 
@@ -318,7 +321,7 @@ def describe(
     rotation = f"{ROTATE_OVER}x the cache, at most {(most or MAX_ROTATION_BYTES)[device.type] >> 20} MiB"
     return {
         "timer": "cuda graph replays between events" if gpu else "perf_counter",
-        "statistic": "median, p20, p80, mean of per-operation times",
+        "statistic": "median, p10, p20, p80, p90, mean of per-operation times",
         "interleaved": True,
         "warmup_rounds": _WARMUP_ROUNDS,
         "max_rounds": max_rounds,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import torch
 
@@ -80,6 +80,17 @@ def floor_words(best: floors.Device | None, rule: str) -> dict:
     }
 
 
+def progress(name: str, groups: Sequence, label: Callable[[object], str]) -> Iterator:
+    """The groups one after the other, with a bar on stderr that names the one at work; silent where no terminal is."""
+    from tqdm import tqdm
+
+    with tqdm(total=len(groups), desc=name, unit="group", disable=None, leave=False, dynamic_ncols=True) as bar:
+        for group in groups:
+            bar.set_postfix_str(label(group), refresh=True)
+            yield group
+            bar.update()
+
+
 # ------------------------------------------------------------------------------------------------ rows
 
 
@@ -90,16 +101,27 @@ def judged(call: Callable[[], object], prove: Callable[[object], str | None]) ->
         y = call()
         return y, prove(y)
     except Exception as error:  # noqa: BLE001 - whatever a candidate raises is its refusal, not ours
-        return y, f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+        return y, raised(error)
 
 
-def verdict(floor: floors.Floor | None, reason: str | None) -> dict:
-    """The fields that every candidate's row has before it is timed."""
+def raised(error: Exception) -> str:
+    """An exception as a reason: its type and its first line."""
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+def floor_row(floor: floors.Floor | None) -> dict:
+    """The fields of a row that say what the device can do at best."""
     return {
         "floor_us": None if floor is None else float(f"{floor.us:.4g}"),
         "floor_bound": None if floor is None else floor.bound,
+    }
+
+
+def verdict(reason: str | None, otherwise: str = "refused") -> dict:
+    """The fields that every candidate's row has before it is timed; `otherwise` is its status if there is a reason."""
+    return {
         "host_us": None,
-        "status": "timed" if reason is None else "refused",
+        "status": "timed" if reason is None else otherwise,
         "reason": None if reason is None else record.scrub(reason),
     }
 
