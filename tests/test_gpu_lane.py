@@ -375,13 +375,14 @@ def test_build_reports_why_cuda_was_left_out(tmp_path, monkeypatch):
     assert row["outcome"] == "passed" and row["archs"] == ["90a-real"]
 
 
-@pytest.mark.parametrize("kind", ["linear", "kernels"])
-def test_bench_rows_become_rows_of_the_lane(tmp_path, monkeypatch, kind):
+@pytest.mark.parametrize(("kind", "seconds"), [("gemm", 52.5), ("linear", 28.0), ("kernels", 35.0)])
+def test_bench_rows_become_rows_of_the_lane(tmp_path, monkeypatch, kind, seconds):
     lane, _ = a_lane(tmp_path)
     rows = [{"candidate": "a", "status": "timed", "median_us": 2.5}, {"candidate": "b", "status": "refused"}]
+    rows.append({"candidate": "somebody's", "status": "refused", "foreign": True})
 
     def run_it(command):
-        assert "seconds=42.0" in command[-1] and "device='cuda'" in command[-1]
+        assert f"seconds={seconds}" in command[-1] and "device='cuda'" in command[-1]
         assert f"import {kind};" in command[-1] and f"{kind}.run(" in command[-1]
         made = record.new(kind, settings={"bits": [2]}, protocol={"budget_s": 1.0}, rows=rows, threads=1)
         record.write(made, tmp_path / f"{kind}.json")
@@ -416,5 +417,6 @@ def test_tiles_are_measured_as_far_as_time_reaches(tmp_path, monkeypatch):
 def test_worth_comes_first_and_every_stage_can_be_reached():
     assert NAMES[:2] == ["build", "gpu tests"] and NAMES[-1] == "device-independent tests"
     benches = [name for name in NAMES if name.startswith("bench ")]
-    assert benches == ["bench linear", "bench kernels", "bench model"]
+    assert benches == ["bench gemm", "bench linear", "bench kernels", "bench model"]
+    assert NAMES[NAMES.index("bench gemm") - 1] == f"sanitizer {gpu_lane.SANITIZERS[-1]}"
     assert all(stage.least_s <= stage.most_s for stage in gpu_lane.stages())

@@ -117,6 +117,7 @@ def measure(tokens: int, layer: Contest, seconds: float, peak: floors.Device | N
                 "bits": one.bits,
                 "group_size": one.group_size,
                 "backend": one.backend,
+                "foreign": one.foreign,
                 "kernel": one.kernel,
                 "cache": cache,
                 "weights_bytes": one.weight_bytes,

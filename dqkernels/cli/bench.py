@@ -1,7 +1,8 @@
-"""`dqkernels bench linear|kernels|model|size`: measured tables of this machine, as text and as a JSON record."""
+"""`dqkernels bench linear|gemm|kernels|model|size`: measured tables of this machine, as text and as a JSON record."""
 
 from __future__ import annotations
 
+import importlib
 from typing import Annotated
 
 import typer
@@ -15,6 +16,7 @@ Every run prints a table; --out writes the record: rows, protocol, machine and v
 \b
 Examples:
   dqkernels bench linear
+  dqkernels bench gemm --seconds 120
   dqkernels bench kernels --seconds 10
   dqkernels bench model tiny --source_tokens 32
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
@@ -29,6 +31,19 @@ Examples:
   dqkernels bench linear
   dqkernels bench linear --shapes 1x768x768,128x3072x768 --bits 4,2 --seconds 10
   dqkernels bench linear --backends cpu,eager --out linear.json
+"""
+_GEMM = """The GEMM of a decoding step, 1 to 64 rows: ours, cuBLAS, gemlite, Humming and BitBLAS in one run.
+
+Input is float and output is float: quantizing it is inside the timed call of every int8 candidate. Times are medians
+of 200 replays of CUDA graphs, cold and warm, the device's floor beside each; the goals of the project stand below,
+each met, not met or not measured. Cells come in order of worth: a short run has those with goals. What is not
+installed, or does not run here, is named as not compared.
+
+\b
+Examples:
+  dqkernels bench gemm --seconds 120 --out gemm.json
+  dqkernels bench gemm --shapes 4096x1024,1024x4096 --tokens 1,16 --bits 4,2
+  dqkernels bench gemm --shapes 50265x768 --group_sizes -1,64 --backends cuda,triton
 """
 _KERNELS = """Every op but the linear, at BART's shapes: on each backend that can, against torch's own and a copy.
 
@@ -78,6 +93,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an --out t
 def register(app: typer.Typer) -> None:
     group = typer.Typer(no_args_is_help=True, rich_markup_mode=None, add_completion=False)
     group.command("linear", help=_LINEAR, short_help="One layer, every width and kernel.")(linear)
+    group.command("gemm", help=_GEMM, short_help="The GEMM of decoding, against other projects'.")(gemm)
     group.command("kernels", help=_KERNELS, short_help="Every other op, on every backend.")(kernels)
     group.command("model", help=_MODEL, short_help="A whole model's generate.")(model)
     group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
@@ -99,15 +115,7 @@ def linear(
 ) -> None:
     triples = None if shapes is None else [common.numbers("--shapes", part, "x", 3) for part in shapes.split(",")]
     widths = common.choices("--bits", bits, (8, 4, 2))
-    _check_seconds(seconds)
-    common.check_new_file("--out", out, overwrite)
-    from dqkernels import text
-    from dqkernels.bench import linear as library
-
-    with common.checking_input():
-        place = str(text.check_device(device))
-        dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
-        _check_backends(backends)
+    library, place, dtype = _prepared("linear", dtype, device, backends, seconds, out, overwrite)
     result = library.run(
         triples,
         bits=widths,
@@ -116,6 +124,50 @@ def linear(
         backends=None if backends is None else backends.split(","),
         seconds=seconds,
         out=out,
+    )
+    _finish(library, result, out, json_output)
+
+
+def gemm(
+    shapes: Annotated[
+        str | None, typer.Option("--shapes", help="OUTxIN, comma-separated; default: BART's, and large ones.")
+    ] = None,
+    tokens: Annotated[
+        str | None, typer.Option("--tokens", help="Rows, comma-separated; default: 1,4,8,16,32,64.")
+    ] = None,
+    bits: Widths = "8,4,2",
+    group_sizes: Annotated[
+        str | None, typer.Option("--group_sizes", help="Of -1 (a scale per channel), 32, 64, 128; default: -1,128.")
+    ] = None,
+    dtype: LayerDtype = None,
+    device: common.Device = "auto",
+    backends: Backends = None,
+    tune_peers: Annotated[
+        bool, typer.Option("--tune_peers", help="Let BitBLAS search its schedules, minutes a shape.")
+    ] = False,
+    seconds: Seconds = 60.0,
+    out: Out = None,
+    overwrite: Overwrite = False,
+    json_output: common.Json = False,
+) -> None:
+    sizes = None if shapes is None else [common.numbers("--shapes", part, "x", 2) for part in shapes.split(",")]
+    rows = None if tokens is None else [common.numbers("--tokens", part, "x", 1)[0] for part in tokens.split(",")]
+    widths = common.choices("--bits", bits, (8, 4, 2))
+    groups = None if group_sizes is None else common.choices("--group_sizes", group_sizes, (-1, 32, 64, 128))
+    library, place, dtype = _prepared("gemm", dtype, device, backends, seconds, out, overwrite)
+    with common.checking_input():
+        library.plan(place, sizes, rows, widths, groups)
+    result = library.run(
+        sizes,
+        rows,
+        widths,
+        groups,
+        dtype=dtype,
+        device=place,
+        backends=None if backends is None else backends.split(","),
+        seconds=seconds,
+        out=out,
+        tune_peers=tune_peers,
     )
     _finish(library, result, out, json_output)
 
@@ -132,18 +184,10 @@ def kernels(
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
-    _check_seconds(seconds)
-    common.check_new_file("--out", out, overwrite)
-    from dqkernels import text
-    from dqkernels.bench import kernels as library
-
+    library, place, dtype = _prepared("kernels", dtype, device, backends, seconds, out, overwrite)
     names = None if ops is None else [name.strip() for name in ops.split(",")]
     if unknown := [name for name in names or () if name not in library.OPS]:
         raise common.WrongUsage(f"--ops must be of {', '.join(library.OPS)}, got {unknown[0]!r}")
-    with common.checking_input():
-        place = str(text.check_device(device))
-        dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
-        _check_backends(backends)
     result = library.run(
         ops=names,
         bits=widths,
@@ -232,6 +276,22 @@ def size(
     common.quiet_transformers()
     result = library.run([library.Case(shape, *depth, *pair) for pair in pairs], teachers=[shape], out=out)
     _finish(library, result, out, json_output)
+
+
+def _prepared(
+    name: str, dtype: str | None, device: str, backends: str | None, seconds: float, out: str | None, overwrite: bool
+):
+    """What the benchmarks of calls check alike; gives the library, the device and the dtype (None: its default)."""
+    _check_seconds(seconds)
+    common.check_new_file("--out", out, overwrite)
+    from dqkernels import text
+
+    library = importlib.import_module(f"dqkernels.bench.{name}")
+    with common.checking_input():
+        place = text.check_device(device)
+        dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
+        _check_backends(backends)
+    return library, place, dtype
 
 
 def _finish(library, result: dict, out: str | None, json_output: bool) -> None:
