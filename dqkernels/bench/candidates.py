@@ -93,40 +93,47 @@ def exact(module: QLinear, cpu_columns: int | None = None) -> Callable[[torch.Te
     `cpu_columns`: the CPU recomputes about so many of the last output columns, not all of them.
     """
 
-    def expected(x: torch.Tensor, device: torch.device, first: int = 0) -> torch.Tensor:
-        layer = module.layer
-        parts = (module.qweight, module.weight_scale, module.group_mult, module.bias)
-        qweight, weight_scale, group_mult, bias = (None if t is None else t[first:].to(device) for t in parts)
-        q, scale, row_sum = qmath.quantize_activation(x.to(device), layer.act_granularity, want_sum=True)
-        return reference.qgemm(
-            q,
-            scale,
-            row_sum,
-            qweight,
-            weight_scale,
-            group_mult,
-            bias,
-            None,
-            bits=layer.bits,
-            four_level=layer.four_level,
-            group_size=layer.group_size,
-            out_features=module.out_features - first,
-            activation="none",
-            out_dtype=x.dtype,
-        )
-
     def prove(x: torch.Tensor, y: torch.Tensor) -> str | None:
-        wrong = proofs.bits(y, expected(x, x.device))
+        wrong = proofs.bits(y, _expected(module, x, x.device))
         if wrong is None and x.device.type != "cpu":
-            # Rows are independent of each other, so a few of them on the CPU check the device's reference
-            # too.
-            rows = torch.linspace(0, x.shape[0] - 1, min(CPU_ROWS, x.shape[0])).long().to(x.device)
-            first = 0 if cpu_columns is None else max(0, module.out_features - cpu_columns)
-            first -= first % packing.BLOCK_N  # packed rows come in blocks
-            wrong = proofs.bits(y[rows, first:].cpu(), expected(x[rows], torch.device("cpu"), first))
+            wrong = proof_on_cpu(module, x, y, cpu_columns)
         return wrong
 
     return prove
+
+
+def proof_on_cpu(module: QLinear, x: torch.Tensor, y: torch.Tensor, columns: int | None = None) -> str | None:
+    """Whether a few rows of y are what the CPU computes; checks the device's reference too.
+
+    Rows are independent of each other, and so are columns: `columns` takes about so many of the last ones.
+    """
+    rows = torch.linspace(0, x.shape[0] - 1, min(CPU_ROWS, x.shape[0])).long().to(x.device)
+    first = 0 if columns is None else max(0, module.out_features - columns)
+    first -= first % packing.BLOCK_N  # packed rows come in blocks
+    return proofs.bits(y[rows, first:].cpu(), _expected(module, x[rows], torch.device("cpu"), first))
+
+
+def _expected(module: QLinear, x: torch.Tensor, device: torch.device, first: int = 0) -> torch.Tensor:
+    layer = module.layer
+    parts = (module.qweight, module.weight_scale, module.group_mult, module.bias)
+    qweight, weight_scale, group_mult, bias = (None if t is None else t[first:].to(device) for t in parts)
+    q, scale, row_sum = qmath.quantize_activation(x.to(device), layer.act_granularity, want_sum=True)
+    return reference.qgemm(
+        q,
+        scale,
+        row_sum,
+        qweight,
+        weight_scale,
+        group_mult,
+        bias,
+        None,
+        bits=layer.bits,
+        four_level=layer.four_level,
+        group_size=layer.group_size,
+        out_features=module.out_features - first,
+        activation="none",
+        out_dtype=x.dtype,
+    )
 
 
 def bounded(linear: nn.Linear, bound: float) -> Callable[[torch.Tensor, torch.Tensor], str | None]:

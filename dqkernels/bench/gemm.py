@@ -249,7 +249,7 @@ def measure(
 ) -> list[dict]:
     """All rows of one cell: those of `linear.measure`, and one for each candidate that is not here."""
     identity = _identity(cell, layer.key[1])
-    rows = [{**row, **identity} for row in linear.measure(cell.tokens, layer, seconds, peak)]
+    rows = [{**row, **identity} for row in linear.measure(cell.tokens, layer, seconds, peak, ROUNDS)]
     for name, reason in {**layer.absent, **(absent or {})}.items():
         rows.append({**identity, "candidate": name, **shared.verdict(reason, "not compared")})
     return rows
@@ -272,9 +272,9 @@ def render(result: dict):
 
     described, floor = result["protocol"], result["protocol"]["floor"]
     with_host = shared.has_host(result["rows"])
-    columns = ("cold us", "p10-p90", "floor us", "reached", "warm us", "reached", "x", *(["host"] if with_host else []))
+    columns = ("cold us", "p10-p90", "floor us", "share", "warm us", "share", "x", *(["host"] if with_host else []))
     title = f"Decode GEMM, x {result['settings']['dtype']}, on {protocol.machine_words(result['environment'])}"
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), title=title)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title=title)  # the box parts the columns
     for name in ("MxNxK", *columns):
         table.add_column(name.replace(" ", "\n"), justify="left" if name == "MxNxK" else "right", no_wrap=True)
     for label, found in _by_cell(result["rows"]).items():
@@ -289,7 +289,7 @@ def render(result: dict):
         "floor unknown for this device."
         if device is None
         else f"floor: bytes over bandwidth or operations over peak, the {device}'s ({floor['source']}).",
-        "reached: the floor's share of the time; a cache can beat the floor of memory.",
+        "share: of the floor in the time; a cache can beat the floor of memory.",
         *([shared.HOST_WORDS] if with_host else []),
         *([warning] if (warning := protocol.busy_words(described)) is not None else []),
         *_ungraphed(result["rows"]),

@@ -96,8 +96,11 @@ def run(
     return result
 
 
-def measure(tokens: int, layer: Contest, seconds: float, peak: floors.Device | None) -> list[dict]:
+def measure(
+    tokens: int, layer: Contest, seconds: float, peak: floors.Device | None, max_rounds: int | None = None
+) -> list[dict]:
     """All rows of one layer at one M: proven, then timed cold and warm, in `seconds` with the building."""
+    max_rounds = _MAX_ROUNDS if max_rounds is None else max_rounds
     start = time.perf_counter()
     (n, k), kind = layer.key
     device = layer.linear.weight.device
@@ -130,7 +133,7 @@ def measure(tokens: int, layer: Contest, seconds: float, peak: floors.Device | N
         if ready:
             calls[one.name] = one.bind(one.module, x)
     base = layer.found[0].name
-    shared.fill(rows, samplers, calls, base, device, start=start, seconds=seconds, max_rounds=_MAX_ROUNDS)
+    shared.fill(rows, samplers, calls, base, device, start=start, seconds=seconds, max_rounds=max_rounds)
     return list(rows.values())
 
 
