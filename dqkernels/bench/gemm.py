@@ -46,9 +46,10 @@ GPU_TOKENS = (1, 4, 8, 16, 32, 64)
 CPU_SIZES = ((768, 768),)
 CPU_TOKENS = (1, 16)
 GROUP_SIZES = (-1, 128)
-#: The rounds of a cell, each one replay of a graph per candidate; a cell may take so many seconds for them.
+#: The rounds of a cell, each one replay of a graph per candidate. A cell ends with them, and may take so many seconds:
+#: BART's layers at 2 bits need a thousand copies to leave the cache, and a replay walks through all of them.
 ROUNDS = 200
-_CELL_S = {"cuda": 5.0, "cpu": 0.0}
+_CELL_S = {"cuda": 10.0, "cpu": 0.0}
 #: Of a large matrix the CPU recomputes these many columns; the device's own reference has them all.
 _CPU_COLUMNS = 1024
 _FLOOR_RULE = "max(bytes / bandwidth, 2 M N K / peak); bytes: packed weights, int8 input, 16-bit output, scales"
@@ -293,6 +294,7 @@ def render(result: dict):
         *([shared.HOST_WORDS] if with_host else []),
         *([warning] if (warning := protocol.busy_words(described)) is not None else []),
         *_ungraphed(result["rows"]),
+        *_short(result["rows"]),
         *shared.notes(result["rows"], _label),
     ]
     table.caption, table.caption_justify = "\n".join(words), "left"
@@ -347,6 +349,12 @@ def _ungraphed(lines: Iterable[dict]) -> list[str]:
     """A line about what could not be captured in a CUDA graph: its times hold launches that the others' do not."""
     names = dict.fromkeys(line["candidate"] for line in lines if "cannot be captured" in (line.get("timer") or ""))
     return [f"not in a graph, so not to be compared: {', '.join(names)}"] if names else []
+
+
+def _short(lines: Iterable[dict]) -> list[str]:
+    """A line about cells whose time was over before they had their samples."""
+    few = dict.fromkeys(_label(line) for line in lines if line.get("samples", ROUNDS) < ROUNDS)
+    return [f"fewer than {ROUNDS} samples: {', '.join(few)}"] if few else []
 
 
 def _label(line: dict) -> str:
