@@ -221,6 +221,20 @@ def test_torch_takes_the_input_in_its_own_type_and_adds_the_bias():
     assert y.dtype == torch.float16 and torch.equal(y, F.linear(x.half(), layer.weight, layer.bias))
 
 
+def test_ratios_are_to_fp16_on_a_gpu_whatever_the_input_is(monkeypatch):
+    fp16, bf16, fp32 = torch.float16, torch.bfloat16, torch.float32
+    assert gemm._float_types(CUDA, fp16) == [fp16, bf16] == gemm._float_types(CUDA, bf16)
+    assert gemm._float_types(CUDA, fp32) == [fp16, bf16, fp32] and gemm._float_types(CPU, fp32) == [fp32]
+    monkeypatch.setattr(gemm, "_float_types", lambda device, dtype: [fp16, dtype])
+    cell = gemm.Cell(3, 40, 192)
+    with torch.inference_mode():
+        found = gemm.measure(cell, a_layer(cell, bits=(4,)), 1000, None)
+    cold = {row["candidate"]: row for row in found if row.get("cache") == "cold"}
+    assert cold["torch fp16"]["speedup_ratio"] == 1.0 and {row["status"] for row in cold.values()} == {"timed"}
+    ratio = cold["torch fp16"]["median_us"] / cold["dqkernels W4 eager"]["median_us"]
+    assert cold["dqkernels W4 eager"]["speedup_ratio"] == pytest.approx(ratio, rel=1e-3)
+
+
 def stand_in(name: str, module, **more) -> candidates.Candidate:
     return candidates.Candidate(name, module, 8, 100, lambda x, y: None, "none", **more)
 

@@ -116,9 +116,7 @@ class Decode(Contest):
     def __init__(self, cell: Cell, dtype: torch.dtype, device: torch.device, bits, names, peers, tune: bool):
         super().__init__(_random_linear(cell.n, cell.k, dtype, device))
         self.group_size = cell.group_size
-        # cuBLAS in both 16-bit types; whatever x is, ratios are to fp16.
-        floats = [torch.float16, torch.bfloat16] if device.type == "cuda" else [dtype]
-        for kind in dict.fromkeys([*floats, dtype]):
+        for kind in _float_types(device, dtype):
             one = self.linear if kind == dtype else copy.deepcopy(self.linear).to(kind)
             self._add_float(one, bind=_float_call)
         for width in bits:
@@ -146,6 +144,12 @@ def _random_linear(n: int, k: int, dtype: torch.dtype, device: torch.device) -> 
     layer.weight.copy_(torch.randn(n, k, generator=generator, device=device) * k**-0.5)
     layer.bias.copy_(torch.randn(n, generator=generator, device=device) * 0.1)
     return layer
+
+
+def _float_types(device: torch.device, dtype: torch.dtype) -> list[torch.dtype]:
+    """Of the float candidates: both 16-bit ones of cuBLAS and x's own. Ratios are to the first, fp16 on a GPU."""
+    floats = [torch.float16, torch.bfloat16] if device.type == "cuda" else []
+    return list(dict.fromkeys([*floats, dtype]))
 
 
 def _float_call(module: nn.Linear, x: torch.Tensor) -> protocol.CALL:

@@ -1,7 +1,11 @@
 """Other projects' int8-activation GEMMs, fed with our codes and scales: gemlite, Humming, BitBLAS, where they import.
 
 Written against the sources of gemlite 0.6.0.post2, humming-kernels 0.1.19 and BitBLAS 0.1.0.post1; never run on a GPU
-here. Another version may want other arguments: whatever an adapter or a call raises is the reason why that peer is not
+here. What was tried without one: gemlite's GEMM kernels in Triton's interpreter, fed by this adapter, keep the bound at
+8, 4 and 2 bits and 1, 4 and 16 rows (its quantizer replaced by torch's); Humming's layer takes the tensors given here,
+its `transform` was not reached; BitBLAS was read.
+
+Another version may want other arguments: whatever an adapter or a call raises is the reason why that peer is not
 compared, and a peer that computes something else is refused by its proof. All of them quantize the input inside the
 timed call: gemlite and Humming by their own kernels, BitBLAS, which has none, by plain torch.
 """
