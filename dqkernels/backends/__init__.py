@@ -30,6 +30,8 @@ OPS = (
     "grad_weight",
     "qattention_backward",
 )
+#: What a backend may offer as one kernel, and is made of those elsewhere.
+FUSED = ("qlinear_multi",)
 #: Fastest exact path first, by device type.
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 NAMES = ("eager", "triton", "cuda", "cpu")
@@ -74,6 +76,7 @@ def refresh() -> None:
     """Forgets what was probed; for tests that change the environment."""
     available.cache_clear()
     _choose.cache_clear()
+    _one_kernel.cache_clear()
 
 
 def requested(backend: str) -> tuple[str, str]:
@@ -127,6 +130,25 @@ def choose(op: str, device_type: str, backend: str = "auto", strict: bool = Fals
     """
     name, source = requested(backend)
     return _choose(op, device_type, name, source, strict, tuple(facts.items()))
+
+
+def one_kernel(op: str, device_type: str, backend: str = "auto", **facts) -> Choice | None:
+    """The backend that has `op`, which is made of other ops, as a kernel of its own; None where nobody has.
+
+    Raises:
+        ValueError: for an unknown backend name.
+    """
+    name, source = requested(backend)
+    return _one_kernel(op, device_type, name, source, tuple(facts.items()))
+
+
+@functools.lru_cache(maxsize=4096)
+def _one_kernel(op: str, device_type: str, name: str, source: str, fact_items: tuple) -> Choice | None:
+    facts = dict(fact_items)
+    for candidate in ORDER.get(device_type, ()) if name == "auto" else (name,):
+        if refusal(candidate, op, device_type, facts) is None and _deferral(candidate, op, facts) is None:
+            return Choice(candidate, f"forced by {source}" if source else "one kernel")
+    return None
 
 
 @functools.lru_cache(maxsize=4096)

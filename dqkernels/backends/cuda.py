@@ -24,8 +24,21 @@ def available(device_type: str) -> tuple[bool, str]:
 _GROUP_SIZES = (-1, 32, 64, 128)
 
 
-def supports(op: str, *, bits: int = 8, group_size: int = -1, **facts) -> str | None:
-    """Everything that the formats have."""
+def supports(
+    op: str,
+    *,
+    bits: int = 8,
+    group_size: int = -1,
+    prologue: bool = True,
+    norm: bool | None = None,
+    uniform: bool = True,
+    **facts,
+) -> str | None:
+    """Everything that the formats have; a LayerNorm inside the GEMM for few rows and in the dtype of x only."""
+    if norm is not None and not prologue:
+        return f"normalizes inside the GEMM for up to {skinny.PROLOGUE_ROWS} rows only"
+    if norm is False or not uniform:
+        return "takes one dtype of biases, one kind of weight scales, and a norm in the dtype of x"
     if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
         return f"has no {op} with group_size={group_size} at {bits} bits, only -1, and 32, 64 or 128 at 2 and 4 bits"
     return None
@@ -33,7 +46,8 @@ def supports(op: str, *, bits: int = 8, group_size: int = -1, **facts) -> str | 
 
 def defers(op: str, *, many_rows: bool = False, **facts) -> str | None:
     """The GEMM reads its weights again for every 64 rows, so that larger tiles win above."""
-    return f"it is made for up to {skinny.ROWS} rows" if op == "qgemm" and many_rows else None
+    few = op in ("qgemm", "qlinear_multi")
+    return f"it is made for up to {skinny.ROWS} rows" if few and many_rows else None
 
 
 def quantize_activation(
@@ -94,12 +108,7 @@ def qlinear(
     out_dtype,
 ):
     """Quantizes x [..., K], then `qgemm` -> [..., out_features]; in one launch for up to 16 rows."""
-    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
-    if rows.stride(1) != 1 or rows.data_ptr() % rows.element_size():
-        rows = rows.clone(memory_format=torch.contiguous_format)
-    if rows.shape[0] > skinny.PROLOGUE_ROWS:
-        rows, act_scale, _ = native.cuda_quantize_rows(rows, act_mode, act_clip, act_scale, False)
-        act_mode, act_clip = "per_token", None
+    rows, act_scale, act_mode, act_clip = _rows(x, act_mode, act_clip, act_scale)
     (y,) = skinny.gemm(
         rows,
         [_part(qweight, weight_scale, group_mult, bias, residual, out_features)],
@@ -113,6 +122,41 @@ def qlinear(
         clip=act_clip,
     )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+
+
+def qlinear_multi(
+    x, norm, parts, *, bits, four_level, group_size, act_mode, act_clip, act_scale, activation, out_dtype
+):
+    """`qlinear` of each (qweight, weight_scale, group_mult, bias, out_features) on one x [..., K], in one launch (and
+    one of the quantizer for more than 16 rows). norm: (weight, bias or None, eps), for up to 16 rows."""
+    rows, act_scale, act_mode, act_clip = _rows(x, act_mode, act_clip, act_scale)
+    outputs = skinny.gemm(
+        rows,
+        [_part(*part[:4], None, part[4]) for part in parts],
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        act_scale=act_scale,
+        mode=act_mode,
+        clip=act_clip,
+        norm=None
+        if norm is None
+        else skinny.Norm(*(t.contiguous() if t is not None else t for t in norm[:2]), norm[2]),
+    )
+    return [y.reshape(*x.shape[:-1], y.shape[1]) for y in outputs]
+
+
+def _rows(x, mode, clip, act_scale):
+    """x as rows that the GEMM can read: of floats for up to 16, else of codes with their scales."""
+    rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+    if rows.stride(1) != 1 or rows.data_ptr() % rows.element_size():
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    if rows.shape[0] <= skinny.PROLOGUE_ROWS:
+        return rows, act_scale, mode, clip
+    rows, act_scale, _ = native.cuda_quantize_rows(rows, mode, clip, act_scale, False)
+    return rows, act_scale, "per_token", None
 
 
 def _part(qweight, weight_scale, group_mult, bias, residual, out_features) -> skinny.Part:
