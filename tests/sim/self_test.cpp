@@ -106,6 +106,16 @@ __global__ void barrier_before(const int32_t* x, int32_t* out) {
     out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x];
 }
 
+// Were lanes of all warps run in turn, the shuffle would do for a barrier.
+template <bool kMistake>
+__global__ void shuffle_for_barrier(const int32_t* x, int32_t* out) {
+    DQK_SHARED(int32_t, tile, kThreads);
+    tile[threadIdx.x] = x[threadIdx.x];
+    const int32_t neighbour = __shfl_xor_sync(kAll, x[threadIdx.x], 1);
+    if (!kMistake) __syncthreads();
+    out[threadIdx.x] = tile[kThreads - 1 - threadIdx.x] ^ neighbour;
+}
+
 template <bool kMistake>
 __global__ void barrier_after(const int32_t* x, int32_t* out) {
     DQK_SHARED(int32_t, tile, kThreads);
@@ -389,22 +399,39 @@ struct Pair {
 };
 #define DQK_PAIR(name, blocks, shared) {#name, name<false>, name<true>, blocks, shared}
 const Pair kPairs[] = {
-    DQK_PAIR(global_read, 1, 0),        DQK_PAIR(global_write, 1, 0),
-    DQK_PAIR(shared_neighbour, 1, 0),   DQK_PAIR(shared_bound, 1, 0),
-    DQK_PAIR(dynamic_end, 1, 256),      DQK_PAIR(uninitialised, 1, 0),
-    DQK_PAIR(misaligned_weights, 1, 0), DQK_PAIR(misaligned_vector, 1, 0),
-    DQK_PAIR(weights_end, 1, 0),        DQK_PAIR(weights_from_shared, 1, 0),
-    DQK_PAIR(too_much_shared, 1, 32),   DQK_PAIR(barrier_before, 1, 0),
-    DQK_PAIR(barrier_after, 1, 0),      DQK_PAIR(skipped_barrier, 1, 0),
-    DQK_PAIR(early_return, 1, 0),       DQK_PAIR(racing_store, 1, 0),
-    DQK_PAIR(racing_blocks, 3, 0),      DQK_PAIR(last_block, 3, 0),
-    DQK_PAIR(waits_for_block, 2, 0),    DQK_PAIR(different_warp_operations, 1, 0),
-    DQK_PAIR(lane_at_barrier, 1, 0),    DQK_PAIR(not_in_mask, 1, 0),
-    DQK_PAIR(missing_syncwarp, 1, 0),   DQK_PAIR(mma_without_a_lane, 1, 0),
-    DQK_PAIR(ldmatrix_operand, 1, 0),   DQK_PAIR(ldmatrix_from_global, 1, 0),
-    DQK_PAIR(missing_wait, 1, 0),       DQK_PAIR(wait_too_short, 1, 0),
-    DQK_PAIR(missing_commit, 1, 0),     DQK_PAIR(never_waited, 1, 0),
-    DQK_PAIR(copy_over_reader, 1, 0),   DQK_PAIR(copy_past_row, 1, 0),
+    DQK_PAIR(global_read, 1, 0),
+    DQK_PAIR(global_write, 1, 0),
+    DQK_PAIR(shared_neighbour, 1, 0),
+    DQK_PAIR(shared_bound, 1, 0),
+    DQK_PAIR(dynamic_end, 1, 256),
+    DQK_PAIR(uninitialised, 1, 0),
+    DQK_PAIR(misaligned_weights, 1, 0),
+    DQK_PAIR(misaligned_vector, 1, 0),
+    DQK_PAIR(weights_end, 1, 0),
+    DQK_PAIR(weights_from_shared, 1, 0),
+    DQK_PAIR(too_much_shared, 1, 32),
+    DQK_PAIR(barrier_before, 1, 0),
+    DQK_PAIR(barrier_after, 1, 0),
+    DQK_PAIR(shuffle_for_barrier, 1, 0),
+    DQK_PAIR(skipped_barrier, 1, 0),
+    DQK_PAIR(early_return, 1, 0),
+    DQK_PAIR(racing_store, 1, 0),
+    DQK_PAIR(racing_blocks, 3, 0),
+    DQK_PAIR(last_block, 3, 0),
+    DQK_PAIR(waits_for_block, 2, 0),
+    DQK_PAIR(different_warp_operations, 1, 0),
+    DQK_PAIR(lane_at_barrier, 1, 0),
+    DQK_PAIR(not_in_mask, 1, 0),
+    DQK_PAIR(missing_syncwarp, 1, 0),
+    DQK_PAIR(mma_without_a_lane, 1, 0),
+    DQK_PAIR(ldmatrix_operand, 1, 0),
+    DQK_PAIR(ldmatrix_from_global, 1, 0),
+    DQK_PAIR(missing_wait, 1, 0),
+    DQK_PAIR(wait_too_short, 1, 0),
+    DQK_PAIR(missing_commit, 1, 0),
+    DQK_PAIR(never_waited, 1, 0),
+    DQK_PAIR(copy_over_reader, 1, 0),
+    DQK_PAIR(copy_past_row, 1, 0),
 };
 
 Status run(const sim::Request& request) {

@@ -10,7 +10,7 @@ from harness import Case, Report, changed, difference, given, run_cases, wanted
 
 EIGHT = range(8)
 THREADS = 64
-BAD_SIZE, TOO_MUCH_SHARED = 16, 17  # Status::cuda_failed, Status::cuda_shared_memory
+REFUSED, TOO_MUCH_SHARED = 16, 17  # Status::cuda_failed, Status::cuda_shared_memory
 
 X = np.random.default_rng(7).integers(-(2**20), 2**20, THREADS).astype(np.int32)
 LANES = np.arange(THREADS)
@@ -50,6 +50,7 @@ PAIRS = {
     "weights_from_shared": (np.full(THREADS, X[0]), rf"load_weights16 an address that is not in global memory {HERE}"),
     "too_much_shared": (X, r"takes 49184 bytes of shared memory, 49152 is the limit"),
     "barrier_before": (X[::-1], WRONG),
+    "shuffle_for_barrier": (X[::-1] ^ X[LANES ^ 1], WRONG),
     "barrier_after": (3 * X[::-1] + 3, WRONG),
     "skipped_barrier": (X, rf"waits at __syncthreads {HERE}, thread \d+ at __syncthreads {HERE}"),
     "early_return": (X, rf"waits at __syncthreads {HERE}, thread 40 has returned from the kernel"),
@@ -239,16 +240,22 @@ def test_every_block_runs_once(program):
     run_cases(program, [case], EIGHT)
 
 
+def test_an_element_that_nobody_writes_is_no_zero(program):
+    """Outputs start as 0xA5 bytes: a kernel that forgets a zero is found."""
+    expected = np.array([1, 0xA5A5A5A5, 0xA5A5A5A5], np.uint32)
+    run_cases(program, [Case("two of three", "nothing", [1, 1, 1, 1, 0], [wanted(3, np.uint32)], [expected])])
+
+
 @pytest.mark.parametrize(
     "shape, status",
     [
-        ((0, 1, 1, 32, 0), BAD_SIZE),
-        ((1, 0, 1, 32, 0), BAD_SIZE),
-        ((1, 1, 0, 32, 0), BAD_SIZE),
-        ((1, 65536, 1, 1, 0), BAD_SIZE),
-        ((1, 1, 65536, 1, 0), BAD_SIZE),
-        ((1, 1, 1, 0, 0), BAD_SIZE),
-        ((1, 1, 1, 1025, 0), BAD_SIZE),
+        ((0, 1, 1, 32, 0), REFUSED),
+        ((1, 0, 1, 32, 0), REFUSED),
+        ((1, 1, 0, 32, 0), REFUSED),
+        ((1, 65536, 1, 1, 0), REFUSED),
+        ((1, 1, 65536, 1, 0), REFUSED),
+        ((1, 1, 1, 0, 0), REFUSED),
+        ((1, 1, 1, 1025, 0), REFUSED),
         ((1, 1, 1, 32, 48 * 1024 + 1), TOO_MUCH_SHARED),
         ((1, 1, 1, 1024, 0), 0),
         ((1, 1, 1, 1, 48 * 1024), 0),
