@@ -13,7 +13,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dqkernels import backends, gradients, ops
+from dqkernels import backends, fused, gradients, ops
 from dqkernels.bench import floors, kernel_cases, kernels, linear, proofs, protocol, record, rows
 from dqkernels.bench.kernel_cases import COPY, Case, Way
 from dqkernels.cli import main
@@ -26,6 +26,8 @@ TINY = [
     ("quantize_activation", (5, 40), "per_tensor"),
     ("layernorm_quantize", (3, 48), ""),
     ("gelu_quantize", (3, 48), ""),
+    ("qlinear_multi", (3, 20, 48), "W4"),
+    ("qlinear_multi", (17, 16, 48), "W2"),
     ("quantize_weight", (20, 48), "W8"),
     ("quantize_weight", (20, 48), "W2"),
     ("dequantize_weight", (20, 48), "W4"),
@@ -45,6 +47,7 @@ PEERS = {
     "quantize_activation": [COPY],
     "layernorm_quantize": ["torch layer_norm", COPY],
     "gelu_quantize": ["torch gelu", COPY],
+    "qlinear_multi": ["torch unfused"],
     "quantize_weight": [COPY],
     "dequantize_weight": [COPY],
     "qembedding": ["torch embedding", COPY],
@@ -54,6 +57,9 @@ PEERS = {
     "qlinear_grad_input": ["torch matmul"],
     "qlinear_grad_weight": ["torch matmul"],
 }
+
+#: What runs an op that no backend has as a kernel of its own.
+STEPS = {"qlinear_multi": "qgemm"}
 
 
 @pytest.fixture(autouse=True)
@@ -91,7 +97,11 @@ def test_every_op_is_proven_and_timed_on_every_backend_that_can(dtype, tmp_path)
         found = [r for r in made["rows"] if (r.get("op"), r.get("variant")) == (op, variant) and r["shape"] == [*shape]]
         timed = [r for r in found if r["status"] == "timed"]
         assert not [r for r in found if r["status"] not in ("timed", "not compared")], found
-        able = [n for n in ("cpu", "eager") if backends.refusal(n, op.removeprefix("qlinear_"), "cpu", {}) is None]
+        able = [
+            n
+            for n in ("cpu", "eager")
+            if backends.refusal(n, STEPS.get(op, op.removeprefix("qlinear_")), "cpu", {}) is None
+        ]
         wanted = PEERS[op] + [f"dqkernels {name}" for name in able]
         assert [r["candidate"] for r in timed] == [name for name in wanted for _ in ("cold", "warm")]
         for row in timed:
@@ -105,7 +115,7 @@ def test_every_op_is_proven_and_timed_on_every_backend_that_can(dtype, tmp_path)
 
 
 def test_the_plans_are_sound_and_cover_the_ops():
-    names = set(ops.SCHEMAS) | set(gradients.SCHEMAS)
+    names = set(ops.SCHEMAS) | set(gradients.SCHEMAS) | set(fused.SCHEMAS)
     assert set(kernels.OPS) <= names
     assert {"layernorm_quantize", "qembedding", "qattention_decode", "qlinear_grad_weight"} <= set(kernels.OPS)
     for place in ("cpu", "cuda"):
@@ -253,7 +263,7 @@ def test_a_device_proves_a_part_against_the_cpu_as_well(group, monkeypatch):
     case = a_case(group)
     way = case.ways[-1]
     # In the codes that follow from y, in the scales of a weight (its codes end in padding), else in the one output.
-    index = 1 if op in ("layernorm_quantize", "quantize_weight") else 0
+    index = 1 if op in ("layernorm_quantize", "quantize_weight", "qlinear_multi") else 0
     bad = broken(way.call, index, last_changed)(*way.inputs)
     name = "attention" if "attention" in op else "all_bits"
     first_look, looks, real = shape[0] if name == "attention" else 1, [], getattr(proofs, name)

@@ -1,4 +1,4 @@
-"""`bench kernels`: every op but the linear, each at the shapes of BART, on every backend. Proven before timed.
+"""`bench kernels`: every op but the plain linear, each at the shapes of BART, on every backend. Proven before timed.
 
 For ops that move more than they compute the table gives the share of the copy bandwidth: a `copy_` of as many bytes,
 timed in turn with them.
@@ -29,6 +29,7 @@ from dqkernels.bench.kernel_cases import (
     quantize_activation,
     quantize_weight,
 )
+from dqkernels.bench.kernel_fused import qlinear_multi
 
 Group = tuple[str, tuple[int, ...], str]
 WIDTHS = ("W8", "W4", "W2")
@@ -37,6 +38,7 @@ OPS: dict[str, tuple[Callable[[Case], None], tuple[str, ...], tuple[str, ...]]] 
     "quantize_activation": (quantize_activation, ("tokens", "features"), ("per_token", "per_tensor")),
     "layernorm_quantize": (layernorm_quantize, ("tokens", "features"), ("",)),
     "gelu_quantize": (gelu_quantize, ("tokens", "features"), ("",)),
+    "qlinear_multi": (qlinear_multi, ("tokens", "out_features", "in_features"), WIDTHS),
     "quantize_weight": (quantize_weight, ("out_features", "in_features"), WIDTHS),
     "dequantize_weight": (dequantize_weight, ("out_features", "in_features"), WIDTHS),
     "qembedding": (qembedding, ("tokens", "num_embeddings", "embedding_dim"), WIDTHS),
@@ -58,6 +60,7 @@ _GPU: dict[str, tuple] = {
     ),
     "layernorm_quantize": (((4096, 768), ""), ((4096, 1024), ""), ((16, 1024), "")),
     "gelu_quantize": (((4096, 3072), ""), ((4096, 4096), ""), ((16, 4096), "")),
+    "qlinear_multi": ((1, 768, 768), (16, 1024, 1024)),
     "quantize_weight": ((4096, 1024),),
     "dequantize_weight": ((4096, 1024),),
     "qembedding": ((8192, 50265, 1024),),
@@ -76,6 +79,7 @@ _CPU: dict[str, tuple] = {
     "quantize_activation": (((128, 768), "per_token"), ((128, 768), "per_tensor")),
     "layernorm_quantize": (((128, 768), ""),),
     "gelu_quantize": (((128, 3072), ""),),
+    "qlinear_multi": ((1, 768, 768),),
     "quantize_weight": ((64, 768),),
     "dequantize_weight": ((768, 768),),
     "qembedding": ((128, 4096, 768),),
