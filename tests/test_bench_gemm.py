@@ -18,6 +18,7 @@ from dqkernels import ops, packing
 from dqkernels.bench import candidates, floors, gemm, gemm_goals, gemm_peers, linear, protocol, record, rows
 from dqkernels.cli import main
 from dqkernels.config import DQConfig
+from dqkernels.kernels import skinny
 from dqkernels.nn import QLinear
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -595,3 +596,14 @@ def test_benchmarks_of_calls_show_progress(monkeypatch, capsys, name):
         gemm.run([(16, 128)], (1,), device="cpu", seconds=-1, probe=False)
     words = {"linear": "1x16x128 fp32", "kernels": "gelu_quantize 3x48 fp32", "gemm": "1x16x128"}[name]
     assert f"bench {name}" in sys.stderr.getvalue() and words in sys.stderr.getvalue()
+
+
+def test_an_overlapped_call_makes_its_promise_only_while_it_lasts(monkeypatch):
+    seen = []
+    monkeypatch.setattr(gemm.ops, "qlinear", lambda *given: seen.append(getattr(skinny._local, "settled", False)))
+    layer = QLinear.from_linear(torch.nn.Linear(32, 16), DQConfig(weight_bits=4).for_linear("linear"))
+    x = torch.randn(1, 32)
+    gemm._our_call(layer, x)()
+    gemm._overlapped_call(layer, x)()
+    gemm._our_call(layer, x)()
+    assert seen == [False, True, False]

@@ -11,7 +11,7 @@ import copy
 import functools
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,7 @@ from dqkernels.bench import floors, gemm_goals, gemm_peers, linear, protocol, re
 from dqkernels.bench import rows as shared
 from dqkernels.bench.candidates import Contest, format_words, short
 from dqkernels.config import DQConfig
+from dqkernels.kernels import skinny
 from dqkernels.nn import QLinear
 
 #: (out_features, in_features) in order of worth: one large, the layers of BART-large and -base (square, fc1, fc2, the
@@ -129,7 +130,12 @@ class Decode(Contest):
         config = DQConfig(weight_bits=bits, weight_quantizer="ternary", group_size=self.group_size)
         # On the device: a proof compares with the reference on these very codes, wherever they come from.
         packed = QLinear.from_linear(self.linear, config.for_linear("linear"))
+        count = len(self.found)
         self._add_backends(packed, names, cpu_columns=_CPU_COLUMNS, bind=_our_call)
+        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= skinny.OVERLAP_CAPABILITY:
+            for one in self.found[count:]:
+                if one.backend == "cuda":
+                    self._add(replace(one, name=f"{one.name} overlapped", bind=_overlapped_call))
         for name in peers:
             try:
                 self._add(gemm_peers.candidate(name, packed, tune))
@@ -163,6 +169,17 @@ def _our_call(module: QLinear, x: torch.Tensor) -> protocol.CALL:
     format_ = (layer.bits, layer.four_level, layer.group_size, module.out_features)
     options = ("per_token", None, None, "none", x.dtype, module.backend)
     return functools.partial(ops.qlinear, x, *weights, *format_, *options)
+
+
+def _overlapped_call(module: QLinear, x: torch.Tensor) -> protocol.CALL:
+    """The op as a decoding engine calls it, which knows that nobody packs weights meanwhile."""
+    call = _our_call(module, x)
+
+    def overlapped() -> torch.Tensor:
+        with skinny.settled_weights():
+            return call()
+
+    return overlapped
 
 
 def run(

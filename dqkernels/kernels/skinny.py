@@ -22,6 +22,8 @@ from . import native
 PROLOGUE_ROWS = 16
 #: Rows of one slice: up to here the weights are read once.
 ROWS = 64
+#: From this compute capability on a launch may overlap the one before it.
+OVERLAP_CAPABILITY = (9, 0)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _local = threading.local()
@@ -211,7 +213,7 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
         warps_n=cut[0],
         splits=cut[1],
         sms=properties.multi_processor_count,
-        overlap=settled and properties.major >= 9,
+        overlap=settled and (properties.major, properties.minor) >= OVERLAP_CAPABILITY,
     )
 
 

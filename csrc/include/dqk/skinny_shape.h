@@ -113,8 +113,9 @@ constexpr bool skinny_cut(const SkinnyGemm& args, int32_t warps_n, int32_t split
 }
 
 // Picoseconds that a launch is thought to take: what one SM moves, times the rounds of blocks. An argument,
-// not a measurement: HBM gives an SM about 24 bytes a ns, L2 about twice that, and an mma takes it about 1.2
-// ns.
+// not a measurement: HBM gives an SM about 24 bytes a ns and L2 about twice that, of which a single block of
+// eight warps reaches three quarters; an mma takes an SM about 1.2 ns; blocks that share a tile meet for
+// about 2 us (their counters are zeroed before, inside a graph).
 constexpr int64_t skinny_cost(const SkinnyGemm& args, const SkinnyShape& s) {
     const int64_t tokens = args.m < kSkinnyTokens ? args.m : kSkinnyTokens;
     const int64_t slice = static_cast<int64_t>(s.slice_units) * kUnitCodes;
@@ -124,9 +125,10 @@ constexpr int64_t skinny_cost(const SkinnyGemm& args, const SkinnyShape& s) {
     const int64_t x =
         tokens * slice * element + (args.x_dtype == DType::int8 ? 0 : tokens * args.k * element);
     const int64_t products = rows / kTileRows * (slice / 32) * s.tiles * 1200;
-    const int64_t moved = weights * 42 + x * 21;
     const int64_t rounds = ceil_div(int64_t{s.grid_x} * s.grid_z * s.splits, args.sms);
-    const int64_t meeting = s.splits == 1 ? 0 : 1000000 + s.splits * s.tile_ints * 4 * 21;
+    int64_t moved = weights * 42 + x * 21;
+    if (rounds == 1 && s.tiles <= 2) moved += moved / 3;  // alone on its SM, where two would fit
+    const int64_t meeting = s.splits == 1 ? 0 : 2000000 + s.splits * s.tile_ints * 4 * 21;
     return rounds * ((moved > products ? moved : products) + 100000) + meeting;
 }
 
