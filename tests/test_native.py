@@ -342,3 +342,37 @@ def test_cuda_gives_the_bits_of_the_cpu(dtype, mode):
                 got = native.cuda_quantize_rows(x.cuda(), mode, clip, act_scale, want_sum=True)
                 for a, b in zip(got, want, strict=True):
                     np.testing.assert_array_equal(a.cpu(), b)
+
+
+@pytest.mark.parametrize(
+    ("archs", "card", "runs"),
+    [
+        ("80-real 90a-real", (8, 0), True),
+        ("80-real 90a-real", (8, 9), True),
+        ("80-real 90a-real", (9, 0), True),
+        ("80-real 90a-real", (10, 0), False),
+        ("86-real", (8, 0), False),
+        ("80-real 90-virtual", (12, 0), True),
+        ("90a-virtual", (10, 0), False),
+        ("80", (12, 0), True),
+        ("100f-real", (10, 3), False),
+        ("120-real 120-virtual", (9, 0), False),
+        ("", (8, 0), False),
+    ],
+)
+def test_compiled_code_runs_on_some_cards(archs, card, runs):
+    assert native.runs_on(archs, card) is runs
+
+
+def test_a_build_for_another_card_is_named(monkeypatch):
+    from types import SimpleNamespace
+
+    from dqkernels.backends import cuda
+
+    core = SimpleNamespace(cuda_quantize_rows=None, build_info=lambda: {"cuda_archs": "80-real"})
+    monkeypatch.setattr(native, "native", lambda: core)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    assert cuda.available("cuda") == (False, "compiled for 80-real, which does not run on compute capability 9.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 6))
+    assert cuda.available("cuda")[0]

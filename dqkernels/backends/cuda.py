@@ -18,6 +18,9 @@ def available(device_type: str) -> tuple[bool, str]:
         return False, f"the compiled core has {native.why_no_cuda(native.build_info())}"
     if not torch.cuda.is_available():
         return False, "no CUDA device"
+    archs, capability = core.build_info()["cuda_archs"], torch.cuda.get_device_capability()
+    if not native.runs_on(archs, capability):
+        return False, f"compiled for {archs}, which does not run on compute capability {capability[0]}.{capability[1]}"
     return True, "compiled CUDA kernels"
 
 

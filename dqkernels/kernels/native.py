@@ -63,6 +63,25 @@ def why_no_cuda(info: dict) -> str:
     return "no CUDA: " + (reasons[-1] if reasons else "the build left no reason")
 
 
+def runs_on(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code compiled for `archs` (CMake's words: `80-real 90a-real 120-virtual`) runs on such a card.
+
+    Machine code runs on later cards of its own major version, PTX on every later one; of a number with a letter both
+    run on that card alone. A number without a suffix is both.
+    """
+    card = 10 * capability[0] + capability[1]
+    for arch in archs.replace(";", " ").split():
+        number, _, kind = arch.partition("-")
+        value = int(number.rstrip("af"))
+        if not number.isdigit():
+            fits = value == card
+        else:
+            fits = value <= card and (kind != "real" or value // 10 == card // 10)
+        if fits:
+            return True
+    return False
+
+
 def _load() -> tuple[ModuleType | None, str]:
     global _loaded
     if _loaded is None:
