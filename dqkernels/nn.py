@@ -7,6 +7,8 @@ from torch import nn
 
 from dqkernels import backends, ops, packing
 from dqkernels.config import DQConfig, LayerConfig
+from dqkernels.kernels import plans
+from dqkernels.kernels.measured import TableError
 
 #: Hooks and bookkeeping that a replacement module takes over from the module it replaces.
 _HOOKS = (
@@ -262,16 +264,35 @@ class QLinear(PackedModule):
         device = self.qweight.device.type
         try:
             facts = device, layer.bits, layer.group_size, layer.act_granularity, self.backend, self.strict
-            (few, reason), (many, _) = (_kernels(*ops.choose_qlinear(*facts, rows)) for rows in (False, True))
-        except backends.BackendError as error:
+            ranges = [(ops.FEW_ROWS, False, None), (None, True, None)]
+            if self.qweight.is_cuda:  # a table may know better
+                index, (n, k) = self.qweight.get_device(), (self.out_features, self.in_features)
+                measured = [(m, False, (index, m, n, k)) for m in plans.ROWS if m > plans.FLOAT_ROWS]
+                ranges[:1] = [(plans.FLOAT_ROWS, False, None), *measured]
+            found = [(last, *_kernels(*ops.choose_qlinear(*facts, *rest))) for last, *rest in ranges]
+        except (backends.BackendError, TableError) as error:
             return f"none ({error})"
-        return f"{few} ({reason})" if few == many else f"{few} to {ops.FEW_ROWS} rows, {many} above ({reason})"
+        return _by_rows(found)
 
     def extra_repr(self) -> str:
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, {self._describe()}, act={self.layer.act_granularity}"
         )
+
+
+def _by_rows(found: list[tuple[int | None, str, str]]) -> str:
+    """`cuda to 32 rows, triton above (reason)` of (last number of rows, kernels, reason): the first reason and, where
+    they change before the end, that they were measured."""
+    runs = [one for one, after in zip(found, [*found[1:], None], strict=True) if after is None or one[1] != after[1]]
+    reason = found[0][2]
+    if any(last not in (None, ops.FEW_ROWS) for last, *_ in runs):
+        reason += ", measured"
+    if len(runs) == 1:
+        return f"{runs[0][1]} ({reason})"
+    words = [f"{name} to {last}" for last, name, _ in runs[:-1]]
+    words[0] += " rows"
+    return f"{', '.join(words)}, {runs[-1][1]} above ({reason})"
 
 
 def _kernels(gemm: backends.Choice, quantizer: backends.Choice | None) -> tuple[str, str]:

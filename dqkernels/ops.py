@@ -41,8 +41,7 @@ SCHEMAS = {
     "Tensor? source, Tensor? bias, bool causal, float softmax_scale, "
     f'str mode="per_token", float? clip=None, {_WHERE}) -> Tensor',
 }
-#: Where kernels for decoding end and those for whole sequences begin.
-FEW_ROWS = 64
+FEW_ROWS = backends.FEW_ROWS
 
 for _name, _schema in SCHEMAS.items():
     _LIB.define(_name + _schema)
@@ -180,7 +179,7 @@ def _qgemm(
         q.shape[-1], qweight, weight_scale, group_mult, bias, bits, group_size, out_features, activation, out_dtype
     )
     checks.check_residual(residual, (*q.shape[:-1], out_features))
-    facts = {"bits": bits, "group_size": group_size, "many_rows": q.numel() > FEW_ROWS * q.shape[-1]}
+    facts = backends.gemm_facts(q, out_features, bits, group_size)
     choice = backends.choose("qgemm", q.device.type, backend, strict, **facts)
     return choice.module.qgemm(
         q,
@@ -249,8 +248,8 @@ def _qlinear(
     )
     checks.check_residual(residual, (*x.shape[:-1], out_features))
     format_ = {"bits": bits, "four_level": four_level, "group_size": group_size, "out_features": out_features}
-    many_rows = x.numel() > FEW_ROWS * x.shape[-1]
-    gemm, quantizer = choose_qlinear(x.device.type, bits, group_size, act_mode, backend, strict, many_rows)
+    facts = backends.gemm_facts(x, out_features, bits, group_size)
+    gemm, quantizer = choose_qlinear(x.device.type, act_mode=act_mode, backend=backend, strict=strict, **facts)
     if quantizer is None:
         return gemm.module.qlinear(
             x,
@@ -291,12 +290,13 @@ def choose_qlinear(
     backend: str = "auto",
     strict: bool = False,
     many_rows: bool = False,
+    where: tuple[int, int, int, int] | None = None,
 ) -> tuple[backends.Choice, backends.Choice | None]:
     """The backend of a quantized linear's GEMM, and that of its quantizer (None when the GEMM has it inside).
 
-    many_rows: for more than `FEW_ROWS` rows of input.
+    many_rows: for more than `FEW_ROWS` rows of input. where: see `backends.gemm_facts`.
     """
-    facts = {"bits": bits, "group_size": group_size, "many_rows": many_rows}
+    facts = {"bits": bits, "group_size": group_size, "many_rows": many_rows, "where": where}
     gemm = backends.choose("qgemm", device_type, backend, strict, **facts)
     if hasattr(gemm.module, "qlinear"):
         return gemm, None

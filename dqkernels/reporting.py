@@ -147,6 +147,7 @@ class Info:
         backends: `{device: {backend: [usable, reason]}}`.
         core: what the build of the compiled core wrote down, with `present` and `reason`.
         tiles: how the Triton GEMM takes its tiles here: measured on this GPU, or by rule, and why.
+        plans: the same of the skinny CUDA GEMM's plans.
         environment: variables that are honoured and set.
         format_version: of the files this release reads and writes.
     """
@@ -156,6 +157,7 @@ class Info:
     backends: dict[str, dict[str, tuple[bool, str]]]
     core: dict[str, Any]
     tiles: str
+    plans: str
     environment: dict[str, str] = field(default_factory=dict)
     format_version: int = FORMAT_VERSION
 
@@ -178,6 +180,7 @@ class Info:
             for name, (usable, reason) in found.items():
                 table.add_row(f"{name} on {device}", f"{'yes' if usable else 'no'}: {reason}")
         table.add_row("triton tiles", self.tiles)
+        table.add_row("cuda plans", self.plans)
         table.add_row("compiled core", self._core())
         for name, value in self.environment.items():
             table.add_row(name, value)
@@ -248,8 +251,9 @@ def info() -> Info:
     if core is not None and hasattr(core, "cpu_isa"):
         found["cpu_isa"] = core.cpu_isa()
     environment = {name: os.environ[name] for name in ENVIRONMENT if name in os.environ}
-    tiles = measured.in_use(torch.device("cuda" if "cuda" in devices else "cpu"))
-    return Info(versions, devices, usable, found, tiles, environment)
+    place = torch.device("cuda" if "cuda" in devices else "cpu")
+    tiles, plans = (measured.in_use(place, kernels) for kernels in ("triton", "cuda"))
+    return Info(versions, devices, usable, found, tiles, plans, environment)
 
 
 def auto_class(architecture: str) -> str:

@@ -15,6 +15,10 @@ import os
 from dataclasses import dataclass
 from types import ModuleType
 
+import torch
+
+from dqkernels.kernels import plans
+
 #: The ops a backend may offer; `eager` offers all of them.
 OPS = (
     "quantize_weight",
@@ -35,6 +39,8 @@ FUSED = ("qlinear_multi",)
 #: Fastest exact path first, by device type.
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 NAMES = ("eager", "triton", "cuda", "cpu")
+#: Where kernels for decoding end and those for whole sequences begin.
+FEW_ROWS = 64
 #: Paths that `strict` refuses unless they were asked for by name.
 SLOW = ("eager",)
 
@@ -73,7 +79,7 @@ def available(name: str, device_type: str) -> tuple[bool, str]:
 
 
 def refresh() -> None:
-    """Forgets what was probed; for tests that change the environment."""
+    """Forgets what was probed and chosen; for `tune`, whose table changed, and tests that change the environment."""
     available.cache_clear()
     _choose.cache_clear()
     _one_kernel.cache_clear()
@@ -112,6 +118,19 @@ def _deferral(name: str, op: str, facts: dict) -> str | None:
     """Why backend `name`, which could run `op`, would rather leave it to the next."""
     defers = getattr(_module(name), "defers", None)
     return None if defers is None else defers(op, **facts)
+
+
+def gemm_facts(x: torch.Tensor, out_features: int, bits: int, group_size: int) -> dict:
+    """The facts by which the backend of a GEMM of x [..., K] is chosen.
+
+    `many_rows`: more than `FEW_ROWS` of them. `where`: (device's index, rows, out_features, K) of 17 to 64 rows on a
+    GPU, for which a table may say who is faster; the rows as those of its entry, so that the choices stay few.
+    """
+    size, k = x.numel(), x.shape[-1]
+    many_rows, where = size > FEW_ROWS * k, None
+    if x.is_cuda and not many_rows and size > plans.FLOAT_ROWS * k:
+        where = (x.get_device(), plans.bucket(size // k), out_features, k)
+    return {"bits": bits, "group_size": group_size, "many_rows": many_rows, "where": where}
 
 
 def choose(op: str, device_type: str, backend: str = "auto", strict: bool = False, **facts) -> Choice:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels.kernels import native, skinny
+from dqkernels.kernels import measured, native, skinny
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -47,10 +47,21 @@ def supports(
     return None
 
 
-def defers(op: str, *, many_rows: bool = False, **facts) -> str | None:
-    """The GEMM reads its weights again for every 64 rows, so that larger tiles win above."""
-    few = op in ("qgemm", "qlinear_multi")
-    return f"it is made for up to {skinny.ROWS} rows" if few and many_rows else None
+def defers(
+    op: str, *, many_rows: bool = False, where: tuple | None = None, bits: int = 8, group_size: int = -1, **facts
+) -> str | None:
+    """The GEMM reads its weights again for every 64 rows, so that larger tiles win above; below, what was measured.
+
+    where: (index of the device, rows, out_features, in_features), given where a table may speak of them.
+    """
+    if op not in ("qgemm", "qlinear_multi"):
+        return None
+    if many_rows:
+        return f"it is made for up to {skinny.ROWS} rows"
+    if where is None:
+        return None
+    device, *sizes = where
+    return measured.triton_is_faster(*sizes, bits, group_size, device)
 
 
 def quantize_activation(

@@ -1,8 +1,12 @@
-"""Which tile a GEMM takes: the one measured on this GPU where there is a record of it, else the rule of `tiles.choose`.
+"""What was measured on this GPU: the tile of a Triton GEMM, the plan of a skinny CUDA GEMM, and which is the faster.
 
 A record is a JSON file that `dqkernels tune` wrote on the GPU it names. It is looked for in `DQKERNELS_TILES`, then in
-the user's cache folder, then among those that ship (`tables/`). Whatever it says, no result changes: it may only name
-tiles of `tiles.candidates`, and none of them ever changes a bit. Nothing is timed here.
+the user's cache folder, then among those that ship (`tables/`). Where none speaks, the rules of `tiles.choose` and of
+the compiled core do. Whatever it says, no result changes: it may only name tiles of `tiles.candidates` and plans that
+`plans.fits` has room for, and none of them ever changes a bit. Nothing is timed here.
+
+Tiles hold for the Triton that compiled them, plans for the CUDA kernels of one release. One file may hold both, and
+what has become invalid in it leaves the rest in use.
 """
 
 from __future__ import annotations
@@ -13,12 +17,14 @@ import json
 import os
 import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
-from . import tiles
+from dqkernels.config import VERSION
+
+from . import native, plans, tiles
 
 VARIABLE = "DQKERNELS_TILES"
 KIND = "tiles"
@@ -28,7 +34,11 @@ _TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _GRAIN = 256  # N and K are rounded up to it: the layers of a model keep their own entries, odd sizes share one
 _MAX_BYTES = 16 << 20
 
+#: Who runs a GEMM that was measured, and what of it is in the file.
+WORDS = {"triton": "tiles", "cuda": "plans"}
+
 Key = tuple[int, int, int, int, int]
+PlanKey = tuple[int, int, str, int, int, int]
 
 
 class TableError(ValueError):
@@ -37,13 +47,17 @@ class TableError(ValueError):
 
 @dataclass(frozen=True)
 class Table:
-    """The measured tiles of one GPU.
+    """What was measured on one GPU.
 
     Attributes:
         source: `DQKERNELS_TILES`, `yours` or `shipped`.
         gpu, capability: of the GPU it was measured on, as torch names them.
         triton: the version that compiled what was measured.
         entries: tile and number of K splits by (bits, group_size, *bucket(m, n, k)).
+        cuda: the CUDA kernels that were measured, as `cuda_kernels` names them; None without any.
+        plans: of those by `plan_key`; empty where this release has other kernels.
+        slower: the keys, among them, at which Triton's tile was faster than the best plan.
+        plan_rows: how many plans the file has, of whatever kernels.
     """
 
     source: str
@@ -51,6 +65,10 @@ class Table:
     capability: str
     triton: str | None
     entries: dict[Key, tuple[tiles.Config, int]]
+    cuda: str | None = None
+    plans: dict[PlanKey, plans.Plan] = field(default_factory=dict)
+    slower: frozenset[PlanKey] = frozenset()
+    plan_rows: int = 0
 
 
 def bucket(m: int, n: int, k: int) -> tuple[int, int, int]:
@@ -68,31 +86,64 @@ def choose(m: int, n: int, k: int, bits: int, group_size: int, device: torch.dev
     return tiles.choose(m, n, k, bits, group_size, tiles.family(device), tiles.multiprocessors(device))
 
 
+def plan_key(m: int, n: int, k: int, bits: int, group_size: int, input_kind: str) -> PlanKey | None:
+    """What changes the best plan; None above 64 rows. n: of all parts of a launch. input_kind: of `plans.INPUTS`."""
+    rows = plans.bucket(m)
+    return None if rows is None else (bits, group_size, input_kind, rows, *bucket(m, n, k)[1:])
+
+
+def plan(m: int, n: int, k: int, bits: int, group_size: int, input_kind: str, device: int) -> plans.Plan:
+    """The plan measured for a skinny GEMM on a GPU, by its index; `plans.BY_RULE` where none was, or has no room."""
+    table = table_of(_gpu(device), "cuda")
+    found = None if table is None else table.plans.get(plan_key(m, n, k, bits, group_size, input_kind))
+    # An entry is shared by fewer rows and more: the one row more may be what does not fit.
+    return found if found is not None and plans.fits(m, k, bits, group_size, found) else plans.BY_RULE
+
+
+def triton_is_faster(m: int, n: int, k: int, bits: int, group_size: int, device: int) -> str | None:
+    """In words, where it was measured that Triton's GEMM of int8 rows beats the CUDA kernels' best plan; else None."""
+    table = table_of(_gpu(device), "cuda")
+    key = plan_key(m, n, k, bits, group_size, "int8")
+    # A comparison holds for both kernels: with another Triton nobody knows.
+    if table is None or key not in table.slower or _minor(table.triton) != _minor(_triton()):
+        return None
+    return f"Triton's tile was measured faster at up to {key[3]} rows"
+
+
+def _gpu(index: int) -> torch.device:
+    """What `Tensor.get_device` counts: -1 is no GPU."""
+    return torch.device("cuda", index) if index >= 0 else torch.device("cpu")
+
+
 @functools.cache
-def table_of(device: torch.device) -> Table | None:
-    """The record in use for a device, read at its first GEMM; None where none speaks of this GPU.
+def table_of(device: torch.device, kernels: str = "triton") -> Table | None:
+    """The record in use for a device's `triton` or `cuda` kernels, read at their first GEMM; None where none speaks.
 
     Raises:
         TableError: for a file named by DQKERNELS_TILES that cannot be read. One found elsewhere is left aside with a
-            warning, and so is any that another Triton measured.
+            warning, and so is what another Triton, or another release's CUDA kernels, gave.
     """
-    table, why, stale = _find(device)
+    table, why, stale = _find(device, kernels)
     if stale:
-        warnings.warn(f"a table of tiles is left aside, the tiles are chosen by rule: {why}", stacklevel=2)
+        words = WORDS[kernels]
+        warnings.warn(f"a table of {words} is left aside, the {words} are chosen by rule: {why}", stacklevel=2)
     return table
 
 
-def in_use(device: torch.device) -> str:
-    """One sentence for people: which choice of tiles is in use, and why."""
+def in_use(device: torch.device, kernels: str = "triton") -> str:
+    """One sentence for people: which choice of tiles (of plans, for `cuda`) is in use, and why."""
     if device.type != "cuda":
         return "by rule: only GPUs have measured tables"
     try:
-        table, why, _ = _find(device)
+        table, why, _ = _find(device, kernels)
     except TableError as error:
         return f"none, every GEMM will refuse: {error}"
     if table is None:
         return f"by rule: {why}"
-    return f"{len(table.entries)} measured on this {table.gpu} ({table.source}, Triton {table.triton}), else by rule"
+    count, made = len(table.entries), f"Triton {table.triton}"
+    if kernels == "cuda":
+        count, made = len(table.plans), f"CUDA kernels {table.cuda}"
+    return f"{count} measured on this {table.gpu} ({table.source}, {made}), else by rule"
 
 
 def refresh() -> None:
@@ -111,8 +162,8 @@ def file_name(gpu: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json"
 
 
-def _find(device: torch.device) -> tuple[Table | None, str, bool]:
-    """The table for a device, or None and the reason; and whether there is a file for it that cannot be used."""
+def _find(device: torch.device, kernels: str) -> tuple[Table | None, str, bool]:
+    """The table for a device's kernels, or None and the reason; and whether there is one that cannot be used."""
     if device.type != "cuda":
         return None, "no GPU", False
     gpu = torch.cuda.get_device_name(device)
@@ -135,14 +186,30 @@ def _find(device: torch.device) -> tuple[Table | None, str, bool]:
             why, stale = str(error), True
             continue
         if (table.gpu, table.capability) == (gpu, capability):
-            compiler = _triton()
-            if _minor(table.triton) == _minor(compiler):
+            if not (table.entries if kernels == "triton" else table.plan_rows):
+                continue  # of the other kernels alone
+            made = _made_by_others(table, kernels)
+            if made is None:
                 return table, "", False
             stale = True
-            why = f"{path.name} was measured with Triton {table.triton}, this is {compiler}: dqkernels tune once more"
+            why = f"{path.name} was measured with {made}: dqkernels tune once more"
             continue
         why = f"{path.name} was measured on {table.gpu} (sm_{table.capability}), this is {gpu} (sm_{capability})"
     return None, why, stale
+
+
+def _made_by_others(table: Table, kernels: str) -> str | None:
+    """What was measured and what is here, in words, where they differ; else None."""
+    if kernels == "triton":
+        here = _triton()
+        return None if _minor(table.triton) == _minor(here) else f"Triton {table.triton}, this is {here}"
+    here = cuda_kernels()
+    return None if table.cuda == here else f"the CUDA kernels of {table.cuda}, these are {here}"
+
+
+def cuda_kernels() -> str:
+    """`0.1.0 (interface 2)`: the CUDA kernels of this release, for which measured plans hold."""
+    return f"{VERSION} (interface {native.ABI_VERSION})"
 
 
 def _triton() -> str | None:
@@ -162,7 +229,8 @@ def read(path: str | os.PathLike[str], source: str = "yours") -> Table:
     """Reads and checks a record.
 
     Raises:
-        TableError: if the file is not there, is no such record, or names a tile that this release does not know.
+        TableError: if the file is not there, is no such record, or names a tile that this release does not know, or a
+            plan, if it is of this release's CUDA kernels; those of others are counted and not read.
     """
     path = Path(path)
     try:
@@ -187,27 +255,67 @@ def read(path: str | os.PathLike[str], source: str = "yours") -> Table:
     named = isinstance(gpu, str) and isinstance(capability, str) and re.fullmatch(r"[0-9]+\.[0-9]+", capability)
     if not named or not isinstance(environment.get("triton"), str | None):
         raise TableError(f"{path.name} must name the GPU and its compute_capability, got {gpu!r} and {capability!r}")
-    entries = dict(_entry(f"{path.name}, row {index}", row, capability) for index, row in enumerate(rows))
-    return Table(source, gpu, capability, environment.get("triton"), entries)
+    cuda = settings.get("cuda_kernels")
+    entries, found, slower, plan_rows = {}, {}, set(), 0
+    for index, row in enumerate(rows):
+        where = f"{path.name}, row {index}"
+        if not isinstance(row, dict):
+            raise TableError(f"{where} must be an object, got {type(row).__name__}")
+        kernel = row.get("kernel", "triton")  # files from before there were plans name none
+        if kernel not in WORDS:
+            raise TableError(f"{where}: kernel must be one of {list(WORDS)}, got {kernel!r}")
+        if kernel == "triton":
+            key, entry = _entry(where, row, capability)
+            entries[key] = entry
+            continue
+        plan_rows += 1
+        if not isinstance(cuda, str):
+            raise TableError(f"{where} is a plan, and settings name no cuda_kernels, got {cuda!r}")
+        if cuda == cuda_kernels():
+            key, found[key], is_slower = _plan_entry(where, row)
+            slower |= {key} if is_slower else set()
+    return Table(source, gpu, capability, environment.get("triton"), entries, cuda, found, frozenset(slower), plan_rows)
 
 
-def _entry(where: str, row: object, capability: str) -> tuple[Key, tuple[tiles.Config, int]]:
-    if not isinstance(row, dict):
-        raise TableError(f"{where} must be an object, got {type(row).__name__}")
+def _number(where: str, row: dict, key: str) -> int:
+    value = row.get(key)
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TableError(f"{where}: {key} must be a whole number, got {value!r}")
+    return value
 
-    def number(key: str) -> int:
-        value = row.get(key)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise TableError(f"{where}: {key} must be a whole number, got {value!r}")
-        return value
 
-    bits, group_size = number("bits"), number("group_size")
-    tile, split = tiles.Config(*map(number, tiles.Config._fields)), number("split_k")
-    sizes = number("m"), number("n"), number("k")
+def _problem(where: str, row: dict) -> tuple[int, int, tuple[int, int, int]]:
+    """bits, group_size and (m, n, k) of a row."""
+    bits, group_size = (_number(where, row, key) for key in ("bits", "group_size"))
+    sizes = tuple(_number(where, row, key) for key in ("m", "n", "k"))
     if min(sizes) < 1:
         raise TableError(f"{where}: m, n, k must be 1 or more, got {list(sizes)}")
     if (bits, group_size != -1) not in tiles.FORMATS or group_size not in (-1, 32, 64, 128):
         raise TableError(f"{where}: no kernel has bits={bits} with group_size={group_size}")
+    return bits, group_size, sizes
+
+
+def _plan_entry(where: str, row: dict) -> tuple[PlanKey, plans.Plan, bool]:
+    bits, group_size, sizes = _problem(where, row)
+    plan = plans.Plan(*(_number(where, row, key) for key in plans.Plan._fields))
+    input_kind, faster = row.get("input"), row.get("faster")
+    most = plans.FLOAT_ROWS if input_kind == "float" else plans.ROWS[-1]
+    if input_kind not in plans.INPUTS or sizes[0] > most:
+        raise TableError(
+            f"{where}: input must be float up to {plans.FLOAT_ROWS} rows or int8 up to {plans.ROWS[-1]}, "
+            f"got {input_kind!r} at {sizes[0]}"
+        )
+    if not plans.fits(sizes[0], sizes[2], bits, group_size, plan):
+        raise TableError(f"{where}: {tuple(plan)} is no plan for {'x'.join(map(str, sizes))} at bits={bits}")
+    if faster not in WORDS:
+        raise TableError(f"{where}: faster must be one of {list(WORDS)}, got {faster!r}")
+    return plan_key(*sizes, bits, group_size, input_kind), plan, faster == "triton"
+
+
+def _entry(where: str, row: dict, capability: str) -> tuple[Key, tuple[tiles.Config, int]]:
+    bits, group_size, sizes = _problem(where, row)
+    tile = tiles.Config(*(_number(where, row, key) for key in tiles.Config._fields))
+    split = _number(where, row, "split_k")
     arch = tiles.family_of(int(capability.split(".")[0]))
     if tile not in tiles.candidates(arch, bits, group_size):
         raise TableError(f"{where}: {tuple(tile)} is no tile of this release for bits={bits}")

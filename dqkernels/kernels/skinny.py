@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from . import native
+from . import measured, native
 
 #: Rows up to which a float input is quantized inside the GEMM.
 PROLOGUE_ROWS = 16
@@ -96,7 +96,8 @@ def gemm(
         group_size: -1 for none.
         out_dtype: float, or int8 with `out_scale` fp32 [1].
         norm: LayerNorm before the quantizer, for a float x.
-        warps_n, splits: how the work is cut up; 0 lets the rule choose. Results do not depend on it.
+        warps_n, splits: how the work is cut up; with 0 for both, as measured on this GPU, else by the rule, which also
+            chooses what alone is 0. Results do not depend on it.
 
     Returns:
         Y [M, N] of each part; with a norm the normalized rows [M, K] first.
@@ -193,6 +194,9 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
     m, k, stride, x_dtype, mode, clip = x
     bits, four_level, group_size, tensor_scale = weight
     properties = torch.cuda.get_device_properties(device)
+    if cut == (0, 0):
+        kind = "int8" if x_dtype == torch.int8 else "float"
+        cut = measured.plan(m, sum(sizes), k, bits, group_size or -1, kind, device)
     return native.require("SkinnyPlan").SkinnyPlan(
         m=m,
         k=k,
@@ -215,6 +219,11 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
         sms=properties.multi_processor_count,
         overlap=settled and (properties.major, properties.minor) >= OVERLAP_CAPABILITY,
     )
+
+
+def refresh() -> None:
+    """Forgets the plans that were made; for `tune`, whose table changed."""
+    _plan.cache_clear()
 
 
 def _zeros(device: int, stream: int, count: int) -> torch.Tensor:
