@@ -52,3 +52,5 @@ def test_candidates_are_those_that_fit():
     assert {plan.splits for plan in found} == set(plans.SPLITS)
     assert plans.Plan(1, 1) not in found and plans.Plan(8, 8) in found
     assert {plan.splits for plan in plans.candidates(1, 256, 8, -1)} == {1}
+    # 64 rows leave room for one unit of K at a time, of which two warps take the two segments.
+    assert [plan for plan in plans.candidates(64, 4096, 4, -1) if plan.splits == 1] == [(4, 1), (8, 1)]

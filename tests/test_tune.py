@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from dqkernels import backends
-from dqkernels.bench import record, tune
+from dqkernels.bench import race, record, tune
 from dqkernels.cli import main
 from dqkernels.kernels import measured, tiles
 
@@ -29,7 +30,7 @@ def gpu(monkeypatch, tmp_path):
     facts = types.SimpleNamespace(multi_processor_count=132, major=9, minor=0, L2_cache_size=50 << 20)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
     monkeypatch.setattr(torch.cuda, "device", lambda device: torch.inference_mode())
-    monkeypatch.setattr(backends, "available", lambda name, device: (True, "stand-in"))
+    monkeypatch.setattr(backends, "available", functools.cache(lambda name, device: (True, "stand-in")))
     facts_of_record = record.environment()
     monkeypatch.setattr(
         record, "environment", lambda threads=None: {**facts_of_record, "gpu": "NVIDIA H200", "triton": "3.6.0"}
@@ -37,7 +38,7 @@ def gpu(monkeypatch, tmp_path):
     monkeypatch.setattr(measured, "_triton", lambda: "3.6.0")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.delenv("DQKERNELS_TILES", raising=False)
-    caches = (tune.protocol.cache_bytes, measured.table_of, tiles.family, tiles.multiprocessors)
+    caches = (tune.protocol.cache_bytes, measured.table_of, tiles.family, tiles.multiprocessors, backends._choose)
     for cache in caches:
         cache.cache_clear()
     seen = []
@@ -97,7 +98,7 @@ def test_a_file_of_another_gpu_or_triton_is_kept(gpu, monkeypatch, tmp_path):
     before, facts = out.read_bytes(), record.environment()
     monkeypatch.setattr(record, "environment", lambda threads=None: {**facts, "triton": "3.9.0"})
     with pytest.raises(
-        ValueError, match="was measured on NVIDIA H200 with Triton 3.6.0, this is NVIDIA H200 with 3.9.0"
+        ValueError, match="was measured on NVIDIA H200 with Triton 3.6.0, this is NVIDIA H200 with Triton 3.9.0"
     ):
         tune.run(CELLS, out=out)
     out.write_text("{}")
@@ -125,8 +126,8 @@ def test_two_at_once_are_refused(gpu, tmp_path):
 
 def test_the_rule_stays_within_the_noise():
     rule, other = (tiles.candidates("sm90", 4)[i] for i in (0, 1))
-    assert tune.decide({(rule, 1): 10.0, (other, 1): 9.9}, (rule, 1)) == (rule, 1)
-    assert tune.decide({(rule, 1): 10.0, (other, 1): 9.7}, (rule, 1)) == (other, 1)
+    assert race.decide({(rule, 1): 10.0, (other, 1): 9.9}, (rule, 1)) == (rule, 1)
+    assert race.decide({(rule, 1): 10.0, (other, 1): 9.7}, (rule, 1)) == (other, 1)
 
 
 def test_choices():
@@ -175,6 +176,7 @@ def test_without_a_gpu_it_is_refused(capsys):
         ("--sizes", "64"): "--sizes must be OUTxIN with numbers above 0",
         ("--bits", "3"): "--bits must be 2, 4 or 8, comma-separated, got '3'",
         ("--group_size", "48"): "--group_size must be -1, 32, 64 or 128, comma-separated, got '48'",
+        ("--backends", "eager"): "--backends must be cuda or triton, comma-separated, got 'eager'",
         ("--seconds", "0"): "--seconds must be above 0",
     }.items():
         assert main(["tune", *arguments]) == 2
@@ -185,13 +187,17 @@ def test_other_bits_fail_the_verb(gpu, capsys, monkeypatch):
     real = tune.measure
     monkeypatch.setattr(tune.text, "check_device", torch.device)
     monkeypatch.setattr(tune, "measure", lambda *given: {**real(*given), "mismatched": ["64x64x128 w4 s3"]})
-    assert main(["tune", "--sizes", "64x64", "--tokens", "1", "--bits", "4", "--device", "cuda"]) == 1
-    assert "a tile gave other bits than the rule's" in capsys.readouterr().err
+    assert (
+        main(["tune", "--sizes", "64x64", "--tokens", "1", "--bits", "4", "--device", "cuda", "--backends", "triton"])
+        == 1
+    )
+    assert "a tile or a plan gave other bits than the rule's" in capsys.readouterr().err
 
 
 def test_the_verb(gpu, capsys, monkeypatch):
     monkeypatch.setattr(tune.text, "check_device", torch.device)
     arguments = ["tune", "--sizes", "1024x1024", "--tokens", "1,64", "--bits", "4", "--device", "cuda"]
+    arguments += ["--backends", "triton"]
     assert main(arguments) == 0
     captured = capsys.readouterr()
     assert "64x1024x1024" in captured.out and max(map(len, captured.out.splitlines())) <= 80

@@ -1,34 +1,32 @@
-"""`dqkernels tune`: which tile is fastest on this GPU, measured offline, kept in a file that kernels/measured.py reads.
+"""`dqkernels tune`: which tile and which plan is fastest on this GPU, measured offline for kernels/measured.py.
 
-A cell is one format (bits, group_size) at one M x N x K. Its candidates are the tiles of `tiles.candidates`, each with
-the K splits that M allows; the rule's own choice is always among them. Every candidate first has to give the rule's
-bits, then the best few of a quick look take turns, weights cold. The file is written after every cell: a run that was
-interrupted goes on where it stopped.
+A cell is one format (bits, group_size) at one M x N x K. A Triton cell's candidates are the tiles of
+`tiles.candidates`, each with the K splits that M allows; tune_cuda.py has those of the CUDA kernels. The rule's own
+choice is always among them. Every candidate first has to give the rule's bits, then the best few of a quick look take
+turns, weights cold (race.py). The file is written after every cell: a run that was interrupted goes on where it
+stopped.
 """
 
 from __future__ import annotations
 
-import functools
 import itertools
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from dqkernels import backends, packing, text
-from dqkernels.bench import protocol, record
+from dqkernels.bench import protocol, race, record, tune_cuda
 from dqkernels.bench.size import SHAPES
-from dqkernels.kernels import measured, tiles
+from dqkernels.kernels import measured, plans, skinny, tiles
 
 #: BART-base and BART-large: attention projections and the feed-forward pair; (out_features, in_features).
 SIZES = ((768, 768), (3072, 768), (768, 3072), (1024, 1024), (4096, 1024), (1024, 4096))
-TOKENS = (1, 32, 64, 128, 256, 512, 1024, 2048, 4096)
-_FINALISTS = 6
-_MAX_ROUNDS = 60
-#: A tile replaces the rule's only where it is faster by more than the noise of a median.
-_GAIN = 1.02
+TOKENS = (1, 4, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+#: Whose kernels can be measured. A size's tiles come before its plans, which are then compared with them.
+KERNELS = ("triton", "cuda")
 
 Choice = tuple[tiles.Config, int]
 
@@ -52,22 +50,32 @@ class TuneError(RuntimeError):
 
 
 def cells(
-    sizes: Iterable[Sequence[int]], tokens: Iterable[int], bits: Iterable[int], group_sizes: Iterable[int]
-) -> list[Cell]:
+    sizes: Iterable[Sequence[int]],
+    tokens: Iterable[int],
+    bits: Iterable[int],
+    group_sizes: Iterable[int],
+    kernels: Collection[str] = ("triton",),
+) -> list[Cell | tune_cuda.PlanCell]:
     """Every combination that a kernel has, one cell per entry of the table.
 
     Raises:
-        ValueError: for sizes below 1, or where no kernel has any of the formats.
+        ValueError: for sizes below 1, or where no kernel has any of the formats, or the CUDA ones none of the tokens.
     """
     sizes, tokens, bits, group_sizes = list(sizes), list(tokens), list(bits), list(group_sizes)
     if any(len(size) != 2 or min(size) < 1 for size in sizes) or any(m < 1 for m in tokens):
         raise ValueError(
             f"sizes must be (out_features, in_features) pairs and tokens numbers above 0, got {sizes}, {tokens}"
         )
-    found: dict[tuple, Cell] = {}
-    for (n, k), width, group, m in itertools.product(sizes, bits, group_sizes, tokens):
-        if (width, group != -1) in tiles.FORMATS:
-            found.setdefault((width, group, *measured.bucket(m, n, k)), Cell(width, group, m, n, k))
+    found: dict[tuple, Cell | tune_cuda.PlanCell] = {}
+    for size, width, group in itertools.product(sizes, bits, group_sizes):
+        if (width, group != -1) not in tiles.FORMATS:
+            continue
+        here = [Cell(width, group, m, *size) for m in tokens] if "triton" in kernels else []
+        here += tune_cuda.cells([size], tokens, [width], [group]) if "cuda" in kernels else []
+        for cell in here:
+            found.setdefault(_key(cell), cell)
+    if not found and any((width, group != -1) in tiles.FORMATS for width in bits for group in group_sizes):
+        raise ValueError(f"the CUDA plans are for at most {plans.ROWS[-1]} tokens, got {tokens}")
     if not found:
         raise ValueError(f"no kernel has bits={bits} with group_size={group_sizes}: groups are for 2 and 4 bits")
     return list(found.values())
@@ -91,18 +99,25 @@ def model_sizes(name: str) -> list[tuple[int, int]]:
     return list(dict.fromkeys((linear.out_features, linear.in_features) for linear in linears))
 
 
-def check_device(device: str | torch.device) -> torch.device:
-    """The device, if Triton kernels can be measured on it.
+def usable_kernels(device: str | torch.device, asked: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Those of `asked` (default: of `KERNELS`) that can be measured on a device, in the order of `KERNELS`.
 
     Raises:
-        TuneError: if not, with the reason.
+        TuneError: if there is none, or one that was asked for by name is not there; with the reason.
     """
-    device = torch.device(device)
-    usable, reason = backends.available("triton", "cuda")
-    if device.type != "cuda" or not usable:
-        why = f"device is {device}" if usable else reason
-        raise TuneError(f"tune measures Triton kernels on a CUDA GPU, and none can be used here: {why}")
-    return device
+    reasons = {}
+    for name in KERNELS if asked is None else asked:
+        usable, why = backends.available(name, "cuda")
+        if torch.device(device).type != "cuda":
+            usable, why = False, f"device is {device}" if usable else why
+        if not usable:
+            reasons[name] = why
+    found = tuple(name for name in KERNELS if name not in reasons and (asked is None or name in asked))
+    if found and (asked is None or not reasons):
+        return found
+    which = f"{' and '.join(reasons)} cannot" if found else "none can"
+    why = "; ".join(dict.fromkeys(reasons.values()))
+    raise TuneError(f"tune measures kernels on a CUDA GPU, and {which} be used here: {why}")
 
 
 def default_file(device: str | torch.device) -> Path:
@@ -130,91 +145,68 @@ def run(
         progress: called with (cells done, cells, what comes next).
 
     Raises:
-        TuneError: without a GPU that runs Triton kernels, or while another process measures on this machine.
-        ValueError: if `out` holds something else, or was measured on another GPU or with another Triton.
+        TuneError: without a GPU that runs these kernels, or while another process measures on this machine.
+        ValueError: if `out` holds something else, or what it holds was measured on another GPU, with another Triton or
+            with other CUDA kernels.
     """
-    device = check_device(device)
-    from dqkernels.kernels import gemm  # imports Triton
-
+    device, kinds = torch.device(device), {_kernel_of(cell) for cell in wanted}
+    usable_kernels(device, [name for name in KERNELS if name in kinds])
+    against_triton = "cuda" in kinds and backends.available("triton", "cuda")[0]
     gpu = torch.cuda.get_device_name(device)
     out = measured.user_file(gpu) if out is None else Path(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     before = protocol.state(device)
     with _alone(measured.user_file(gpu)), torch.cuda.device(device), torch.inference_mode():
-        rows = {} if fresh else _kept(out, gpu)
+        rows = _kept(out, gpu, kinds if fresh else ())
         todo = [cell for cell in wanted if _key(cell) not in rows]
         done = len(wanted) - len(todo)
         found = _record(rows, device, before, seconds)
         for cell in todo:
             if progress is not None:
                 progress(done, len(wanted), str(cell))
-            rows[_key(cell)] = measure(cell, device, seconds)
+            if isinstance(cell, Cell):
+                row = measure(cell, device, seconds)
+            else:
+                row = tune_cuda.measure(cell, device, seconds, _tile_of(cell, rows), against_triton)
+            rows[_key(cell)] = row
             found = _record(rows, device, before, seconds)
             record.write(found, out)
             done += 1
         if progress is not None:
             progress(done, len(wanted), "")
-    gemm.refresh()
+    _refresh()
     return found
+
+
+def _refresh() -> None:
+    """What was chosen by the table of before is chosen again."""
+    measured.refresh()
+    skinny.refresh()
+    backends.refresh()
+    if backends.available("triton", "cuda")[0]:
+        from dqkernels.kernels import gemm  # imports Triton
+
+        gemm.refresh()
 
 
 def measure(cell: Cell, device: torch.device, seconds: float) -> dict:
     """The row of one cell: the fastest choice that gives the rule's bits, and the rule's own time beside it."""
     from dqkernels.kernels import gemm
 
-    rule = tiles.choose(
-        cell.m, cell.n, cell.k, cell.bits, cell.group_size, tiles.family(device), tiles.multiprocessors(device)
-    )
+    arch = tiles.family(device)
+    rule = tiles.choose(cell.m, cell.n, cell.k, cell.bits, cell.group_size, arch, tiles.multiprocessors(device))
     arguments, copies = _operands(cell, device)
-    wanted = gemm.qgemm(**arguments, tile=rule[0], split_k=rule[1])
-    samplers, refused, mismatched = {}, {}, []
-    for choice in choices(cell, rule, tiles.family(device)):
-        call = functools.partial(gemm.qgemm, tile=choice[0], split_k=choice[1])
-        try:
-            if not torch.equal(call(**arguments), wanted):
-                mismatched.append(describe(choice))
-                continue
-            calls = [functools.partial(call, **{**arguments, "qweight": copy}) for copy in copies]
-            samplers[choice] = protocol.sampler(calls, device, weight_bytes=copies[0].numel()).sample
-        except Exception as error:  # noqa: BLE001 - a tile that does not fit this GPU is refused, the others go on
-            if choice == rule:
-                raise
-            refused[choice] = f"{type(error).__name__}: {error}"
-    # One look at each, then the best few by turns.
-    quick = protocol.interleave(samplers, seconds=seconds / 3, max_rounds=5, patience=float("inf"))
-    order = sorted(quick.stats, key=lambda choice: quick.stats[choice].median)
-    finalists = dict.fromkeys([rule, *order[:_FINALISTS]])
-    # The table serves every epilogue: what is not timed must at least fit this GPU and be right.
-    for other in _other_epilogues(arguments, cell):
-        wanted = gemm.qgemm(**other, tile=rule[0], split_k=rule[1])
-        for choice in [choice for choice in finalists if choice != rule]:
-            try:
-                if not torch.equal(gemm.qgemm(**other, tile=choice[0], split_k=choice[1]), wanted):
-                    mismatched.append(describe(choice))
-                    del finalists[choice]
-            except Exception as error:  # noqa: BLE001 - as above
-                refused[choice] = f"{type(error).__name__}: {error}"
-                del finalists[choice]
-    final = protocol.interleave(
-        {choice: samplers[choice] for choice in finalists},
-        seconds=seconds,
-        max_rounds=_MAX_ROUNDS,
-        patience=float("inf"),
+
+    def call(choice: Choice, **form):
+        return gemm.qgemm(**form, tile=choice[0], split_k=choice[1])
+
+    # The table serves every epilogue.
+    forms = [arguments, *_other_epilogues(arguments, cell)]
+    found = race.run(
+        choices(cell, rule, arch), rule, call, forms, copies, describe=describe, device=device, seconds=seconds
     )
-    times = {choice: final.stats[choice].median for choice in finalists}
-    best = decide(times, rule)
-    tile, split = best
-    return {
-        **cell._asdict(),
-        **tile._asdict(),
-        "split_k": split,
-        **final.stats[best].row("us"),
-        "rule_us": final.stats[rule].row("us")["median_us"],
-        "is_rule": best == rule,
-        "candidates": len(samplers),
-        "mismatched": sorted(set(mismatched)),
-        "refused": sorted({record.scrub(reason.splitlines()[0]) for reason in refused.values()}),
-    }
+    tile, split = found.best
+    return {"kernel": "triton", **cell._asdict(), **tile._asdict(), "split_k": split, **found.row(rule)}
 
 
 def choices(cell: Cell, rule: Choice, arch: str) -> Iterator[Choice]:
@@ -233,12 +225,6 @@ def describe(choice: Choice) -> str:
     tile, split = choice
     words = f"{tile.block_m}x{tile.block_n}x{tile.block_k} w{tile.num_warps} s{tile.num_stages}"
     return words + (f" /{split}" if split > 1 else "")
-
-
-def decide(times: dict[Choice, float], rule: Choice) -> Choice:
-    """The fastest, or the rule's own where that is not slower by more than `_GAIN`."""
-    best = min(times, key=times.__getitem__)
-    return best if times[rule] > _GAIN * times[best] else rule
 
 
 def _operands(cell: Cell, device: torch.device) -> tuple[dict, list[torch.Tensor]]:
@@ -276,42 +262,75 @@ def _other_epilogues(arguments: dict, cell: Cell) -> Iterator[dict]:
         yield {**full, "four_level": True, "row_sum": arguments["xq"].sum(dim=1, dtype=torch.int32)}
 
 
-def _key(cell: Cell) -> measured.Key:
+def _kernel_of(cell: Cell | tune_cuda.PlanCell) -> str:
+    return "triton" if isinstance(cell, Cell) else "cuda"
+
+
+def _key(cell: Cell | tune_cuda.PlanCell) -> tuple:
+    if isinstance(cell, tune_cuda.PlanCell):
+        return tune_cuda.key(cell)
     return (cell.bits, cell.group_size, *measured.bucket(cell.m, cell.n, cell.k))
+
+
+def _cell(row: dict) -> Cell | tune_cuda.PlanCell:
+    kind = tune_cuda.PlanCell if row.get("kernel") == "cuda" else Cell
+    return kind(*(row[name] for name in kind._fields))
+
+
+def _tile_of(cell: tune_cuda.PlanCell, rows: dict) -> Choice | None:
+    """The tile that this file has for Triton's GEMM of the same sizes."""
+    row = rows.get(_key(Cell(cell.bits, cell.group_size, cell.m, cell.n, cell.k)))
+    return None if row is None else (tiles.Config(*(row[name] for name in tiles.Config._fields)), row["split_k"])
 
 
 def _record(rows: dict, device: torch.device, before: dict, seconds: float) -> dict:
     properties = torch.cuda.get_device_properties(device)
+    with_plans = any(row.get("kernel") == "cuda" for row in rows.values())
     return record.new(
         measured.KIND,
         settings={
             "compute_capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
-            "gain_ratio": _GAIN,
+            "cuda_kernels": measured.cuda_kernels() if with_plans else None,
+            "gain_ratio": race.GAIN,
             "out_dtype": "bf16",
             "bias": True,
         },
         protocol={
-            **protocol.describe(device, seconds, _MAX_ROUNDS, before),
-            "proof": "bit-equal to the rule's tile",
-            "quantizing_the_input": "outside: the tile has no part in it",
+            **protocol.describe(device, seconds, race.MAX_ROUNDS, before),
+            "proof": "bit-equal to the rule's tile or plan",
+            "quantizing_the_input": "outside, but for the CUDA kernels' float rows",
+            "counters_of_splits": "zeroed by a launch of their own, as in any captured graph",
         },
         rows=list(rows.values()),
     )
 
 
-def _kept(out: Path, gpu: str) -> dict[measured.Key, dict]:
-    """Rows of an earlier run that still hold."""
-    if not out.exists():
+def _kept(out: Path, gpu: str, forgotten: Collection[str]) -> dict[tuple, dict]:
+    """Rows of an earlier run that still hold, but for those of the `forgotten` kernels."""
+    if not out.exists() or set(forgotten) == set(KERNELS):
         return {}
-    table, old = measured.read(out), record.read(out)
-    triton = record.environment()["triton"]
-    if (table.gpu, table.triton) != (gpu, triton):
+    try:
+        table, old = measured.read(out), record.read(out)
+    except ValueError:
+        if forgotten:
+            return {}
+        raise
+    rows = [row for row in old["rows"] if row.get("kernel", "triton") not in forgotten]
+    plans_ = [row for row in rows if row.get("kernel") == "cuda"]
+    was, this = [table.gpu], [gpu]
+    if len(plans_) < len(rows) or any(row["triton_us"] is not None for row in plans_):
+        was.append(f"Triton {table.triton}")
+        this.append(f"Triton {record.environment()['triton']}")
+    if plans_:
+        was.append(f"the CUDA kernels of {table.cuda}")
+        this.append(f"the CUDA kernels of {measured.cuda_kernels()}")
+    if rows and was != this:
         raise ValueError(
-            f"out {out.name!r} was measured on {table.gpu} with Triton {table.triton}, this is {gpu} with {triton}: "
+            f"out {out.name!r} was measured on {' with '.join(was)}, this is {' with '.join(this)}: "
             "give another file, or fresh to measure all of it again"
         )
-    return {_key(Cell(*(row[name] for name in Cell._fields))): row for row in old["rows"]}
+    return {_key(_cell(row)): row for row in rows}
 
 
 class _alone:
@@ -341,22 +360,20 @@ class _alone:
 
 
 def mismatches(result: dict) -> list[str]:
-    """Tiles that gave other bits than the rule's, with their sizes: a bug of a kernel or of the compiler."""
-    return [
-        f"{Cell(*(row[name] for name in Cell._fields))} with {', '.join(row['mismatched'])}"
-        for row in result["rows"]
-        if row["mismatched"]
-    ]
+    """Tiles and plans that gave other bits than the rule's, with their sizes: a bug of a kernel or of the compiler."""
+    return [f"{_cell(row)} with {', '.join(row['mismatched'])}" for row in result["rows"] if row["mismatched"]]
 
 
 def render(result: dict):
-    """A rich table of a record: one line per cell, the tile taken and what it gains over the rule."""
+    """Rich tables of a record, of tiles and of plans: what was taken and what it gains over the rule."""
     from rich import box
+    from rich.console import Group
     from rich.table import Table
 
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, title=f"GEMM tiles on {protocol.machine_words(result['environment'])}"
-    )
+    machine = protocol.machine_words(result["environment"])
+    found = [row for row in result["rows"] if row.get("kernel") == "cuda"]
+    parts = ["", tune_cuda.render(found, f"CUDA plans on {machine}")] if found else []
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title=f"GEMM tiles on {machine}")
     for name, justify in (
         ("MxNxK", "left"),
         ("W", "right"),
@@ -366,7 +383,7 @@ def render(result: dict):
         ("x", "right"),
     ):
         table.add_column(name, justify=justify, no_wrap=True)
-    for row in result["rows"]:
+    for row in (row for row in result["rows"] if row.get("kernel") != "cuda"):
         choice = (tiles.Config(*(row[name] for name in tiles.Config._fields)), row["split_k"])
         table.add_row(
             f"{row['m']}x{row['n']}x{row['k']}",
@@ -376,10 +393,7 @@ def render(result: dict):
             f"{row['median_us']:.1f}",
             f"{row['rule_us'] / row['median_us']:.2f}",
         )
-    words = [
-        "Median microseconds, weights cold; x: the rule's time over it.",
-        "wN: warps, sN: stages, /N: splits of K.",
-    ]
+    table.caption, table.caption_justify = "wN: warps, sN: stages, /N: splits of K.", "left"
+    words = ["Median microseconds, weights cold; x: the rule's time over it."]
     warning = protocol.busy_words(result["protocol"])
-    table.caption, table.caption_justify = "\n".join(words + ([warning] if warning else [])), "left"
-    return table
+    return Group(*([table] if table.row_count else []), *parts, "", "\n".join(words + ([warning] if warning else [])))

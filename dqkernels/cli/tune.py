@@ -10,18 +10,20 @@ import typer
 
 from dqkernels.cli import common
 
-_TUNE = """Measure which GEMM tile is fastest on this GPU, once, and keep the answers in a file.
+_TUNE = """Measure which GEMM tile and plan is fastest on this GPU, once, and keep the answers in a file.
 
-Without a file the tiles are chosen by rule; no kernel is ever timed while a model runs, and no result
-depends on a tile. Give MODEL for the layers of a model (a shape such as bart-base, a folder or a hub id; only its
-config is read), or --sizes. The file is written after every size and an interrupted run goes on where it
-stopped. Without --out it lies where dqkernels looks for it; contributed files ship with the package.
-Needs a GPU.
+Triton's GEMM takes tiles; the CUDA GEMM for up to 64 rows takes plans of how its work is cut up, and for 17 to 64
+rows the file also says which of the two is faster: backend="auto" follows. Without a file all of it is chosen by
+rule; no kernel is ever timed while a model runs, and no result depends on a tile or a plan. Give MODEL for the
+layers of a model (a shape such as bart-base, a folder or a hub id; only its config is read), or --sizes. The file is
+written after every size and an interrupted run goes on where it stopped. Without --out it lies where dqkernels looks
+for it; contributed files ship with the package. Needs a GPU.
 
 \b
 Examples:
   dqkernels tune bart-large
   dqkernels tune ./bart-cnn-w4 --bits 4 --tokens 1,16,64,1024
+  dqkernels tune bart-base --backends cuda --tokens 1,4,16,32,64
   dqkernels tune --sizes 4096x1024,1024x4096 --group_size 64 --out h200.json
 """
 _WARMUP = """Compile the kernels of a packed model ahead of its first request.
@@ -38,7 +40,7 @@ Examples:
 
 
 def register(app: typer.Typer) -> None:
-    app.command("tune", help=_TUNE, short_help="Measure the best GEMM tiles on this GPU.")(tune)
+    app.command("tune", help=_TUNE, short_help="Measure the best GEMM tiles and plans on this GPU.")(tune)
     app.command("warmup", help=_WARMUP, short_help="Compile a model's kernels ahead of time.")(warmup)
 
 
@@ -48,10 +50,13 @@ def tune(
     tokens: Annotated[str | None, typer.Option("--tokens", help="Rows, comma-separated; default: 1 to 4096.")] = None,
     bits: Annotated[str, typer.Option("--bits", help="Weight widths, comma-separated.")] = "8,4,2",
     group_size: Annotated[str, typer.Option("--group_size", help="-1, 32, 64, 128, comma-separated.")] = "-1",
+    backends: Annotated[
+        str | None, typer.Option("--backends", help="cuda, triton, comma-separated; default: those that run here.")
+    ] = None,
     device: common.Device = "auto",
     seconds: Annotated[float, typer.Option("--seconds", help="Of timing for each size and number of tokens.")] = 1.0,
     out: Annotated[str | None, typer.Option("--out", help="File; default: where dqkernels looks for it.")] = None,
-    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds.")] = False,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Measure again what the file holds of them.")] = False,
     json_output: common.Json = False,
 ) -> None:
     if model is not None and sizes is not None:
@@ -60,6 +65,7 @@ def tune(
     rows = None if tokens is None else _tokens(tokens)
     widths = common.choices("--bits", bits, (2, 4, 8))
     groups = common.choices("--group_size", group_size, (-1, 32, 64, 128))
+    kernels = None if backends is None else _kernels(backends)
     if not 0 < seconds < 3600:
         raise common.WrongUsage(f"--seconds must be above 0, got {seconds:g}")
     common.check_new_file("--out", out, overwrite=True)
@@ -70,13 +76,13 @@ def tune(
     with common.checking_input():
         place = text.check_device(device)
     try:
-        library.check_device(place)
+        kernels = library.usable_kernels(place, kernels)
     except library.TuneError as error:
         raise common.Failed(str(error)) from error
     with common.checking_input():
         if model is not None:
             pairs = library.model_sizes(model)
-        wanted = library.cells(pairs or library.SIZES, rows or library.TOKENS, widths, groups)
+        wanted = library.cells(pairs or library.SIZES, rows or library.TOKENS, widths, groups, kernels)
     try:
         with _bar("tune") as progress, common.checking_input():
             result = library.run(wanted, device=place, out=out, seconds=seconds, fresh=fresh, progress=progress)
@@ -89,8 +95,8 @@ def tune(
     where = out if out is not None else str(library.default_file(place))
     if wrong := library.mismatches(result):
         raise common.Failed(
-            f"a tile gave other bits than the rule's, which must never be: {'; '.join(wrong)}. It was not taken; "
-            "please report it with the file"
+            f"a tile or a plan gave other bits than the rule's, which must never be: {'; '.join(wrong)}. "
+            "It was not taken; please report it with the file"
         )
     common.say(f"wrote {where}" + ("" if out is None else f"; DQKERNELS_TILES={out} takes it"))
 
@@ -112,6 +118,13 @@ def warmup(
         with _bar("warmup") as progress:
             found = library.warmup(loaded, rows or library.TOKENS, progress)
     common.show(found, json_output)
+
+
+def _kernels(text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(","))
+    if bad := [name for name in names if name not in ("cuda", "triton")]:
+        raise common.WrongUsage(f"--backends must be cuda or triton, comma-separated, got {bad[0]!r}")
+    return names
 
 
 def _tokens(text: str) -> list[int]:
