@@ -70,6 +70,11 @@ def settled_weights() -> Iterator[None]:
         _local.settled = before
 
 
+def refresh() -> None:
+    """Forgets the plans that were made; for `tune`, whose table changed."""
+    _plan.cache_clear()
+
+
 def gemm(
     x: torch.Tensor,
     parts: Sequence[Part],
@@ -219,11 +224,6 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
         sms=properties.multi_processor_count,
         overlap=settled and (properties.major, properties.minor) >= OVERLAP_CAPABILITY,
     )
-
-
-def refresh() -> None:
-    """Forgets the plans that were made; for `tune`, whose table changed."""
-    _plan.cache_clear()
 
 
 def _zeros(device: int, stream: int, count: int) -> torch.Tensor:
