@@ -40,7 +40,7 @@ VALUES = {
 
 
 def allowed(row: dict) -> bool:
-    """What no launch takes: many float rows, a group-wise scale per tensor, more splits than 256 codes of K."""
+    """What no launch takes: many float rows, a group-wise scale per tensor, more splits than 256 codes of K, ..."""
     m, x, mode, clip = row.get("m"), row.get("x"), row.get("mode"), row.get("clip")
     if x not in (None, "int8") and m is not None and m > 16:
         return False
@@ -53,6 +53,8 @@ def allowed(row: dict) -> bool:
     splits, units = row.get("plan", (0, 0))[1], (row.get("k", 1024) + 255) // 256
     if splits > 1 and (splits - 1) * ((units + splits - 1) // splits) >= units:
         return False
+    if m is not None and m > 33 and row.get("k", 1) > 512 and row.get("plan") in ((1, 1), (2, 1)):
+        return False  # no room for a chunk that feeds 8 or 4 warps
     if m is not None and m > 33 and row.get("n", 1) > 33:
         return False  # the simulator is slow
     return not (m is not None and m > 17 and row.get("k", 1) > 640)
