@@ -57,6 +57,21 @@ def _seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(scope="session")
+def skinny_program():
+    """The skinny GEMM on the simulator (tests/sim), running; skips where nothing can be simulated."""
+    from skinny_calls import SOURCES, harness
+
+    reason = harness.missing()
+    if reason is not None:
+        pytest.skip(reason)
+    here = Path(harness.__file__).parent
+    paths = [harness.ROOT / name if name.startswith("csrc/") else here / name for name in SOURCES]
+    running = harness.Program(harness.build(paths))
+    yield running
+    running.close()
+
+
 def pytest_runtest_call(item):
     # A skipped test never comes here. The marker is asked for, not `keywords`: a parameter may be called "gpu".
     if item.get_closest_marker("gpu"):

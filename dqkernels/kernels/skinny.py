@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from dqkernels import packing
+
 from . import measured, native
 
 #: Rows up to which a float input is quantized inside the GEMM.
@@ -27,7 +29,7 @@ OVERLAP_CAPABILITY = (9, 0)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _local = threading.local()
-_counters: dict[tuple[int, int], torch.Tensor] = {}
+_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 _lock = threading.Lock()
 
 
@@ -110,15 +112,20 @@ def gemm(
     Raises:
         ValueError: for tensors that the kernel cannot read, naming the argument.
     """
-    device = x.get_device()
-    if device < 0:
-        raise ValueError(f"x must be on cuda, got {x.device}")
+    device = _device_of(x)
     if device != torch.cuda.current_device():
         with torch.cuda.device(device):
             return _gemm(x, parts, bits, four_level, group_size, activation, out_dtype, act_scale, mode, clip, norm,
                          out_scale, warps_n, splits)  # fmt: skip
     return _gemm(x, parts, bits, four_level, group_size, activation, out_dtype, act_scale, mode, clip, norm,
                  out_scale, warps_n, splits)  # fmt: skip
+
+
+def _device_of(x: torch.Tensor) -> int:
+    device = x.get_device()
+    if device < 0:
+        raise ValueError(f"x must be on cuda, got {x.device}")
+    return device
 
 
 def _gemm(
@@ -139,8 +146,10 @@ def _gemm(
 ):
     if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
         raise ValueError(f"x must be [M, K] with adjacent elements, got {list(x.shape)} with strides {x.stride()}")
+    if not 1 <= len(parts) <= 3:
+        raise ValueError(f"parts must be 1 to 3, got {len(parts)}")
     (m, k), device = x.shape, x.get_device()
-    _check(x, parts, act_scale, norm, out_scale)
+    _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype)
     plan = _plan(
         (m, k, x.stride(0) if m > 1 else k, x.dtype, mode, 0.0 if clip is None else clip),
         0.0 if norm is None else norm.eps,
@@ -160,7 +169,7 @@ def _gemm(
     workspace, counters = 0, 0
     if plan.workspace_bytes:
         room = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)  # lives until this call is queued
-        zeros = _zeros(device, stream, plan.counter_bytes)
+        zeros = _zeros(x.device, stream, plan.counter_bytes)
         workspace, counters = room.data_ptr(), zeros.data_ptr()
     plan.run(
         x.data_ptr(),
@@ -198,6 +207,12 @@ def _address(tensor: torch.Tensor | None) -> int:
 def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, sizes, cut, device, settled):
     m, k, stride, x_dtype, mode, clip = x
     bits, four_level, group_size, tensor_scale = weight
+    for name, value, known in (("mode", mode, native.MODES), ("activation", activation, _ACTIVATIONS)):
+        if value not in known:
+            raise ValueError(f"{name} must be one of {list(known)}, got {value!r}")
+    for name, dtype in (("x", x_dtype), ("out_dtype", out_dtype), ("bias", bias_dtype), ("residual", residual_dtype)):
+        if dtype not in _DTYPES or (dtype == torch.int8 and name in ("bias", "residual")):
+            raise ValueError(f"{name} must be float32, float16 or bfloat16, got {dtype}")
     properties = torch.cuda.get_device_properties(device)
     if cut == (0, 0):
         kind = "int8" if x_dtype == torch.int8 else "float"
@@ -226,7 +241,7 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
     )
 
 
-def _zeros(device: int, stream: int, count: int) -> torch.Tensor:
+def _zeros(device: torch.device, stream: int, count: int) -> torch.Tensor:
     """`count` bytes of zeros that nobody else counts in while this call runs."""
     if torch.cuda.is_current_stream_capturing():
         return torch.zeros(count, dtype=torch.uint8, device=device)
@@ -238,10 +253,10 @@ def _zeros(device: int, stream: int, count: int) -> torch.Tensor:
     return found
 
 
-def _check(x, parts, act_scale, norm, out_scale) -> None:
+def _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype) -> None:
     """What the addresses alone would not tell: device, dtype, shape and memory layout of every tensor."""
     m, k = x.shape
-    first, one_scale = parts[0], _one_scale(parts)
+    one_scale = _one_scale(parts)
     named = [("act_scale", act_scale, torch.float32), ("out_scale", out_scale, torch.float32)]
     if norm is not None:
         named += [("norm weight", norm.weight, x.dtype), ("norm bias", norm.bias, x.dtype)]
@@ -258,18 +273,31 @@ def _check(x, parts, act_scale, norm, out_scale) -> None:
         ]
         if part.residual is not None and part.residual.shape != (m, part.out_features):
             raise ValueError(f"residual must be {[m, part.out_features]}, got {list(part.residual.shape)}")
+        packed = packing.packed_shape(part.out_features, k, bits)
+        if part.qweight.shape != packed:
+            raise ValueError(f"qweight must be {list(packed)}, got {list(part.qweight.shape)}")
+        if group_size > 0 and (
+            part.group_mult is None or part.group_mult.shape != (part.out_features, -(-k // group_size))
+        ):
+            wanted = [part.out_features, -(-k // group_size)]
+            raise ValueError(f"group_mult must be {wanted}, got {_shape(part.group_mult)}")
+        if part.bias is not None and part.bias.numel() != part.out_features:
+            raise ValueError(f"bias must hold {part.out_features} elements, got {list(part.bias.shape)}")
         if part.qweight.data_ptr() % 16:
             raise ValueError("qweight must start on a 16-byte boundary: the kernel reads 16 bytes at a time")
-        if part is not first:
-            for name in ("bias", "residual"):
-                mine, other = getattr(part, name), getattr(first, name)
-                if mine is not None and other is not None and mine.dtype != other.dtype:
-                    raise ValueError(f"the parts' {name} must have one dtype, got {other.dtype} and {mine.dtype}")
         scales = 1 if one_scale else part.out_features
         if part.weight_scale.numel() != scales:
             raise ValueError(f"weight_scale must hold {scales} elements, got {list(part.weight_scale.shape)}")
+    for name in ("bias", "residual") if len(parts) > 1 else ():
+        found = {getattr(part, name).dtype for part in parts if getattr(part, name) is not None}
+        if len(found) > 1:
+            raise ValueError(f"the parts' {name} must have one dtype, got {sorted(map(str, found))}")
     if x.dtype == torch.int8 and (act_scale is None or act_scale.numel() != m):
         raise ValueError(f"act_scale must hold {m} elements for int8 rows, got {_shape(act_scale)}")
+    if x.dtype != torch.int8 and mode == "static" and (act_scale is None or act_scale.numel() != 1):
+        raise ValueError(f"act_scale must hold 1 element for mode='static', got {_shape(act_scale)}")
+    if (out_dtype == torch.int8) != (out_scale is not None and out_scale.numel() == 1):
+        raise ValueError(f"out_scale must hold 1 element for int8 and be None otherwise, got {_shape(out_scale)}")
     device = x.get_device()
     for name, tensor, dtype in named:
         if tensor is None:
