@@ -133,6 +133,61 @@ def expected_after_norm(built, normalized: torch.Tensor) -> torch.Tensor:
     )  # fmt: skip
 
 
+# ------------------------------------------------------------------------------------------- on a real GPU
+
+
+def call_of(case):
+    """A case on the device with eager's results on the CPU."""
+    built = cases.build(case)
+    return placed(built, "cuda"), built
+
+
+def poison(shapes) -> None:
+    """Leaves free blocks of these (shape, dtype) full of 0xA5 bytes: what is not written shows in the next output.
+
+    Held together and let go, they leave torch's allocator as it was, and it hands out the same ones again. Under 0xA5
+    an int8 is -91, a half -0.02, a float -2.9e-16: no result of a test, and no zero.
+    """
+    blocks = []
+    for shape, dtype in shapes:
+        for _ in range(3):
+            blocks.append(torch.empty(shape, dtype=dtype, device="cuda"))
+            blocks[-1].view(torch.uint8).fill_(0xA5)
+
+
+def outputs_of(call):
+    return [((call.x.shape[0], part.out_features), call.options["out_dtype"]) for part in call.parts]
+
+
+def assert_expected(got, expected, what=""):
+    said = wrong(got, expected)
+    assert said is None, f"{what}: {said}"
+
+
+def equal(got, want):
+    """A one-element bool tensor on the device: all equal, NaN to NaN; nothing waits here."""
+    same = [((a == b) | (a.isnan() & b.isnan())).all() for a, b in zip(got, want, strict=True)]
+    return torch.stack(same).all()
+
+
+def same(got, want) -> bool:
+    return bool(equal(got, want))
+
+
+def weight_of(row, draw):
+    """Random codes; the extreme ones where the rows are saturated too."""
+    bits, rule, group = row["form"]
+    n, k = row["n"], row["k"]
+    low, high = {8: (-128, 127), 4: (-8, 7), 2: (-1, 1) if rule == "ternary" else (-2, 1)}[bits]
+    codes = torch.randint(low, high + 1, (n, k), generator=draw, dtype=torch.int8)
+    if row["rows"] == "saturated":
+        codes = torch.where(codes < 0, low, high).to(torch.int8)
+    scale = torch.rand(1 if row["granularity"] == "per_tensor" else n, generator=draw) / 50
+    most = qmath.mult_max(bits, rule, k) if group else 0
+    mult = torch.randint(1, most + 1, (n, -(-k // group)), generator=draw).to(torch.uint8) if group else None
+    return [packing.pack(codes, bits), scale, mult]
+
+
 # ------------------------------------------------------------------------------------ a plan without a GPU
 
 
