@@ -221,7 +221,8 @@ def run(device: str, backends_of: tuple[str, ...], shapes=SHAPES) -> int:
     """The whole table; prints one line of counts last. Returns 1 if anything differs."""
     from dqkernels import backends
 
-    cases, wrong, refused = 0, [], Counter()
+    cases, wrong = skinny_calls() if device == "cuda" and backends.available("cuda", "cuda")[0] else (0, [])
+    refused = Counter()
     for seed, shape in enumerate(shapes):
         for sample in samples(*shape, seed):
             there = sample.placed(lambda tensor: tensor.to(device))
@@ -240,6 +241,30 @@ def run(device: str, backends_of: tuple[str, ...], shapes=SHAPES) -> int:
         print(f"refused {count}: {reason}")
     print(f"grid: {cases} cases, {len(wrong)} wrong {wrong[:5]}")
     return 1 if wrong else 0
+
+
+def skinny_calls() -> tuple[int, list[str]]:
+    """The skinny CUDA GEMM at the edges of its slices, cuts forced and groups too, and behind a LayerNorm: the number
+    of calls and what is wrong. Beside `samples`, whose ops cannot ask for a cut or a norm."""
+    import skinny_calls as calls
+
+    count, wrong = 0, []
+    for m in (1, 8, 16, 17, 64, 65):
+        for form, plan in (((8, "absmax", 0), (2, 2)), ((4, "absmax", 32), (8, 1)), ((2, "four_level", 64), (1, 3)),
+                           ((4, "absmax", 0), (4, 2))):  # fmt: skip
+            x = "int8" if m > 16 else "fp16"
+            case = calls.plain(form, m, 33, 700, x=x, y="fp16", bias="fp16", residual="fp32", plan=plan, parts=2)
+            built = calls.cases.build(case)
+            said = calls.wrong(calls.gemm(calls.placed(built, "cuda")), built.expected)
+            wrong += [f"skinny {case.name}: {said}"] if said else []
+            count += 1
+    for m, k in ((1, 129), (16, 700)):
+        built, norm = calls.norm_case(m, k, "fp16")
+        normalized, y = calls.gemm(calls.placed(built, "cuda"), norm=calls.norm_on(norm, "cuda"))
+        said = calls.wrong([y], [calls.expected_after_norm(built, normalized)])
+        wrong += [f"skinny norm {m}x{k}: {said}"] if said else []
+        count += 1
+    return count, wrong
 
 
 def main() -> int:

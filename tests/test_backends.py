@@ -172,3 +172,100 @@ def test_availability_is_probed_once(monkeypatch):
         backends.choose("qgemm", "cpu")
         backends.choose("qattention", "cpu")
     assert asked == ["cpu"]
+
+
+# ------------------------------------------------------------------------------ CUDA tensors: cuda, then Triton
+
+
+@pytest.fixture
+def on_cuda(monkeypatch):
+    """A machine with the real `cuda` and `triton` modules, both usable or as `usable` says; nothing runs."""
+    usable = {"cuda": True, "triton": True}
+    real = backends._module
+
+    def module(name):
+        if name not in usable:
+            return real(name)
+        answer = (usable[name], "here" if usable[name] else "not on this machine")
+        found = types.SimpleNamespace(**{key: value for key, value in vars(real(name)).items() if key[0] != "_"})
+        found.available = lambda device_type: answer if device_type == "cuda" else (False, "takes cuda tensors")
+        return found
+
+    pytest.importorskip("triton", reason="triton is not installed")
+    monkeypatch.setattr(backends, "_module", module)
+    backends.refresh()
+    return usable
+
+
+FORMATS = [(bits, group) for bits in (2, 4, 8) for group in (-1, 32, 64, 128) if bits != 8 or group == -1]
+
+
+def choices(rows, bits=4, group_size=-1, **more):
+    gemm, quantizer = ops.choose_qlinear("cuda", bits, group_size, "per_token", many_rows=rows > ops.FEW_ROWS, **more)
+    return gemm.backend, None if quantizer is None else quantizer.backend
+
+
+@pytest.mark.parametrize(("bits", "group_size"), FORMATS)
+def test_few_rows_go_to_cuda_and_many_to_triton(on_cuda, bits, group_size):
+    for strict in (False, True):
+        for rows in (1, 16, 17, 64):
+            assert choices(rows, bits, group_size, strict=strict) == ("cuda", None)
+        for rows in (65, 4096):
+            assert choices(rows, bits, group_size, strict=strict)[0] == "triton"
+    many = backends.choose("qgemm", "cuda", bits=bits, group_size=group_size, many_rows=True)
+    assert many.reason == "cuda: it is made for up to 64 rows"
+    assert backends.choose("qgemm", "cuda", bits=bits, group_size=group_size).reason == "first choice for this device"
+
+
+def test_without_triton_cuda_takes_any_number_of_rows(on_cuda):
+    """In slices; and strict has nothing against it, for the alternative is the slow path."""
+    on_cuda["triton"] = False
+    backends.refresh()
+    for strict in (False, True):
+        for rows in (64, 65, 4096):
+            assert choices(rows, strict=strict) == ("cuda", None)
+    choice = backends.choose("qgemm", "cuda", bits=4, group_size=-1, many_rows=True, strict=True)
+    assert choice.reason == "no faster one here, though it is made for up to 64 rows"
+
+
+def test_without_cuda_triton_takes_few_rows_too(on_cuda):
+    on_cuda["cuda"] = False
+    backends.refresh()
+    assert {choices(rows)[0] for rows in (1, 64, 65)} == {"triton"}
+    on_cuda["triton"] = False
+    backends.refresh()
+    assert choices(1)[0] == "eager"
+    with pytest.raises(BackendError, match="strict=True refuses the eager path"):
+        choices(1, strict=True)
+
+
+def test_cuda_by_name_takes_any_number_of_rows(on_cuda, monkeypatch):
+    for rows in (1, 64, 65, 4096):
+        assert choices(rows, backend="cuda") == ("cuda", None)
+    assert choices(1, backend="triton")[0] == "triton"
+    monkeypatch.setenv("DQKERNELS_BACKEND", "cuda")
+    assert choices(4096) == ("cuda", None)
+
+
+def test_cuda_refuses_a_group_size_it_has_not(on_cuda):
+    with pytest.raises(BackendError, match="has no qgemm with group_size=48 at 4 bits"):
+        backends.choose("qgemm", "cuda", "cuda", bits=4, group_size=48)
+    with pytest.raises(BackendError, match="has no qgemm with group_size=32 at 8 bits"):
+        backends.choose("qgemm", "cuda", "cuda", bits=8, group_size=32)
+
+
+def test_a_layer_names_both_kernels(on_cuda, monkeypatch):
+    """`kernel()` of a layer on CUDA: few rows, many, and one name where they are the same."""
+    import dqkernels
+    from dqkernels.nn import QLinear
+
+    layer = QLinear.from_linear(torch.nn.Linear(32, 16), dqkernels.DQConfig(weight_bits=4))
+    real = ops.choose_qlinear
+    monkeypatch.setattr(ops, "choose_qlinear", lambda device, *facts: real("cuda", *facts))
+    assert layer.kernel() == "cuda to 64 rows, triton above (first choice for this device)"
+    layer.backend = "cuda"
+    assert layer.kernel() == "cuda (forced by backend='cuda')"
+    layer.backend = "auto"
+    on_cuda["triton"] = False
+    backends.refresh()
+    assert layer.kernel() == "cuda (first choice for this device)"
