@@ -15,6 +15,7 @@ from dqkernels.kernels import skinny
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 SLEEP = 100_000_000  # cycles: 50 ms and more
+REPEATS = 100
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -246,12 +247,12 @@ def test_a_chain_with_dependent_launch(form, plan, n, m):
     torch.cuda.synchronize()
     equals = []
     with skinny.settled_weights():
-        for _ in range(100):
+        for _ in range(REPEATS):
             equals.append(equal(chain(x), want))
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = chain(x)
-    for _ in range(100):
+    for _ in range(REPEATS):
         for y in captured:
             y.view(torch.uint8).fill_(0xA5)
         graph.replay()
@@ -269,7 +270,7 @@ def test_a_chain_that_keeps_nothing():
     want = chain(x)[-1]
     equals = []
     with skinny.settled_weights():
-        for _ in range(100):
+        for _ in range(REPEATS):
             equals.append(equal([chain(x)[-1]], [want]))
     assert torch.stack(equals).all()
 
