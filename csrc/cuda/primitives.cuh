@@ -9,7 +9,8 @@
 
 namespace dqk {
 
-// 16 or 8 bytes of global memory that nobody writes meanwhile and nobody reads again: kept out of L1.
+// 16 or 8 bytes of global memory that nobody writes meanwhile and nobody reads again: kept out of L1. Not
+// .nc, though it would be true: ptxas moves such loads behind wait_for_producer().
 __device__ __forceinline__ uint4 load_weights16(const void* p) {
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -23,6 +24,12 @@ __device__ __forceinline__ uint2 load_weights8(const void* p) {
                  : "=r"(v.x), "=r"(v.y)
                  : "l"(__cvta_generic_to_global(p)));
     return v;
+}
+
+// x, held in a register: without this the compiler works a cheap value out again wherever it is used.
+__device__ __forceinline__ int32_t held(int32_t x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 // c += a . b over a warp, int8 into wrapping int32. Lane 4g + t holds of A (16 x 32, row-major) rows g, g +

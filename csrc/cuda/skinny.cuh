@@ -63,71 +63,86 @@ struct SkinnyWarp {
     const uint8_t* mult8;  // row g + 8
     int32_t slice_bytes;   // of a row; 0 for a warp without rows
     int32_t first_code;    // of the slice
-    int32_t group_size;
-    int32_t group_shift;  // group_size = 1 << group_shift
+    int32_t ends;          // bit p: a group ends with plane p of every segment
+    int32_t group_shift;   // of codes in a group, as a power of two
     int32_t last_group;
     int32_t shift;
     uint32_t half;  // the bit below each code, for four_level
     int32_t lane_g;
     int32_t lane_t;
+    int32_t
+        lane_at;  // where this lane's first code stands in a row of the chunk, if the segment is the first
     int32_t tokens;
 
+    // Past the end of a row `to` stays as it is: the activations are 0 there.
     __device__ __forceinline__ void load(int32_t segment, Segment<kBytes>& to) const {
         const int32_t byte = segment * kSegmentBytes + lane_t * kBytes;
-        if (byte < slice_bytes) {
-            load_lane(low + byte, to.low);
-            load_lane(high + byte, to.high);
-        } else {
-#pragma unroll
-            for (int32_t j = 0; j < kBytes / 4; ++j) to.low[j] = to.high[j] = 0u;
-        }
+        if (byte >= slice_bytes) return;
+        load_lane(low + static_cast<uint32_t>(byte), to.low);
+        load_lane(high + static_cast<uint32_t>(byte), to.high);
     }
 
     // Byte `byte` of a row is plane p of code 128 * (byte / kRun) + p * kRun + byte % kRun.
     static __device__ __forceinline__ int32_t code_of_byte(int32_t byte, int32_t plane) {
-        return byte / kRun * 128 + plane * kRun + byte % kRun;
+        const auto unsigned_byte = static_cast<uint32_t>(byte);
+        return static_cast<int32_t>(unsigned_byte / kRun * 128 + unsigned_byte % kRun) + plane * kRun;
     }
 
-    // The group of a plane of a segment, if the group ends with it.
-    __device__ __forceinline__ bool ends_group(int32_t plane) const {
-        return group_size <= kSegmentBytes || ((plane + 1) * kRun & (group_size - 1)) == 0;
+    // Whether a group ends with this plane of a segment.
+    __device__ __forceinline__ bool ends_group(int32_t plane) const { return (ends >> plane & 1) != 0; }
+    static __device__ __forceinline__ int32_t planes_that_end(int32_t size) {
+        int32_t planes = 0;
+#pragma unroll
+        for (int32_t plane = 0; plane < kPlanes; ++plane)
+            if (size <= kSegmentBytes || ((plane + 1) * kRun & (size - 1)) == 0) planes |= 1 << plane;
+        return planes;
     }
+    // The multipliers of the groups that end in a segment; the other places of `to` stay as they are.
     __device__ __forceinline__ void load_mult(int32_t segment, uint32_t (&to)[2][kPlanes]) const {
+        if (segment * kSegmentBytes >= slice_bytes) return;
+        // The first plane of a segment begins a group, or a group is as long as a segment.
+        const int32_t group0 = (first_code + code_of_byte(segment * kSegmentBytes, 0)) >> group_shift;
 #pragma unroll
         for (int32_t plane = 0; plane < kPlanes; ++plane) {
-            to[0][plane] = to[1][plane] = 0u;
-            if (!ends_group(plane) || segment * kSegmentBytes >= slice_bytes) continue;
-            int32_t group = (first_code + code_of_byte(segment * kSegmentBytes, plane)) >> group_shift;
-            group = group < last_group ? group : last_group;  // past K the activations are 0
-            to[0][plane] = mult[group];
-            to[1][plane] = mult8[group];
+            if (!ends_group(plane)) continue;
+            const int32_t group = group0 + (plane * kRun >> group_shift);
+            const auto at =
+                static_cast<uint32_t>(group < last_group ? group : last_group);  // past K all is 0
+            to[0][plane] = mult[at];
+            to[1][plane] = mult8[at];
         }
     }
 
-    // sums += the segment's product with the tokens; `byte` is the segment's first, counted from the chunk's.
+    // sums += the segment's product with the tokens; `codes` is where the slice's first code of token 0 would
+    // stand in shared memory (before it, if an earlier chunk held it).
     __device__ __forceinline__ void multiply(const Segment<kBytes>& w, const uint32_t (&scale)[2][kPlanes],
-                                             int32_t byte, const int8_t* chunk, int32_t chunk_codes,
-                                             int32_t (&sums)[kTiles][4],
+                                             int32_t segment, const int8_t* shared, int32_t codes,
+                                             int32_t chunk_codes, int32_t (&sums)[kTiles][4],
                                              int32_t (&group_sums)[kTiles][4]) const {
-        multiply_plane<0>(w, scale, byte, chunk, chunk_codes, sums, group_sums);
-        if constexpr (kPlanes > 1) multiply_plane<1>(w, scale, byte, chunk, chunk_codes, sums, group_sums);
-        if constexpr (kPlanes > 2) multiply_plane<2>(w, scale, byte, chunk, chunk_codes, sums, group_sums);
-        if constexpr (kPlanes > 2) multiply_plane<3>(w, scale, byte, chunk, chunk_codes, sums, group_sums);
+        // Segment, lane and plane are different bits of a code: what each of them gives is joined by
+        // exclusive or, and the tokens of all tiles are swizzled alike.
+        const int32_t at = lane_at ^ swizzled(0, code_of_byte(segment * kSegmentBytes, 0));
+        multiply_plane<0>(w, scale, at, shared, codes, chunk_codes, sums, group_sums);
+        if constexpr (kPlanes > 1)
+            multiply_plane<1>(w, scale, at, shared, codes, chunk_codes, sums, group_sums);
+        if constexpr (kPlanes > 2)
+            multiply_plane<2>(w, scale, at, shared, codes, chunk_codes, sums, group_sums);
+        if constexpr (kPlanes > 2)
+            multiply_plane<3>(w, scale, at, shared, codes, chunk_codes, sums, group_sums);
     }
 
   private:
     template <int32_t kPlane>
     __device__ __forceinline__ void multiply_plane(const Segment<kBytes>& w,
-                                                   const uint32_t (&scale)[2][kPlanes], int32_t byte,
-                                                   const int8_t* chunk, int32_t chunk_codes,
+                                                   const uint32_t (&scale)[2][kPlanes], int32_t at,
+                                                   const int8_t* shared, int32_t codes, int32_t chunk_codes,
                                                    int32_t (&sums)[kTiles][4],
                                                    int32_t (&group_sums)[kTiles][4]) const {
-        const int32_t code = code_of_byte(byte + lane_t * kBytes, kPlane);
         uint32_t x[kTiles][kBytes / 4];
 #pragma unroll
         for (int32_t tile = 0; tile < kTiles; ++tile) {
             const int32_t token = tile * kTileTokens + lane_g;
-            load_tokens(chunk + piece_offset(token, code & ~15, chunk_codes) + (code & 15), token < tokens,
+            load_tokens(shared + (codes + token * chunk_codes + (at ^ kPlane * kRun)), token < tokens,
                         x[tile]);
         }
 #pragma unroll
@@ -240,6 +255,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, (kTiles > 2 || kGroups) ? 1 : 
     Warp w = {};
     w.lane_g = thread % 32 / 4;
     w.lane_t = thread % 4;
+    w.lane_at = held(swizzled(w.lane_g, Warp::code_of_byte(w.lane_t * kBytes, 0)));
     w.slice_bytes = first_row >= part.n ? 0 : slice_left < slice_most ? slice_left : slice_most;
     w.low = part.qweight + (first_row + w.lane_g) * row_bytes + first_unit * kUnitBytes;
     w.high = w.low + 8 * row_bytes;
@@ -253,15 +269,15 @@ __global__ void __launch_bounds__(kSkinnyThreads, (kTiles > 2 || kGroups) ? 1 : 
         const int64_t last_row = part.n - 1, row = first_row + w.lane_g;
         w.mult = part.group_mult + (row < last_row ? row : last_row) * groups;
         w.mult8 = part.group_mult + (row + 8 < last_row ? row + 8 : last_row) * groups;
-        w.group_size = args.group_size;
-        w.group_shift = args.group_size == 32 ? 5 : args.group_size == 64 ? 6 : 7;
+        w.ends = held(Warp::planes_that_end(args.group_size));
+        w.group_shift = held(args.group_size == 32 ? 5 : args.group_size == 64 ? 6 : 7);
         w.last_group = static_cast<int32_t>(groups - 1);
     }
 
     // Weights first: they depend on no kernel before this one.
     release_dependents();
-    Segment<kBytes> ring[kDepth];
-    uint32_t mults[kDepth][2][Warp::kPlanes];
+    Segment<kBytes> ring[kDepth] = {};
+    uint32_t mults[kDepth][2][Warp::kPlanes] = {};
 #pragma unroll
     for (int32_t i = 0; i < kDepth; ++i) {
         w.load(i * shape.warps_k + warp_k, ring[i]);
@@ -289,35 +305,36 @@ __global__ void __launch_bounds__(kSkinnyThreads, (kTiles > 2 || kGroups) ? 1 : 
     if constexpr (kMayQuantize) {
         if (quantize) FloatRows(args, facts).scales(blockIdx.x == 0 && blockIdx.y == 0);
     }
-    fill(0);
 
+    // A chunk is brought in while the one before it is multiplied. Steps keep their place in the ring,
+    // wherever a chunk begins, and the code that fills stands here once: it is most of the kernel.
     int32_t sums[kTiles][4] = {};
     int32_t group_sums[kTiles][4] = {};
-    const int8_t* chunk_base = nullptr;
-    int32_t chunk = -1, in_chunk = shape.chunk_steps;
-    for (int32_t step0 = 0; step0 < shape.steps; step0 += kDepth) {
+    int32_t end = 0;
+#pragma unroll 1
+    for (int32_t chunk = 0; end < shape.steps; ++chunk) {
+        if (chunk > 0) {
+            copy_async_wait<0>();
+            __syncthreads();  // the chunk before is complete, and all are done with the one before that
+        }
+        if (chunk * shape.chunk_steps < shape.steps) fill(chunk);
+        if (chunk == 0) continue;
+        const int32_t codes = ((chunk - 1) & (shape.buffers - 1)) * buffer_bytes - (chunk - 1) * chunk_codes;
+        const int32_t begin = end;
+        end = begin + shape.chunk_steps < shape.steps ? begin + shape.chunk_steps : shape.steps;
+#pragma unroll 1
+        for (int32_t step0 = begin / kDepth * kDepth; step0 < end; step0 += kDepth) {
 #pragma unroll
-        for (int32_t i = 0; i < kDepth; ++i) {
-            const int32_t step = step0 + i;
-            if (step >= shape.steps) break;
-            if (in_chunk == shape.chunk_steps) {
-                in_chunk = 0;
-                ++chunk;
-                copy_async_wait<0>();
-                __syncthreads();  // the chunk is complete, and all are done with the one before it
-                chunk_base =
-                    reinterpret_cast<const int8_t*>(shared) + (chunk & (shape.buffers - 1)) * buffer_bytes;
-                if (step + shape.chunk_steps < shape.steps) fill(chunk + 1);
-            }
-            const int32_t segment = step * shape.warps_k + warp_k;
-            if (segment * Warp::kSegmentBytes < w.slice_bytes) {
-                const int32_t byte = (in_chunk * shape.warps_k + warp_k) * Warp::kSegmentBytes;
-                w.multiply(ring[i], mults[i], byte, chunk_base, chunk_codes, sums, group_sums);
+            for (int32_t i = 0; i < kDepth; ++i) {
+                const int32_t step = step0 + i;
+                const int32_t segment = step * shape.warps_k + warp_k;
+                if (step < begin || step >= end || segment * Warp::kSegmentBytes >= w.slice_bytes) continue;
+                w.multiply(ring[i], mults[i], segment, reinterpret_cast<const int8_t*>(shared), codes,
+                           chunk_codes, sums, group_sums);
                 const int32_t next = segment + kDepth * shape.warps_k;
                 w.load(next, ring[i]);
                 if constexpr (kGroups) w.load_mult(next, mults[i]);
             }
-            ++in_chunk;
         }
     }
 

@@ -16,10 +16,14 @@ constexpr int32_t kVector = 8;                         // elements a thread take
 constexpr int32_t kStride = kSkinnyThreads * kVector;  // and how far apart it takes them
 constexpr int32_t kMaxTokens = static_cast<int32_t>(kPrologueTokens);
 
-// Where the 16 codes that begin at `code` of a chunk stand.
-__device__ __forceinline__ int32_t piece_offset(int32_t token, int32_t code, int32_t chunk_codes) {
-    const int32_t swizzle = ((token & 1) << 2) ^ (token & 2) ^ (((code >> 7) & 1) << 1);
-    return token * chunk_codes + (((code >> 4) ^ swizzle) << 4);
+// Where in its row `code` of a chunk stands. Only bits 5 and 6 differ, and by nothing that they hold:
+// changing them before or after is the same.
+__device__ __forceinline__ int32_t swizzled(int32_t token, int32_t code) {
+    return code ^ ((token & 1) << 6) ^ ((token & 2) << 4) ^ ((code & 128) >> 2);
+}
+// Where in its chunk.
+__device__ __forceinline__ int32_t code_offset(int32_t token, int32_t code, int32_t chunk_codes) {
+    return token * chunk_codes + swizzled(token, code);
 }
 
 // ---- int8 rows --------------------------------------------------------------------------------------------
@@ -35,7 +39,7 @@ __device__ __forceinline__ void copy_codes(const SkinnyGemm& args, int64_t first
          token += kSkinnyThreads / 16) {
         const int8_t* row = x + (first_row + token) * args.row_stride;
         for (int32_t code = code0; code < chunk_codes; code += kUnitCodes) {
-            int8_t* to = chunk + piece_offset(token, code, chunk_codes);
+            int8_t* to = chunk + code_offset(token, code, chunk_codes);
             const int64_t left = args.k - (first + code);
             const int32_t count = left >= 16 ? 16 : left > 0 ? static_cast<int32_t>(left) : 0;
             if (vector) {
@@ -69,7 +73,7 @@ struct FloatRows {
     const RowFacts& facts;
     int32_t tokens;
     bool wide;    // fp32
-    bool vector;  // 16-bit elements and rows on 16 bytes: one load for eight
+    bool vector;  // 16-bit elements and rows on 16 bytes: one load or store for eight
     float clip;
 
     __device__ __forceinline__ FloatRows(const SkinnyGemm& a, const RowFacts& f)
@@ -78,7 +82,8 @@ struct FloatRows {
           tokens(static_cast<int32_t>(a.m)),
           wide(a.x_dtype == DType::float32),
           vector(!wide && a.k % kVector == 0 && a.row_stride % kVector == 0 && on_16_bytes(a.x) &&
-                 (a.norm_weight == nullptr || (on_16_bytes(a.norm_weight) && on_16_bytes(a.norm_bias)))),
+                 (a.norm_weight == nullptr ||
+                  (on_16_bytes(a.norm_weight) && on_16_bytes(a.norm_bias) && on_16_bytes(a.norm_y)))),
           clip(a.clip == 0.0f ? kNoClip : a.clip) {}
 
     // inv and scale of every row. With a norm its moments too, and the normalized rows go to norm_y if
@@ -121,7 +126,7 @@ struct FloatRows {
                         words[j / 4] |= (static_cast<uint32_t>(quantize_one(x[j], inv, clip)) & 0xFFu)
                                         << (8 * (j % 4));
                 }
-                int8_t* to = chunk + piece_offset(token, code & ~15, chunk_codes) + (code & 15);
+                int8_t* to = chunk + code_offset(token, code, chunk_codes);
                 *reinterpret_cast<uint2*>(to) = make_uint2(words[0], words[1]);
             }
         }
@@ -156,8 +161,15 @@ struct FloatRows {
             for (int32_t j = 0; j < kVector; ++j)
                 if (k + j < args.k) words[j / 2] |= static_cast<uint32_t>(from[k + j]) << (16 * (j % 2));
         }
+        if (args.x_dtype == DType::float16) {
 #pragma unroll
-        for (int32_t j = 0; j < kVector; ++j) x[j] = widen(words[j / 2] >> (16 * (j % 2)));
+            for (int32_t j = 0; j < kVector; ++j)
+                x[j] = half_to_float(static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2))));
+        } else {
+#pragma unroll
+            for (int32_t j = 0; j < kVector; ++j)
+                x[j] = bfloat16_to_float(static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2))));
+        }
     }
     __device__ __forceinline__ void load_row(int32_t token, int64_t k, float (&x)[kVector]) const {
         const int64_t offset = token * args.row_stride * (wide ? 4 : 2);
@@ -179,8 +191,46 @@ struct FloatRows {
 #pragma unroll
             for (int32_t j = 0; j < kVector; ++j) x[j] = add_rn(x[j], factor[j]);
         }
+        if (args.x_dtype == DType::float16) {
+            round_each<DType::float16>(x);
+        } else if (args.x_dtype == DType::bfloat16) {
+            round_each<DType::bfloat16>(x);
+        }
 #pragma unroll
-        for (int32_t j = 0; j < kVector; ++j) x[j] = k + j < args.k ? round_to(args.x_dtype, x[j]) : 0.0f;
+        for (int32_t j = 0; j < kVector; ++j) x[j] = k + j < args.k ? x[j] : 0.0f;
+    }
+    template <DType kType>
+    static __device__ __forceinline__ void round_each(float (&x)[kVector]) {
+#pragma unroll
+        for (int32_t j = 0; j < kVector; ++j) x[j] = round_to(kType, x[j]);
+    }
+
+    // Elements k .. k + 7 of a normalized row, rounded already, on their way out.
+    __device__ __forceinline__ void store_norm(int32_t token, int64_t k, const float (&x)[kVector]) const {
+        const int64_t at = token * args.k + k;
+        if (args.x_dtype == DType::float32) {
+#pragma unroll
+            for (int32_t j = 0; j < kVector; ++j)
+                if (k + j < args.k) static_cast<float*>(args.norm_y)[at + j] = x[j];
+            return;
+        }
+        uint32_t words[4] = {0u, 0u, 0u, 0u};
+        if (args.x_dtype == DType::float16) {
+#pragma unroll
+            for (int32_t j = 0; j < kVector; ++j)
+                words[j / 2] |= static_cast<uint32_t>(float_to_half(x[j])) << (16 * (j % 2));
+        } else {  // the bits that rounding has left are the upper ones
+#pragma unroll
+            for (int32_t j = 0; j < kVector; ++j) words[j / 2] |= float_bits(x[j]) >> 16 << (16 * (j % 2));
+        }
+        auto* to = static_cast<uint16_t*>(args.norm_y) + at;
+        if (vector) {
+            *reinterpret_cast<uint4*>(to) = make_uint4(words[0], words[1], words[2], words[3]);
+            return;
+        }
+#pragma unroll
+        for (int32_t j = 0; j < kVector; ++j)
+            if (k + j < args.k) to[j] = static_cast<uint16_t>(words[j / 2] >> (16 * (j % 2)));
     }
 
     // body(token, slot of this row and warp) for every row, this thread's steps of a row being k.
@@ -258,11 +308,8 @@ struct FloatRows {
                 float x[kVector];
                 load(token, k, x);
 #pragma unroll
-                for (int32_t j = 0; j < kVector; ++j) {
-                    best = larger(best, magnitude_bits(x[j]));
-                    if (store && args.norm_weight != nullptr && k + j < args.k)
-                        store_element(args.norm_y, args.x_dtype, token * args.k + k + j, x[j]);
-                }
+                for (int32_t j = 0; j < kVector; ++j) best = larger(best, magnitude_bits(x[j]));
+                if (store && args.norm_weight != nullptr) store_norm(token, k, x);
             });
             store_max(slot, best);
         });
@@ -274,36 +321,30 @@ struct FloatRows {
         const float length = static_cast<float>(args.k);
         const int32_t mine = static_cast<int32_t>(threadIdx.x);
         if (vector) __syncthreads();  // raw_amax used `part` before
-        each_row([&](int32_t token, int32_t slot) {
-            float sum = 0.0f;
-            each_step([&](int64_t k) {
-                float x[kVector];
-                load_row(token, k, x);
+        // x - 0 is x: the first pass sums the row itself, and its squares go unused. One loop for both, for
+        // its loads are compiled into every kernel.
+#pragma unroll 1
+        for (int32_t pass = 0; pass < 2; ++pass) {
+            each_row([&](int32_t token, int32_t slot) {
+                const float mean = pass == 0 ? 0.0f : facts.mean[token];
+                float sum = 0.0f, squares = 0.0f;
+                each_step([&](int64_t k) {
+                    float x[kVector];
+                    load_row(token, k, x);
 #pragma unroll
-                for (int32_t j = 0; j < kVector; ++j) sum = add_rn(sum, x[j]);  // zeros past the end
+                    for (int32_t j = 0; j < kVector; ++j) {
+                        const float d = k + j < args.k ? add_rn(x[j], -mean) : 0.0f;
+                        sum = add_rn(sum, d);
+                        squares = add_rn(squares, mul_rn(d, d));
+                    }
+                });
+                store_sum(facts.part, slot, sum);
+                if (pass == 1) store_sum(facts.part2, slot, squares);
             });
-            store_sum(facts.part, slot, sum);
-        });
-        __syncthreads();
-        if (mine < tokens) facts.mean[mine] = div_rn(total(facts.part, mine), length);
-        __syncthreads();
-        each_row([&](int32_t token, int32_t slot) {
-            const float mean = facts.mean[token];
-            float sum = 0.0f, squares = 0.0f;
-            each_step([&](int64_t k) {
-                float x[kVector];
-                load_row(token, k, x);
-#pragma unroll
-                for (int32_t j = 0; j < kVector; ++j) {
-                    const float d = k + j < args.k ? add_rn(x[j], -mean) : 0.0f;
-                    sum = add_rn(sum, d);
-                    squares = add_rn(squares, mul_rn(d, d));
-                }
-            });
-            store_sum(facts.part, slot, sum);
-            store_sum(facts.part2, slot, squares);
-        });
-        __syncthreads();
+            __syncthreads();
+            if (pass == 0 && mine < tokens) facts.mean[mine] = div_rn(total(facts.part, mine), length);
+            if (pass == 0) __syncthreads();
+        }
         if (mine < tokens) {
             const float rest = div_rn(total(facts.part, mine), length);
             float var = add_rn(div_rn(total(facts.part2, mine), length), -mul_rn(rest, rest));
