@@ -32,6 +32,28 @@ __device__ __forceinline__ int32_t held(int32_t x) {
     return x;
 }
 
+// Shared memory by its address there. Through a pointer sm_90 works out anew, for every load, which block of
+// a cluster it is in (S2R).
+struct SharedBytes {
+    int32_t address;
+};
+__device__ __forceinline__ SharedBytes shared_bytes(const void* shared) {
+    return {held(static_cast<int32_t>(__cvta_generic_to_shared(shared)))};
+}
+// 16 or 8 bytes, aligned. Ordered by barriers, like any load.
+__device__ __forceinline__ uint4 load_shared16(SharedBytes from, int32_t offset) {
+    uint4 v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                 : "r"(from.address + offset));
+    return v;
+}
+__device__ __forceinline__ uint2 load_shared8(SharedBytes from, int32_t offset) {
+    uint2 v;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(v.x), "=r"(v.y) : "r"(from.address + offset));
+    return v;
+}
+
 // c += a . b over a warp, int8 into wrapping int32. Lane 4g + t holds of A (16 x 32, row-major) rows g, g +
 // 8, g, g + 8 at k = 4t, 4t, 16 + 4t, 16 + 4t; of B (32 x 8) column g at k = 4t, 16 + 4t; of C (16 x 8) row
 // g, columns 2t and 2t + 1, then row g + 8.

@@ -116,7 +116,7 @@ struct SkinnyWarp {
     // sums += the segment's product with the tokens; `codes` is where the slice's first code of token 0 would
     // stand in shared memory (before it, if an earlier chunk held it).
     __device__ __forceinline__ void multiply(const Segment<kBytes>& w, const uint32_t (&scale)[2][kPlanes],
-                                             int32_t segment, const int8_t* shared, int32_t codes,
+                                             int32_t segment, SharedBytes shared, int32_t codes,
                                              int32_t chunk_codes, int32_t (&sums)[kTiles][4],
                                              int32_t (&group_sums)[kTiles][4]) const {
         // Segment, lane and plane are different bits of a code: what each of them gives is joined by
@@ -135,15 +135,14 @@ struct SkinnyWarp {
     template <int32_t kPlane>
     __device__ __forceinline__ void multiply_plane(const Segment<kBytes>& w,
                                                    const uint32_t (&scale)[2][kPlanes], int32_t at,
-                                                   const int8_t* shared, int32_t codes, int32_t chunk_codes,
+                                                   SharedBytes shared, int32_t codes, int32_t chunk_codes,
                                                    int32_t (&sums)[kTiles][4],
                                                    int32_t (&group_sums)[kTiles][4]) const {
         uint32_t x[kTiles][kBytes / 4];
 #pragma unroll
         for (int32_t tile = 0; tile < kTiles; ++tile) {
             const int32_t token = tile * kTileTokens + lane_g;
-            load_tokens(shared + (codes + token * chunk_codes + (at ^ kPlane * kRun)), token < tokens,
-                        x[tile]);
+            load_tokens(shared, codes + token * chunk_codes + (at ^ kPlane * kRun), token < tokens, x[tile]);
         }
 #pragma unroll
         for (int32_t step = 0; step < kSteps; ++step) {
@@ -172,12 +171,14 @@ struct SkinnyWarp {
         }
     }
 
-    static __device__ __forceinline__ void load_tokens(const int8_t* from, bool valid, uint32_t (&x)[4]) {
-        const uint4 v = valid ? *reinterpret_cast<const uint4*>(from) : make_uint4(0u, 0u, 0u, 0u);
+    static __device__ __forceinline__ void load_tokens(SharedBytes shared, int32_t at, bool valid,
+                                                       uint32_t (&x)[4]) {
+        const uint4 v = valid ? load_shared16(shared, at) : make_uint4(0u, 0u, 0u, 0u);
         x[0] = v.x, x[1] = v.y, x[2] = v.z, x[3] = v.w;
     }
-    static __device__ __forceinline__ void load_tokens(const int8_t* from, bool valid, uint32_t (&x)[2]) {
-        const uint2 v = valid ? *reinterpret_cast<const uint2*>(from) : make_uint2(0u, 0u);
+    static __device__ __forceinline__ void load_tokens(SharedBytes shared, int32_t at, bool valid,
+                                                       uint32_t (&x)[2]) {
+        const uint2 v = valid ? load_shared8(shared, at) : make_uint2(0u, 0u);
         x[0] = v.x, x[1] = v.y;
     }
 };
@@ -310,6 +311,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, (kTiles > 2 || kGroups) ? 1 : 
     // wherever a chunk begins, and the code that fills stands here once: it is most of the kernel.
     int32_t sums[kTiles][4] = {};
     int32_t group_sums[kTiles][4] = {};
+    const SharedBytes chunks = shared_bytes(shared);
     int32_t end = 0;
 #pragma unroll 1
     for (int32_t chunk = 0; end < shape.steps; ++chunk) {
@@ -329,8 +331,7 @@ __global__ void __launch_bounds__(kSkinnyThreads, (kTiles > 2 || kGroups) ? 1 : 
                 const int32_t step = step0 + i;
                 const int32_t segment = step * shape.warps_k + warp_k;
                 if (step < begin || step >= end || segment * Warp::kSegmentBytes >= w.slice_bytes) continue;
-                w.multiply(ring[i], mults[i], segment, reinterpret_cast<const int8_t*>(shared), codes,
-                           chunk_codes, sums, group_sums);
+                w.multiply(ring[i], mults[i], segment, chunks, codes, chunk_codes, sums, group_sums);
                 const int32_t next = segment + kDepth * shape.warps_k;
                 w.load(next, ring[i]);
                 if constexpr (kGroups) w.load_mult(next, mults[i]);

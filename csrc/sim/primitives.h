@@ -120,6 +120,24 @@ void copy_async_wait() {
 inline int32_t held(int32_t x) {
     return x;
 }
+struct SharedBytes {
+    const unsigned char* address;
+};
+inline SharedBytes shared_bytes(const void* shared) {
+    return {static_cast<const unsigned char*>(shared)};
+}
+inline uint4 load_shared16(SharedBytes from, int32_t offset, sim::Site site = sim::Site::here()) {
+    sim::check_operand(from.address + offset, 16, 16, sim::Space::shared, "load_shared16", site);
+    uint4 v;
+    std::memcpy(&v, from.address + offset, sizeof v);
+    return v;
+}
+inline uint2 load_shared8(SharedBytes from, int32_t offset, sim::Site site = sim::Site::here()) {
+    sim::check_operand(from.address + offset, 8, 8, sim::Space::shared, "load_shared8", site);
+    uint2 v;
+    std::memcpy(&v, from.address + offset, sizeof v);
+    return v;
+}
 inline void wait_for_producer() {}
 inline void release_dependents() {}
 
