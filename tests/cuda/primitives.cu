@@ -59,6 +59,24 @@ __global__ void loads(const uint32_t* x, uint32_t* out16, uint32_t* out8) {
     }
 }
 
+__global__ void shared_loads(const uint32_t* x, uint32_t* out16, uint32_t* out8) {
+    DQK_SHARED(uint32_t, tile, 8 * kLanes);
+    const int32_t lane = static_cast<int32_t>(threadIdx.x);
+    for (int32_t round = 0; round < kRounds; ++round) {
+        const int32_t at = 4 * (round * kLanes + lane);
+        for (int32_t i = 0; i < 4; ++i) tile[4 * kLanes + 4 * lane + i] = x[at + i];
+        __syncwarp();
+        // Another lane's words, from a base in the middle: offsets are of both signs.
+        const SharedBytes base = shared_bytes(tile + 6 * kLanes);
+        const int32_t other = 16 * (kLanes - 1 - lane) - 8 * kLanes;
+        const uint4 v = load_shared16(base, other);
+        const uint2 w = load_shared8(base, other + 8);
+        out16[at] = v.x, out16[at + 1] = v.y, out16[at + 2] = v.z, out16[at + 3] = v.w;
+        out8[at / 2] = w.x, out8[at / 2 + 1] = w.y;
+        __syncwarp();
+    }
+}
+
 // kCopies threads, thread i copies i bytes, in two groups of which the older is waited for first.
 __global__ void copies(const uint32_t* x, uint32_t* out) {
     DQK_SHARED(uint32_t, tile, 2 * kCopies * 4);
@@ -256,6 +274,20 @@ void check_loads() {
     same("load_weights8", out8.at, std::vector<uint32_t>(x.at, x.at + out8.size));
 }
 
+void check_shared_loads() {
+    Array<uint32_t> x(kRounds * kLanes * 4), out16(kRounds * kLanes * 4), out8(kRounds * kLanes * 2);
+    fill(x);
+    std::vector<uint32_t> expected16(out16.size), expected8(out8.size);
+    for (int32_t i = 0; i < kRounds * kLanes; ++i) {
+        const uint32_t* words = x.at + 4 * (i / kLanes * kLanes + kLanes - 1 - i % kLanes);
+        for (int32_t j = 0; j < 4; ++j) expected16[4 * i + j] = words[j];
+        for (int32_t j = 0; j < 2; ++j) expected8[2 * i + j] = words[2 + j];
+    }
+    run("shared_loads", shared_loads, 1, kLanes, x.at, out16.at, out8.at);
+    same("load_shared16", out16.at, expected16);
+    same("load_shared8", out8.at, expected8);
+}
+
 void check_copies() {
     Array<uint32_t> x(2 * kCopies * 4), out(2 * kCopies * 4);
     fill(x);
@@ -378,6 +410,7 @@ int main() {
     check_ldmatrix();
     check_dot4();
     check_loads();
+    check_shared_loads();
     check_copies();
     check_shuffles();
     check_votes();

@@ -53,7 +53,7 @@ def copy_tree(folder: Path) -> None:
     ignored = shutil.ignore_patterns("__pycache__", "mutants", "test_mutants.py")
     for name in ("dqkernels", "csrc", "tests"):
         shutil.copytree(ROOT / name, folder / name, ignore=ignored)
-    for name in ("pyproject.toml",):
+    for name in ("pyproject.toml", "CMakeLists.txt"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, folder / name)
 
