@@ -48,8 +48,8 @@ __device__ __forceinline__ uint32_t top_codes(uint32_t word, uint32_t half) {
     }
 }
 
-// What does not change along K. kBits: width; kBytes: of a lane's load; kTiles: of 8 tokens; kGroups:
-// group-wise.
+// What does not change along K. kBits: width; kBytes: of a lane's load; kTiles: of 8 tokens; kGroups: with
+// groups.
 template <int32_t kBits, int32_t kBytes, int32_t kTiles, bool kGroups>
 struct SkinnyWarp {
     static constexpr int32_t kPlanes = 8 / kBits;
@@ -70,8 +70,7 @@ struct SkinnyWarp {
     uint32_t half;  // the bit below each code, for four_level
     int32_t lane_g;
     int32_t lane_t;
-    int32_t
-        lane_at;  // where this lane's first code stands in a row of the chunk, if the segment is the first
+    int32_t lane_at;  // of this lane's first code in a row of the chunk, were the segment the first
     int32_t tokens;
 
     // Past the end of a row `to` stays as it is: the activations are 0 there.
