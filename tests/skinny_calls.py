@@ -288,7 +288,7 @@ def on_this_machine(patch, plan: type) -> SimpleNamespace:
     patch.setattr(torch.cuda, "current_device", lambda: -1)
     patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.capturing)
     patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: machine.stream, raising=False)
-    properties = lambda device: SimpleNamespace(multi_processor_count=4, major=machine.major)  # noqa: E731
+    properties = lambda device: SimpleNamespace(multi_processor_count=4, major=machine.major, minor=0)  # noqa: E731
     patch.setattr(torch.cuda, "get_device_properties", properties)
     skinny._plan.cache_clear()
     skinny._counters.clear()

@@ -349,7 +349,7 @@ def test_the_launcher_takes_the_measured_plan(monkeypatch):
             made.append((facts["warps_n"], facts["splits"]))
 
     monkeypatch.setattr(native, "require", lambda name: types.SimpleNamespace(SkinnyPlan=SkinnyPlan))
-    facts = types.SimpleNamespace(multi_processor_count=132, major=9)
+    facts = types.SimpleNamespace(multi_processor_count=132, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: facts)
     put(
         measured.user_file("NVIDIA H200"),

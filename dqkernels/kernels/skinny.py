@@ -28,6 +28,7 @@ ROWS = 64
 OVERLAP_CAPABILITY = (9, 0)
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+_HERE = contextlib.nullcontext()
 _local = threading.local()
 _counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 _lock = threading.Lock()
@@ -113,12 +114,56 @@ def gemm(
         ValueError: for tensors that the kernel cannot read, naming the argument.
     """
     device = _device_of(x)
-    if device != torch.cuda.current_device():
-        with torch.cuda.device(device):
-            return _gemm(x, parts, bits, four_level, group_size, activation, out_dtype, act_scale, mode, clip, norm,
-                         out_scale, warps_n, splits)  # fmt: skip
-    return _gemm(x, parts, bits, four_level, group_size, activation, out_dtype, act_scale, mode, clip, norm,
-                 out_scale, warps_n, splits)  # fmt: skip
+    with torch.cuda.device(device) if device != torch.cuda.current_device() else _HERE:
+        if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
+            raise ValueError(f"x must be [M, K] with adjacent elements, got {list(x.shape)} with strides {x.stride()}")
+        if not 1 <= len(parts) <= 3:
+            raise ValueError(f"parts must be 1 to 3, got {len(parts)}")
+        one_scale = _one_scale(parts)
+        _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype, one_scale)
+        m, k = x.shape
+        plan = _plan(
+            (m, k, x.stride(0) if m > 1 else k, x.dtype, mode, 0.0 if clip is None else clip),
+            0.0 if norm is None else norm.eps,
+            (bits, four_level, max(group_size, 0), one_scale),
+            _dtype_of(parts, "bias"),
+            _dtype_of(parts, "residual"),
+            activation,
+            out_dtype,
+            tuple([part.out_features for part in parts]),
+            (warps_n, splits),
+            device,
+            getattr(_local, "settled", False),
+        )
+        outputs = [x.new_empty((m, part.out_features), dtype=out_dtype) for part in parts]
+        normalized = None if norm is None else x.new_empty((m, k))
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        workspace, counters = 0, 0
+        if plan.workspace_bytes:
+            room = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)  # lives until this is queued
+            zeros = _zeros(x.device, stream, plan.counter_bytes)
+            workspace, counters = room.data_ptr(), zeros.data_ptr()
+        plan.run(
+            x.data_ptr(),
+            _address(act_scale),
+            *((0, 0, 0) if norm is None else (norm.weight.data_ptr(), _address(norm.bias), normalized.data_ptr())),
+            _address(out_scale),
+            [
+                (
+                    part.qweight.data_ptr(),
+                    part.weight_scale.data_ptr(),
+                    _address(part.group_mult),
+                    _address(part.bias),
+                    _address(part.residual),
+                    y.data_ptr(),
+                )
+                for part, y in zip(parts, outputs, strict=True)
+            ],
+            workspace,
+            counters,
+            stream,
+        )
+    return outputs if norm is None else [normalized, *outputs]
 
 
 def _device_of(x: torch.Tensor) -> int:
@@ -128,75 +173,21 @@ def _device_of(x: torch.Tensor) -> int:
     return device
 
 
-def _gemm(
-    x,
-    parts,
-    bits,
-    four_level,
-    group_size,
-    activation,
-    out_dtype,
-    act_scale,
-    mode,
-    clip,
-    norm,
-    out_scale,
-    warps_n,
-    splits,
-):
-    if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
-        raise ValueError(f"x must be [M, K] with adjacent elements, got {list(x.shape)} with strides {x.stride()}")
-    if not 1 <= len(parts) <= 3:
-        raise ValueError(f"parts must be 1 to 3, got {len(parts)}")
-    (m, k), device = x.shape, x.get_device()
-    _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype)
-    plan = _plan(
-        (m, k, x.stride(0) if m > 1 else k, x.dtype, mode, 0.0 if clip is None else clip),
-        0.0 if norm is None else norm.eps,
-        (bits, four_level, max(group_size, 0), _one_scale(parts)),
-        next((p.bias.dtype for p in parts if p.bias is not None), torch.float32),
-        next((p.residual.dtype for p in parts if p.residual is not None), torch.float32),
-        activation,
-        out_dtype,
-        tuple(part.out_features for part in parts),
-        (warps_n, splits),
-        device,
-        getattr(_local, "settled", False),
-    )
-    outputs = [x.new_empty((m, part.out_features), dtype=out_dtype) for part in parts]
-    normalized = None if norm is None else x.new_empty((m, k))
-    stream = torch._C._cuda_getCurrentRawStream(device)
-    workspace, counters = 0, 0
-    if plan.workspace_bytes:
-        room = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)  # lives until this call is queued
-        zeros = _zeros(x.device, stream, plan.counter_bytes)
-        workspace, counters = room.data_ptr(), zeros.data_ptr()
-    plan.run(
-        x.data_ptr(),
-        _address(act_scale),
-        *((0, 0, 0) if norm is None else (norm.weight.data_ptr(), _address(norm.bias), normalized.data_ptr())),
-        _address(out_scale),
-        [
-            (
-                part.qweight.data_ptr(),
-                part.weight_scale.data_ptr(),
-                _address(part.group_mult),
-                _address(part.bias),
-                _address(part.residual),
-                y.data_ptr(),
-            )
-            for part, y in zip(parts, outputs, strict=True)
-        ],
-        workspace,
-        counters,
-        stream,
-    )
-    return outputs if norm is None else [normalized, *outputs]
+def _dtype_of(parts: Sequence[Part], name: str) -> torch.dtype:
+    """Of the bias or residual of the parts that have one; `_check` has seen that they agree."""
+    for part in parts:
+        tensor = getattr(part, name)
+        if tensor is not None:
+            return tensor.dtype
+    return torch.float32
 
 
 def _one_scale(parts: Sequence[Part]) -> bool:
     """One weight scale for a whole matrix, and not because it has a single row."""
-    return any(part.weight_scale.numel() == 1 and part.out_features > 1 for part in parts)
+    for part in parts:
+        if part.weight_scale.numel() == 1 and part.out_features > 1:
+            return True
+    return False
 
 
 def _address(tensor: torch.Tensor | None) -> int:
@@ -253,10 +244,9 @@ def _zeros(device: torch.device, stream: int, count: int) -> torch.Tensor:
     return found
 
 
-def _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype) -> None:
+def _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype, one_scale) -> None:
     """What the addresses alone would not tell: device, dtype, shape and memory layout of every tensor."""
     m, k = x.shape
-    one_scale = _one_scale(parts)
     named = [("act_scale", act_scale, torch.float32), ("out_scale", out_scale, torch.float32)]
     if norm is not None:
         named += [("norm weight", norm.weight, x.dtype), ("norm bias", norm.bias, x.dtype)]
