@@ -285,3 +285,9 @@ def run_cases(program: Program, cases: Iterable[Case], seeds: Sequence[int] = SE
 
 def summary() -> str:
     return f"sim: {len(PASSED)} cases x {min(PASSED, default=0)} schedules"
+
+
+def statuses() -> list[str]:
+    """The names of dqk::Status, in order: a case's `status` is an index into them."""
+    body = (CSRC / "include" / "dqk" / "status.h").read_text().split("enum class Status : int32_t {")[1].split("}")[0]
+    return [line.split("=")[0].strip(" ,") for line in body.splitlines() if line.strip()]

@@ -188,12 +188,6 @@ NAMES = ("m k row_stride x_dtype mode clip norm_eps bits four_level group_size t
          "activation y_dtype warps_n splits sms part_count n").split()  # fmt: skip
 
 
-def statuses() -> list[str]:
-    text = (harness.CSRC / "include" / "dqk" / "status.h").read_text()
-    body = text.split("enum class Status : int32_t {")[1].split("}")[0]
-    return [line.split("=")[0].strip(" ,") for line in body.splitlines() if line.strip()]
-
-
 @pytest.mark.parametrize(("name", "value", "status"), REFUSED)
 def test_the_host_refuses(program, name, value, status):
     built = skinny.build(plain((4, "absmax", 0), 2, 16, 64))
@@ -202,7 +196,7 @@ def test_the_host_refuses(program, name, value, status):
         built.scalars[NAMES.index("warps_n" if name == "splits" else "splits")] = 1
     given, _ = skinny.buffers(built, 0, 0)
     got, _ = program.call("launch", built.scalars, given, 0)
-    assert statuses()[got] == status
+    assert harness.statuses()[got] == status
 
 
 def test_no_rows_no_launch(program):
@@ -216,7 +210,7 @@ def test_a_split_needs_its_workspace(program):
     built = skinny.build(plain((4, "absmax", 0), 2, 16, 512, plan=(1, 2)))
     given, _ = skinny.buffers(built, 0, 0)
     got, _ = program.call("launch", built.scalars, given, 0)
-    assert statuses()[got] == "no_workspace"
+    assert harness.statuses()[got] == "no_workspace"
 
 
 @pytest.mark.parametrize("bits", [2, 4, 8])
