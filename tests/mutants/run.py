@@ -22,6 +22,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 LISTS = sorted(Path(__file__).parent.glob("*.toml"))
 TIMEOUT_S = 600
+NO_PROGRAM = "the program on the simulator does not compile"  # tests/sim/conftest.py
 
 
 @dataclass(frozen=True)
@@ -71,6 +72,7 @@ def run_tests(folder: Path, tests: tuple[str, ...]) -> subprocess.CompletedProce
     """pytest on the copy, which is made sure to be what is imported."""
     environment = {**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1"}
     environment.pop("DQKERNELS_BACKEND", None)
+    environment.setdefault("DQKERNELS_SIM_OPTIMIZE", "-O0")  # tests/sim/harness.py: building is most of the time
     program = (
         "import sys, pathlib, dqkernels, pytest\n"
         f"assert pathlib.Path(dqkernels.__file__).is_relative_to({str(folder)!r}), dqkernels.__file__\n"
@@ -92,14 +94,15 @@ def green(tests: tuple[str, ...]) -> str | None:
 
 
 def survives(mutant: Mutant) -> str | None:
-    """None if the tests notice, else what pytest said. Only exit code 1, failed tests, is a verdict."""
+    """None if the tests notice, else what pytest said. Only exit code 1, failed tests, is a verdict, and not
+    where the defect does not even compile."""
     with tempfile.TemporaryDirectory() as folder:
         copy_tree(Path(folder))
         plant(Path(folder), mutant)
         done = run_tests(Path(folder), mutant.tests)
-        return (
-            None if done.returncode == 1 else f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
-        )
+        if done.returncode == 1 and NO_PROGRAM not in done.stdout:
+            return None
+        return f"exit code {done.returncode}\n{done.stdout[-2000:]}{done.stderr[-2000:]}"
 
 
 def main() -> int:

@@ -1,8 +1,29 @@
-// cuda_skinny_gemm on the simulator, called as the binding calls it; `memory` asks skinny_memory instead.
+// cuda_skinny_gemm on the simulator, called as the binding calls it; `memory` asks skinny_memory instead,
+// `launch far rows` puts more than 2^31 elements between the rows first.
+#include <sys/mman.h>
+
 #include "dqk/api.h"
 #include "protocol.h"
 
 namespace {
+
+// The rows of x (m of them, adjacent) at a stride of 2^31 + 64 elements. Memory that nobody touches costs
+// nothing.
+void move_far(dqk::SkinnyGemm* args) {
+    const size_t element = args->x_dtype == dqk::DType::int8      ? 1
+                           : args->x_dtype == dqk::DType::float32 ? 4
+                                                                  : 2;
+    args->row_stride = (int64_t{1} << 31) + 64;
+    const size_t bytes = static_cast<size_t>(args->m * args->row_stride) * element;
+    void* far =
+        mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (far == MAP_FAILED) std::abort();
+    for (int64_t row = 0; row < args->m; ++row)
+        std::memcpy(static_cast<char*>(far) + static_cast<size_t>(row * args->row_stride) * element,
+                    static_cast<const char*>(args->x) + static_cast<size_t>(row * args->k) * element,
+                    static_cast<size_t>(args->k) * element);
+    args->x = far;
+}
 
 // scalars: m, k, row_stride, x_dtype, mode, clip, norm_eps, bits, four_level, group_size, tensor_scale,
 // bias_dtype, residual_dtype, activation, y_dtype, warps_n, splits, sms, part_count, n of each part. buffers:
@@ -60,6 +81,7 @@ dqk::Status run(const dqk::sim::Request& request) {
         p.residual = request.pointer<const void>(b++);
         p.y = request.pointer<void>(b++);
     }
+    if (request.function == "launch far rows") move_far(&args);
     return dqk::cuda_skinny_gemm(args, nullptr);
 }
 

@@ -30,11 +30,11 @@ def memory_of(program, scalars) -> tuple[int, int, int, int]:
     return tuple(int(value) for value in out)
 
 
-def run(program, case, seeds=harness.SEEDS) -> None:
+def run(program, case, function="launch") -> None:
     built = skinny.build(case)
     workspace, counters, _, _ = memory_of(program, built.scalars)
     given, expected = skinny.buffers(built, workspace, counters)
-    harness.run_cases(program, [harness.Case(case.name, "launch", built.scalars, given, expected)], seeds)
+    harness.run_cases(program, [harness.Case(case.name, function, built.scalars, given, expected)])
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
@@ -75,7 +75,7 @@ def launch(program, built, norm=(), seed=0) -> list[np.ndarray]:
 def test_sums_at_the_end_of_int32(program, form):
     """The largest codes of one sign over the longest K: int32 holds the sum, and no partial sum leaves it either."""
     k, bits = 131071, form[0]
-    built = skinny.build(plain(form, 2, 1, k, x="fp32"))
+    built = skinny.build(plain(form, 2, 1, k, x="fp32", plan=(8, 1)))  # one warp adds up all of K
     built.memory[:] = 1.0
     part = built.parts[0]
     codes = torch.full((1, k), -(1 << (bits - 1)), dtype=torch.int8)
@@ -92,18 +92,19 @@ def test_sums_at_the_end_of_int32(program, form):
 @pytest.mark.parametrize("form", [(4, "absmax", 0), (2, "ternary", 64)])
 @pytest.mark.parametrize("normalized", [False, True])
 def test_a_row_does_not_know_its_batch(program, form, normalized):
-    """The same bits for a row alone and among 2 .. 16, also where a LayerNorm sums floats."""
-    k = 392
-    built = skinny.build(plain(form, 16, 24, k, bias="fp16", y="fp16"))
-    norm = norm_buffers(built, torch.linspace(0.5, 1.5, k), torch.linspace(-1, 1, k)) if normalized else ()
-    whole = launch(program, built, norm)[-1]
+    """The same bits for a row alone and among 2 .. 16, also where a LayerNorm sums floats, and the rows it leaves."""
+    k, x = 392, "fp32" if normalized else "fp16"
+    norm = (torch.linspace(0.5, 1.5, k), torch.linspace(-1, 1, k))
+    built = skinny.build(plain(form, 16, 24, k, x=x, bias="fp16", y="fp16"))
+    whole = launch(program, built, norm_buffers(built, *norm) if normalized else ())
     for m in (1, 2, 5, 8, 9):
-        part = skinny.build(plain(form, 16, 24, k, bias="fp16", y="fp16"))
+        part = skinny.build(plain(form, 16, 24, k, x=x, bias="fp16", y="fp16"))
         part.memory, part.scalars = built.memory[:m], [m, *built.scalars[1:]]
         part.expected = [built.expected[0][:m]]
-        few = norm_buffers(part, torch.linspace(0.5, 1.5, k), torch.linspace(-1, 1, k)) if normalized else ()
-        got = launch(program, part, few)[-1]
-        np.testing.assert_array_equal(got, whole[:m])
+        for got, all_rows in zip(
+            launch(program, part, norm_buffers(part, *norm) if normalized else ()), whole, strict=True
+        ):
+            np.testing.assert_array_equal(got, all_rows[:m])
 
 
 def norm_buffers(built, weight: torch.Tensor, bias: torch.Tensor | None, eps: float = 1e-5) -> tuple:
@@ -144,6 +145,92 @@ def test_layernorm_on_the_way_in(program, x, k, m, with_bias):
         out_dtype=torch.float32,
     )
     compare.assert_same_bits(torch.from_numpy(first[-1].copy()), expected)
+
+
+def test_layernorm_where_the_mean_is_not_a_float(program):
+    """A mean far beyond the spread: its rounding is taken back, and the variance does not see it."""
+    k = 392
+    built = skinny.build(plain((4, "absmax", 0), 2, 16, k, x="fp32"))
+    draw = torch.Generator().manual_seed(3)
+    built.memory = torch.randint(0, 4, (2, k), generator=draw) * 0.0625 + 999999.9
+    built.memory[1] += 0.5
+    y = torch.from_numpy(launch(program, built, norm_buffers(built, torch.ones(k), None))[0].copy())
+    truth = functional.layer_norm(built.memory.double(), (k,), eps=1e-5)
+    assert (y - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "odd rows"])
+@pytest.mark.parametrize("x", ["fp16", "fp32"])
+def test_layernorm_of_rows_with_one_that_is_not_finite(program, x, layout):
+    """It is NaN in all that comes of it, and its neighbours' bits do not notice."""
+    k = 72
+    case = plain((8, "absmax", 0), 5, 16, k, x=x, layout=layout)
+    norm = (torch.linspace(0.5, 1.5, k), torch.linspace(-1, 1, k))
+    built = skinny.build(case)
+    stride = built.scalars[2]
+    clean = launch(program, built, norm_buffers(built, *norm))
+    for value in (float("nan"), float("inf")):
+        built.memory.view(-1)[3 * stride + 70] = value
+        got = launch(program, built, norm_buffers(built, *norm))
+        for array, before in zip(got, clean, strict=True):
+            assert np.isnan(array[3]).all() and np.isfinite(before).all()
+            np.testing.assert_array_equal(np.delete(array, 3, 0), np.delete(before, 3, 0))
+
+
+CHUNKED = [
+    plain((8, "absmax", 0), 64, 33, 999, x="int8", layout="odd rows", plan=(8, 1)),
+    plain((4, "absmax", 0), 20, 17, 3000, x="int8", layout="wide rows", plan=(1, 1)),
+    plain((2, "four_level", 0), 16, 33, 3000, x="fp16", plan=(2, 1)),
+    plain((2, "four_level", 64), 16, 17, 2999, x="bf16", plan=(2, 1)),
+    plain((4, "absmax", 128), 65, 16, 1800, x="int8", layout="wide rows", plan=(8, 2)),
+]
+
+
+@pytest.mark.parametrize("case", CHUNKED, ids=lambda case: case.name)
+def test_a_slice_of_more_than_one_chunk(program, case):
+    """Rows that shared memory does not hold at once go through two buffers in turn."""
+    run(program, case)
+
+
+@pytest.mark.parametrize("k", [264, 129])
+@pytest.mark.parametrize("x", ["fp16", "bf16", "fp32"])
+def test_the_maximum_is_found_at_every_place(program, x, k):
+    run(program, plain((4, "absmax", 0), 16, 16, k, x=x, peaks=True))
+
+
+@pytest.mark.parametrize("form", [(8, "absmax", 0), (2, "four_level", 32)])
+@pytest.mark.parametrize("x", ["int8", "fp16", "fp32"])
+@pytest.mark.parametrize("k", [96, 31])
+def test_rows_further_apart_than_int32_counts(program, form, x, k):
+    run(program, plain(form, 3, 16, k, x=x), function="launch far rows")
+
+
+@pytest.mark.parametrize("y", ["fp16", "bf16"])
+def test_results_halfway_between_two_numbers(program, y):
+    """Ties to even on both sides, the subnormals of fp16, the edge of its range, NaN: as torch rounds."""
+    built = skinny.build(plain((8, "absmax", 0), 3, 16, 4, x="int8", y=y))
+    # Accumulators 0 .. 17 and 127 .. 142, odd multiples of half a step of the results with one scale or another.
+    codes = torch.zeros(16, 4, dtype=torch.int8)
+    codes[:, 0], codes[:, 1] = torch.arange(16), 1
+    built.memory = torch.tensor([[1, 0, 0, 0], [1, 2, 0, 0], [1, 127, 0, 0]], dtype=torch.int8)
+    weight = built.parts[0].weight
+    weight.packed = packing.pack(codes, 8)
+    acc = built.memory.float() @ codes.T.float()
+    for exponent in (-25, -24, -133, -9, 0, 13):
+        for numerator in (1.0, 129.0, 257.0, 1025.0, 2049.0, 4095.0, float("nan")):
+            weight.scale = torch.full((16,), numerator * 2.0**exponent)
+            built.scale = torch.ones(3)
+            expected = skinny.raw((acc * weight.scale).to(skinny.DTYPES[y]))
+            said = harness.difference(launch(program, built)[-1], expected)
+            assert said is None, f"{numerator} * 2^{exponent}: {said}"
+
+
+@pytest.mark.parametrize("bits", [0x7FC00001, 0x7FFFFFFF, 0xFFC00000])
+def test_no_nan_becomes_a_code(program, bits):
+    built = skinny.build(plain((8, "absmax", 0), 2, 16, 4, y="int8", residual="fp32"))
+    built.parts[0].residual.numpy().view(np.uint32)[1, 3] = bits
+    built.expected[0][1, 3] = 0
+    np.testing.assert_array_equal(launch(program, built)[-1], built.expected[0].numpy())
 
 
 def test_gelu_within_the_bound(program):
@@ -197,6 +284,44 @@ def test_the_host_refuses(program, name, value, status):
     given, _ = skinny.buffers(built, 0, 0)
     got, _ = program.call("launch", built.scalars, given, 0)
     assert harness.statuses()[got] == status
+
+
+#: which buffer to leave out, in which case; the Status.
+POINTERS = [
+    (0, {}, "bad_size"),
+    (1, {"x": "int8"}, "bad_act_scale"),
+    (1, {"mode": "static"}, "bad_act_scale"),
+    (4, {}, "bad_prologue"),
+    (5, {"y": "int8"}, "bad_output"),
+    (8, {}, "bad_part"),
+    (9, {}, "bad_part"),
+    (10, {"form": (4, "absmax", 32)}, "bad_part"),
+    (13, {}, "bad_part"),
+]
+
+
+@pytest.mark.parametrize(("place", "facts", "status"), POINTERS)
+def test_the_host_refuses_a_missing_buffer(program, place, facts, status):
+    built = skinny.build(plain(**{"form": (4, "absmax", 0), "m": 2, "n": 16, "k": 64, **facts}))
+    norm = norm_buffers(built, torch.ones(64), None) if place == 4 else ()
+    given, _ = skinny.buffers(built, 0, 0, norm)
+    given[place] = harness.ABSENT
+    got, _ = program.call("launch", built.scalars, given, 0)
+    assert statuses()[got] == status
+
+
+@pytest.mark.parametrize("refused", ["a norm of int8 rows", "a scale for a float output", "weights off 16 bytes"])
+def test_the_host_refuses_what_does_not_belong(program, refused):
+    int8 = refused == "a norm of int8 rows"
+    built = skinny.build(plain((4, "absmax", 0), 2, 16, 64, x="int8" if int8 else "fp16"))
+    norm = tuple(harness.given(np.zeros(256, np.uint8)) for _ in range(3)) if int8 else ()
+    given, _ = skinny.buffers(built, 0, 0, norm)
+    if refused == "a scale for a float output":
+        given[5] = harness.given(np.ones(1, np.float32))
+    if refused == "weights off 16 bytes":
+        given[8] = harness.given(given[8].array, 8)
+    got, _ = program.call("launch", built.scalars, given, 0)
+    assert statuses()[got] == {"a n": "bad_prologue", "a s": "bad_output", "wei": "bad_part"}[refused[:3]]
 
 
 def test_no_rows_no_launch(program):
