@@ -307,7 +307,7 @@ def test_the_host_refuses_a_missing_buffer(program, place, facts, status):
     given, _ = skinny.buffers(built, 0, 0, norm)
     given[place] = harness.ABSENT
     got, _ = program.call("launch", built.scalars, given, 0)
-    assert statuses()[got] == status
+    assert harness.statuses()[got] == status
 
 
 @pytest.mark.parametrize("refused", ["a norm of int8 rows", "a scale for a float output", "weights off 16 bytes"])
@@ -321,7 +321,7 @@ def test_the_host_refuses_what_does_not_belong(program, refused):
     if refused == "weights off 16 bytes":
         given[8] = harness.given(given[8].array, 8)
     got, _ = program.call("launch", built.scalars, given, 0)
-    assert statuses()[got] == {"a n": "bad_prologue", "a s": "bad_output", "wei": "bad_part"}[refused[:3]]
+    assert harness.statuses()[got] == {"a n": "bad_prologue", "a s": "bad_output", "wei": "bad_part"}[refused[:3]]
 
 
 def test_no_rows_no_launch(program):
