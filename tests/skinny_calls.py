@@ -277,11 +277,12 @@ def read(address: int, size: int) -> np.ndarray:
 def on_this_machine(patch, plan: type) -> SimpleNamespace:
     """Has the launcher take CPU tensors and `plan` for the core's: no driver, no stream but the numbers 7, 8, ...
 
-    patch: pytest's monkeypatch. Returns what the machine says of itself, to be changed: `stream`, `capturing`, `major`.
+    patch: pytest's monkeypatch. Returns what the machine says of itself, to be changed: `stream`, `capturing`, `major`,
+    `archs` of the build.
     """
-    machine = SimpleNamespace(stream=7, capturing=False, major=9)
+    machine = SimpleNamespace(stream=7, capturing=False, major=9, archs="80-real 90a-real 90-virtual")
     require = native.require
-    core = SimpleNamespace(SkinnyPlan=plan)
+    core = SimpleNamespace(SkinnyPlan=plan, build_info=lambda: {"cuda_archs": machine.archs})
     patch.setattr(native, "require", lambda name: core if name == "SkinnyPlan" else require(name))
     patch.setattr(native, "cuda_quantize_rows", qmath.quantize_activation)  # its own tests run it on the simulator
     patch.setattr(skinny, "_device_of", lambda x: x.get_device())

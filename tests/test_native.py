@@ -345,23 +345,26 @@ def test_cuda_gives_the_bits_of_the_cpu(dtype, mode):
 
 
 @pytest.mark.parametrize(
-    ("archs", "card", "runs"),
+    ("archs", "card", "code"),
     [
-        ("80-real 90a-real", (8, 0), True),
-        ("80-real 90a-real", (8, 9), True),
-        ("80-real 90a-real", (9, 0), True),
-        ("80-real 90a-real", (10, 0), False),
-        ("86-real", (8, 0), False),
-        ("80-real 90-virtual", (12, 0), True),
-        ("90a-virtual", (10, 0), False),
-        ("80", (12, 0), True),
-        ("100f-real", (10, 3), False),
-        ("120-real 120-virtual", (9, 0), False),
-        ("", (8, 0), False),
+        ("80-real 90a-real", (8, 0), 80),
+        ("80-real 90a-real", (8, 9), 80),
+        ("80-real 90a-real", (9, 0), 90),
+        ("80-real 90a-real", (10, 0), None),
+        ("86-real", (8, 0), None),
+        ("80-real 90-virtual", (12, 0), 90),
+        ("90a-virtual", (10, 0), None),
+        ("80", (12, 0), 80),
+        ("80 90a", (12, 0), 80),
+        ("90-real 80-virtual", (9, 0), 90),
+        ("80;100;90", (10, 3), 100),
+        ("100f-real", (10, 3), None),
+        ("120-real 120-virtual", (9, 0), None),
+        ("", (8, 0), None),
     ],
 )
-def test_compiled_code_runs_on_some_cards(archs, card, runs):
-    assert native.runs_on(archs, card) is runs
+def test_which_code_runs_on_a_card(archs, card, code):
+    assert native.code_for(archs, card) == code
 
 
 def test_a_build_for_another_card_is_named(monkeypatch):

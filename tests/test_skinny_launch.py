@@ -222,7 +222,7 @@ def test_one_plan_per_kind_of_call(machine):
 
 
 def test_overlap_is_promised_not_assumed(machine):
-    """Only within `settled_weights`, only from 9.0 on, only in that thread; nested and after an error too."""
+    """Only within `settled_weights`, only where the code can wait, only in that thread; nested and after an error."""
     import threading
 
     call = skinny_calls.placed(cases.build(plain((4, "absmax", 0), 2, 18, 64)), "cpu")
@@ -250,7 +250,15 @@ def test_overlap_is_promised_not_assumed(machine):
         raise KeyError
     skinny_calls.gemm(call, clip=5.0)
     assert made[-1].facts["overlap"] is False
-    machine.major = 8
-    with skinny.settled_weights():
-        skinny_calls.gemm(call, clip=6.0)
-    assert made[-1].facts["overlap"] is False
+    for major, archs, can in (
+        (8, "80 90", False),
+        (9, "80-real 90a-real", True),
+        (9, "80", False),  # its PTX runs there, without a wait
+        (12, "80 90a-real", False),
+        (12, "80 90-virtual", True),
+    ):
+        machine.major, machine.archs = major, archs
+        skinny._plan.cache_clear()
+        with skinny.settled_weights():
+            skinny_calls.gemm(call)
+        assert made[-1].facts["overlap"] is can, (major, archs)

@@ -27,7 +27,7 @@ struct Launch {
     size_t shared_bytes = 0;
     void* stream = nullptr;  // a cudaStream_t
     // May start before the kernel ahead of it has ended, and then waits in wait_for_producer(). Compute
-    // capability 9.0 and newer only.
+    // capability 9.0 and newer only, and code compiled for it: older PTX would not wait.
     bool overlap = false;
 };
 

@@ -19,7 +19,7 @@ def available(device_type: str) -> tuple[bool, str]:
     if not torch.cuda.is_available():
         return False, "no CUDA device"
     archs, capability = core.build_info()["cuda_archs"], torch.cuda.get_device_capability()
-    if not native.runs_on(archs, capability):
+    if native.code_for(archs, capability) is None:
         return False, f"compiled for {archs}, which does not run on compute capability {capability[0]}.{capability[1]}"
     return True, "compiled CUDA kernels"
 

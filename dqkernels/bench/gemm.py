@@ -132,10 +132,9 @@ class Decode(Contest):
         packed = QLinear.from_linear(self.linear, config.for_linear("linear"))
         count = len(self.found)
         self._add_backends(packed, names, cpu_columns=_CPU_COLUMNS, bind=_our_call)
-        if device.type == "cuda" and torch.cuda.get_device_capability(device) >= skinny.OVERLAP_CAPABILITY:
-            for one in self.found[count:]:
-                if one.backend == "cuda":
-                    self._add(replace(one, name=f"{one.name} overlapped", bind=_overlapped_call))
+        for one in self.found[count:]:
+            if one.backend == "cuda" and skinny.can_overlap(torch.cuda.get_device_capability(device)):
+                self._add(replace(one, name=f"{one.name} overlapped", bind=_overlapped_call))
         for name in peers:
             try:
                 self._add(gemm_peers.candidate(name, packed, tune))

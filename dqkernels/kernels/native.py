@@ -63,13 +63,17 @@ def why_no_cuda(info: dict) -> str:
     return "no CUDA: " + (reasons[-1] if reasons else "the build left no reason")
 
 
-def runs_on(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether code compiled for `archs` (CMake's words: `80-real 90a-real 120-virtual`) runs on such a card.
+def code_for(archs: str, capability: tuple[int, int]) -> int | None:
+    """The newest code compiled for `archs` (CMake's words: `80-real 90a-real 120-virtual`) that runs on such a card.
 
     Machine code runs on later cards of its own major version, PTX on every later one; of a number with a letter both
     run on that card alone. A number without a suffix is both.
+
+    Returns:
+        The architecture that it was compiled for, 90 for 9.0; None where nothing runs.
     """
     card = 10 * capability[0] + capability[1]
+    found = []
     for arch in archs.replace(";", " ").split():
         number, _, kind = arch.partition("-")
         value = int(number.rstrip("af"))
@@ -78,8 +82,8 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
         else:
             fits = value <= card and (kind != "real" or value // 10 == card // 10)
         if fits:
-            return True
-    return False
+            found.append(value)
+    return max(found, default=None)
 
 
 def _load() -> tuple[ModuleType | None, str]:

@@ -24,8 +24,8 @@ from . import measured, native
 PROLOGUE_ROWS = 16
 #: Rows of one slice: up to here the weights are read once.
 ROWS = 64
-#: From this compute capability on a launch may overlap the one before it.
-OVERLAP_CAPABILITY = (9, 0)
+#: Code compiled for this or later waits for the kernel before it, and so may be launched while that one ends.
+OVERLAP_CODE = 90
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
 _HERE = contextlib.nullcontext()
@@ -71,6 +71,15 @@ def settled_weights() -> Iterator[None]:
         yield
     finally:
         _local.settled = before
+
+
+def can_overlap(capability: tuple[int, int]) -> bool:
+    """Whether `settled_weights` has an effect on such a GPU.
+
+    The build decides, not the card: PTX for 8.0 runs on a 9.0 too, but has no instruction there that would wait.
+    """
+    archs = native.require("SkinnyPlan").build_info()["cuda_archs"]
+    return (native.code_for(archs, capability) or 0) >= OVERLAP_CODE
 
 
 def refresh() -> None:
@@ -228,7 +237,7 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
         warps_n=cut[0],
         splits=cut[1],
         sms=properties.multi_processor_count,
-        overlap=settled and (properties.major, properties.minor) >= OVERLAP_CAPABILITY,
+        overlap=settled and can_overlap((properties.major, properties.minor)),
     )
 
 
