@@ -275,19 +275,18 @@ def read(address: int, size: int) -> np.ndarray:
 
 
 def on_this_machine(patch, plan: type) -> SimpleNamespace:
-    """Has the launcher take CPU tensors and `plan` for the core's: no driver, no stream but the numbers 7, 8, ...
+    """Has the launcher take CPU tensors and `plan` for the core's: no driver, no stream but the number 7.
 
-    patch: pytest's monkeypatch. Returns what the machine says of itself, to be changed: `stream`, `capturing`, `major`,
-    `archs` of the build.
+    patch: pytest's monkeypatch. Returns what the machine says of itself, to be changed: `stream`, `major`, and
+    the build's `archs`.
     """
-    machine = SimpleNamespace(stream=7, capturing=False, major=9, archs="80-real 90a-real 90-virtual")
+    machine = SimpleNamespace(stream=7, major=9, archs="80-real 90a-real 90-virtual")
     require = native.require
     core = SimpleNamespace(SkinnyPlan=plan, build_info=lambda: {"cuda_archs": machine.archs})
     patch.setattr(native, "require", lambda name: core if name == "SkinnyPlan" else require(name))
     patch.setattr(native, "cuda_quantize_rows", qmath.quantize_activation)  # its own tests run it on the simulator
     patch.setattr(skinny, "_device_of", lambda x: x.get_device())
     patch.setattr(torch.cuda, "current_device", lambda: -1)
-    patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: machine.capturing)
     patch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: machine.stream, raising=False)
     properties = lambda device: SimpleNamespace(multi_processor_count=4, major=machine.major, minor=0)  # noqa: E731
     patch.setattr(torch.cuda, "get_device_properties", properties)

@@ -160,7 +160,7 @@ def test_two_graphs_at_once_and_calls_beside_them(kind):
 
 
 def test_8_threads_with_streams_of_their_own(kind):
-    """The first calls of all threads meet in the cache of plans and in that of counters."""
+    """The first calls of all threads meet in the cache of plans; each has counters of its own."""
     call, built = kind
     skinny._plan.cache_clear()
     skinny._counters.clear()
@@ -186,7 +186,7 @@ def test_8_threads_with_streams_of_their_own(kind):
 
 
 def test_8_threads_on_one_stream(kind):
-    """They share its counters, and the stream orders them."""
+    """The default one, whose counters they share: it orders them."""
     call, built = kind
     skinny._counters.clear()
     results, barrier = [], threading.Barrier(8)

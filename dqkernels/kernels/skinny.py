@@ -2,8 +2,8 @@
 
 A plan (sizes, options, how the work is cut up) is made once per kind of call and kept; a call then only allocates its
 outputs and hands over addresses, so that it can stand in a CUDA graph. Where K is split over blocks, a call also gets a
-workspace of its own from torch's allocator, which knows the stream, and counters that are zero: outside of a capture
-those of the stream, which the kernel leaves at zero; under capture fresh ones, so that two graphs never share them.
+workspace of its own from torch's allocator, which knows the stream, and counters that are zero: on the default stream
+those of the device, which the kernel leaves at zero; on any other, and so under capture, fresh ones.
 """
 
 from __future__ import annotations
@@ -28,9 +28,10 @@ ROWS = 64
 OVERLAP_CODE = 90
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
+_DEFAULT_STREAM = 0
 _HERE = contextlib.nullcontext()
 _local = threading.local()
-_counters: dict[tuple[torch.device, int], torch.Tensor] = {}
+_counters: dict[torch.device, torch.Tensor] = {}
 _lock = threading.Lock()
 
 
@@ -242,14 +243,18 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
 
 
 def _zeros(device: torch.device, stream: int, count: int) -> torch.Tensor:
-    """`count` bytes of zeros that nobody else counts in while this call runs."""
-    if torch.cuda.is_current_stream_capturing():
+    """`count` bytes of zeros that nobody else counts in while this call runs.
+
+    Only those of the default stream are kept, which cannot be captured: two graphs never share any. On another stream
+    what stays may lie in the pool of a graph to come: torch.compile(mode="reduce-overhead") warms up there and refuses.
+    """
+    if stream != _DEFAULT_STREAM:
         return torch.zeros(count, dtype=torch.uint8, device=device)
-    found = _counters.get((device, stream))
+    found = _counters.get(device)
     if found is None or found.numel() < count:
         # A larger one does not replace a smaller one under a kernel that still runs: the stream orders them.
         with _lock:
-            found = _counters[device, stream] = torch.zeros(max(count, 4096), dtype=torch.uint8, device=device)
+            found = _counters[device] = torch.zeros(max(count, 4096), dtype=torch.uint8, device=device)
     return found
 
 
