@@ -282,13 +282,15 @@ class QLinear(PackedModule):
 
 
 def _by_rows(found: list[tuple[int | None, str, str]]) -> str:
-    """`cuda to 32 rows, triton above (reason)` of (last number of rows, kernels, reason): the first reason and, where
-    they change before the end, that they were measured."""
+    """`cuda to 32 rows, triton above (reason)` of (last number of rows, kernels, reason): the first reason; where they
+    change before the end, that they were measured; where they never change, the reason above if it is another."""
     runs = [one for one, after in zip(found, [*found[1:], None], strict=True) if after is None or one[1] != after[1]]
     reason = found[0][2]
     if any(last not in (None, ops.FEW_ROWS) for last, *_ in runs):
         reason += ", measured"
     if len(runs) == 1:
+        if found[-1][2] != reason:
+            reason += f"; above {found[-2][0]} rows {found[-1][2]}"
         return f"{runs[0][1]} ({reason})"
     words = [f"{name} to {last}" for last, name, _ in runs[:-1]]
     words[0] += " rows"

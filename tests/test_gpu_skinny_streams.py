@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -134,6 +136,14 @@ def test_capture_as_the_very_first_call(kind):
             result.view(torch.uint8).fill_(0xA5)
         graph.replay()
         assert_expected(captured, built.expected)
+
+
+def test_capture_in_a_fresh_process():
+    """Here other tests have launched the kernels before. In a process of its own the driver loads each while it is
+    captured."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "as_the_very_first", __file__]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and f"{len(KINDS)} passed" in done.stdout, done.stdout[-3000:] + done.stderr[-1000:]
 
 
 def test_two_graphs_at_once_and_calls_beside_them(kind):
