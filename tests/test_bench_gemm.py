@@ -126,6 +126,8 @@ def test_a_goal_is_judged_by_the_worst_of_its_gemms_and_the_fastest_of_ours_ther
     assert line["where"] == "22016x4096 W2 cuda, worst of 2"
     rows_ += [ours(22016, 4096, 1, 2, speedup_ratio=7.0, median_us=1.5, backend="triton")]
     assert verdicts(rows_)[large]["found_ratio"] == 6.5 and verdicts(rows_)[large]["verdict"] == "met"
+    rows_ = [ours(8192, 8192, 1, 2, candidate="dqkernels W2 cuda overlapped")]
+    assert verdicts(rows_)[large]["where"] == "8192x8192 W2 cuda overlapped", "torch's call does not overlap"
 
 
 def test_goals_of_times_take_the_largest():

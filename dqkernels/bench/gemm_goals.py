@@ -88,7 +88,8 @@ def _verdict(goal: Goal, rows: Iterable[dict]) -> dict:
         return {**line, _key(goal, "found"): None, "verdict": "not measured", "where": None}
     figure, row = (min if goal.least else max)(about, key=lambda pair: pair[0])
     met = figure >= goal.limit if goal.least else figure <= goal.limit
-    place = f"{row['out_features']}x{row['in_features']} W{row['bits']} {row['backend']}"
+    how = f"{row['backend']} overlapped" if row.get("candidate", "").endswith(" overlapped") else row["backend"]
+    place = f"{row['out_features']}x{row['in_features']} W{row['bits']} {how}"
     return {
         **line,
         _key(goal, "found"): figure,

@@ -59,8 +59,7 @@ Status quantize_rows(const QuantizeRows& args);
 // that no call waits for the device.
 Status cuda_quantize_rows(const QuantizeRows& args, const float* act_scale, void* stream);
 
-// ---- the skinny GEMM: few tokens, packed weights
-// -----------------------------------------------------------
+// ---- the skinny GEMM: few tokens, packed weights ---------------------------------------------------------
 
 enum class Activation : int32_t { none = 0, relu = 1, gelu = 2 };
 

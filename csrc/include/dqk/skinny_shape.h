@@ -18,10 +18,10 @@ constexpr int32_t kTileRows = 16;      // weight rows of one mma
 constexpr int32_t kTileTokens = 8;     // tokens of one mma
 constexpr int32_t kSkinnyTokens = 64;  // of one slice of M: the z of the grid
 constexpr int32_t kUnitCodes = 256;    // what a slice of K is counted in
-constexpr int32_t kSlabStride =
-    20;  // int32 per token in the exchange of partial sums: 16 rows, no bank twice
-constexpr int32_t kSkinnyShared =
-    40960;  // bytes; with the static arrays under the 48 KiB that need no opt-in
+// int32 per token in the exchange of partial sums: 16 rows, no bank twice.
+constexpr int32_t kSlabStride = 20;
+// Bytes; with the static arrays under the 48 KiB that need no opt-in.
+constexpr int32_t kSkinnyShared = 40960;
 
 // Bytes that a lane takes of a row at once. All four lanes of a row must stay inside one group (and at 2 bits
 // 64 bytes are two blocks, so any group asks for 32).

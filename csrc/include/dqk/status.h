@@ -40,13 +40,14 @@ constexpr const char* sentence(Status status) {
         case Status::bad_bits:
             return "bits must be 2, 4 or 8";
         case Status::bad_dtype:
-            return "dtype code must be 0 (float32), 1 (float16) or 2 (bfloat16)";
+            return "dtype code must be 0 (float32), 1 (float16) or 2 (bfloat16); for codes and an int8 "
+                   "output of the skinny GEMM also 3";
         case Status::bad_mode:
             return "mode must be 0 (per_token), 1 (per_tensor) or 2 (static)";
         case Status::bad_size:
             return "rows must be >= 0, columns >= 1 and the row stride >= 0";
         case Status::size_overflow:
-            return "the product of the sizes does not fit in 63 bits";
+            return "the product of the sizes does not fit in 63 bits, or the rows not in one launch";
         case Status::k_too_large:
             return "K is so large that an int32 sum of int8 codes could overflow";
         case Status::bad_clip:
@@ -60,20 +61,17 @@ constexpr const char* sentence(Status status) {
             return "group_size must be 32, 64 or 128 at 2 and 4 bits, or 0 for none";
         case Status::bad_part:
             return "a launch takes 1 to 3 parts, each with n >= 1, weights on a 16-byte boundary, scales, an "
-                   "output "
-                   "and, with groups, multipliers";
+                   "output and, with groups, multipliers";
         case Status::bad_activation:
             return "activation code must be 0 (none), 1 (relu) or 2 (gelu)";
         case Status::bad_output:
             return "an int8 output needs its static scale, and a float one takes none";
         case Status::bad_prologue:
             return "a float input is quantized inside the GEMM for up to 16 rows only, and only a float "
-                   "input is "
-                   "normalized";
+                   "input is normalized";
         case Status::bad_plan:
             return "warps_n must be 1, 2, 4 or 8 and splits such that each has a part of K, with room for "
-                   "the "
-                   "activations in 40 KiB of shared memory";
+                   "the activations in 40 KiB of shared memory";
         case Status::no_workspace:
             return "a GEMM that is split over blocks needs its workspace and its counters";
         case Status::unknown_isa:
