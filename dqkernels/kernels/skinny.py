@@ -60,11 +60,11 @@ class Norm(NamedTuple):
 
 @contextlib.contextmanager
 def settled_weights() -> Iterator[None]:
-    """Promises that no kernel launched in this thread within the context writes packed weights.
+    """Promises that no kernel launched in this thread within the context, nor the last one before it on the stream,
+    writes packed weights.
 
-    On compute capability 9.0 and newer a GEMM then starts while the kernel before it ends and reads its weights
-    meanwhile (programmatic dependent launch). Without the promise it waits, since that kernel might be the one that
-    packs them.
+    Where `can_overlap`, a GEMM then starts while the kernel before it ends and reads its weights meanwhile
+    (programmatic dependent launch). Without the promise it waits, since that kernel might be the one that packs them.
     """
     before = getattr(_local, "settled", False)
     _local.settled = True
