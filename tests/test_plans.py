@@ -6,13 +6,15 @@ import itertools
 
 import pytest
 
+from dqkernels import backends, fused
 from dqkernels.kernels import native, plans, skinny
 
 FORMATS = ((8, 0), *((4, group) for group in (0, 32, 64, 128)), *((2, group) for group in (0, 32, 64, 128)))
 
 
 def test_rows_are_those_of_the_launcher():
-    assert plans.FLOAT_ROWS == skinny.PROLOGUE_ROWS and plans.ROWS[-1] == skinny.ROWS
+    assert plans.FLOAT_ROWS == skinny.PROLOGUE_ROWS == fused.PROLOGUE_ROWS
+    assert plans.ROWS[-1] == skinny.ROWS == backends.FEW_ROWS
     assert [plans.bucket(m) for m in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65)] == [1, 8, 8, 16, 16, 32, 32, 64, 64, None]
 
 
