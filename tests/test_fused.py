@@ -117,6 +117,19 @@ def test_one_kernel_is_taken_where_there_is_one(monkeypatch):
     assert norm[2] == 1e-3 and len(parts) == 2 and parts[1][4] == SIZES[1] and options["act_mode"] == "per_token"
 
 
+def test_mixed_parts_are_not_given_to_one_kernel(monkeypatch):
+    """Biases of two types, or one scale beside one per channel: the kernel reads one kind, so the facts say so."""
+    asked = []
+    monkeypatch.setattr(backends, "one_kernel", lambda *given, **facts: asked.append(facts["uniform"]))
+    args, _ = call(torch.randn(2, K), (None, None, 0.0), "W8", 3)
+    for place, part, other in ((7, 2, args[7][2].half()), (5, 0, args[5][0][:1])):
+        changed = list(args[place])
+        changed[part] = other
+        fused.qlinear_multi(*args[:place], changed, *args[place + 1 :])
+    fused.qlinear_multi(*args)
+    assert asked == [False, False, True]
+
+
 def test_the_cuda_kernel_says_what_it_takes():
     from dqkernels.backends import cuda
 

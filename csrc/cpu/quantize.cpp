@@ -58,6 +58,7 @@ RowFunctions scalar_row_functions(DType dtype) {
 Status check(const QuantizeRows& args) {
     int64_t count = 0;
     if (args.rows < 0 || args.k < 1 || args.row_stride < 0) return Status::bad_size;
+    if (args.dtype == DType::int8) return Status::bad_dtype;  // codes already; for the GEMM alone
     if (args.k > kMaxRowSumK) return Status::k_too_large;
     // Bytes, not elements: the last row starts row_stride * (rows - 1) elements in.
     if (!checked_mul(args.rows, args.k, &count) || !checked_mul(args.rows, args.row_stride, &count) ||

@@ -34,8 +34,6 @@ OPS = (
     "grad_weight",
     "qattention_backward",
 )
-#: What a backend may offer as one kernel, and is made of those elsewhere.
-FUSED = ("qlinear_multi",)
 #: Fastest exact path first, by device type.
 ORDER = {"cuda": ("cuda", "triton", "eager"), "cpu": ("cpu", "eager")}
 NAMES = ("eager", "triton", "cuda", "cpu")

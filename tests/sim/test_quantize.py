@@ -118,6 +118,7 @@ def test_refusals_come_before_any_memory_is_touched(program):
     nothing = [ABSENT] * 5
     run_cases(program, [
         Case("k = 0", "quantize", [1, 0, 0, 0, 0, 0.0, 0.0], nothing, [], 4),
+        Case("codes", "quantize", [1, 4, 4, 3, 0, 0.0, 0.0], nothing, [], 2),
         Case("negative clip", "quantize", [1, 4, 4, 0, 0, -1.0, 0.0], nothing, [], 7),
         Case("static without a scale", "quantize", [1, 4, 4, 0, 2, 0.0, 0.0], nothing, [], 8),
         Case("no rows", "quantize", [0, 4, 4, 0, 1, 0.0, 0.0], nothing, []),
