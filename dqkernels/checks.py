@@ -139,6 +139,33 @@ def check_passed(passed: torch.Tensor | None, m: int, k: int) -> None:
         )
 
 
+def check_step(step: torch.Tensor, weight: torch.Tensor) -> None:
+    rows = weight.shape[0]
+    if weight.dim() != 2 or step.dtype != torch.float32 or step.dim() != 1 or step.numel() not in (1, rows):
+        raise ValueError(
+            f"step must be float32 [{rows}], one per row of weight, or [1], got {step.dtype} {list(step.shape)} for "
+            f"weight {list(weight.shape)}"
+        )
+
+
+def check_master(
+    weight: torch.Tensor, log_step: torch.Tensor | None, weight_scale: torch.Tensor, group_size: int
+) -> None:
+    """The float weight and the learned steps that packed codes were made of."""
+    check_float("weight", weight)
+    if weight.dim() != 2:
+        raise ValueError(f"weight must be the master matrix [N, K] of the codes, got shape {list(weight.shape)}")
+    if log_step is None:
+        return
+    if group_size != -1:
+        raise ValueError(f"log_step needs group_size=-1, got {group_size}: learned steps are per row or per matrix")
+    if log_step.dtype != torch.float32 or log_step.shape != weight_scale.shape:
+        raise ValueError(
+            f"log_step must be float32 {list(weight_scale.shape)}, as weight_scale, got {log_step.dtype} "
+            f"{list(log_step.shape)}"
+        )
+
+
 def check_position(position: torch.Tensor | None, out_shape: tuple) -> None:
     if position is not None:
         check_broadcast("position", position, out_shape)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -86,7 +86,16 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
             return model
         reasons = sorted({d.reason for d in decisions}) or ["it has no nn.Linear and no token embedding"]
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")
-    packed = _pack_all(decisions, config)
+    return install(model, config, decisions, _pack_all(decisions, config))
+
+
+def install(
+    model: nn.Module, config: DQConfig, decisions: list[Decision], packed: Mapping[str, PackedModule]
+) -> nn.Module:
+    """Swaps the packed modules in, by full name, and leaves on `model` what reports and files need to know.
+
+    The last step of `quantize_`, and of `train.export`, which packs by another way.
+    """
     # report() counts a table once, also where one reader was packed and another left in float.
     model.dqkernels_float_copies = {**reporting.float_copies(model), **_float_copies(decisions)}
     for name, module in packed.items():

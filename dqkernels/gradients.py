@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import backends, checks, reference
+from dqkernels import autocast, backends, checks, reference
 
 _LIB = torch.library.Library("dqkernels", "FRAGMENT")
 _WHERE = 'str backend="auto", bool strict=False'
@@ -183,6 +183,7 @@ def _no_second_order(name: str):
 
 for _name in SCHEMAS:
     torch.library.register_autograd(f"dqkernels::{_name}", _no_second_order(_name), lib=_LIB)
+autocast.shield(_LIB, SCHEMAS)
 
 #: grad float [..., N] of the pre-activation, packed weights, `passed` uint8 [M, ceil(K / 8)] (bit k % 8 of byte k // 8
 #: is 1 where the clip let x through) or None -> grad_x [..., in_features].

@@ -1,15 +1,14 @@
 """The table of contents: every op, its shapes, its refusals. No arithmetic lives here.
 
-Each op is `torch.ops.dqkernels.<name>`; the Python functions below are the same call with keywords. `backend` is
-`auto` or a forced one, `strict` refuses a slow path (see `dqkernels.backends`). Ops are functional: no input is
-changed, no output shares storage with an input.
+Each op is `torch.ops.dqkernels.<name>`; the functions below are the same call. `backend` is `auto` or a forced one,
+`strict` refuses a slow path (see `dqkernels.backends`). Ops are functional: no input changes or shares storage.
 """
 
 from __future__ import annotations
 
 import torch
 
-from dqkernels import backends, checks, gradients, packing
+from dqkernels import autocast, backends, checks, gradients, packing
 from dqkernels.config import LayerConfig
 
 _LIB = torch.library.Library("dqkernels", "DEF")
@@ -484,6 +483,7 @@ def _(
 
 
 gradients.register(_LIB, SCHEMAS)
+autocast.shield(_LIB, SCHEMAS)
 
 
 # ------------------------------------------------------------------------------------------- the Python spelling

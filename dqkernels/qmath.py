@@ -157,6 +157,55 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
     return QuantizedWeight(codes, _level_scale(step, layer))
 
 
+def quantize_weight_by_step(
+    weight: torch.Tensor, step: torch.Tensor, bits: int, quantizer: str, clip: float | None = None
+) -> QuantizedWeight:
+    """Quantizes a float matrix by steps that were learned (LSQ, Esser et al. 2020) rather than found.
+
+    `q = round_half_even(clamp(w * (1 / s), -L, L))` for 4 and 8 bits, `q = clamp(floor(w * (1 / s)), -2, 1)` for
+    four_level, `q = sign(w) where |w| > s / 2` for ternary. Means are not taken, so nothing has an order.
+
+    Args:
+        weight: float [N, K], any float dtype.
+        step: fp32 [N] or [1], the distance of two levels. Below 2^-100 / 127, or NaN: codes 0, and scale 0 or NaN.
+        bits, quantizer: as in `LayerConfig`; `absmax` and `mse` name the same levels here.
+        clip: clamp the weights to [-clip, clip] first, or None.
+
+    Returns:
+        Codes and scale ([N] or [1]) as of `quantize_weight`. A row with a NaN or Inf has codes 0 and scale NaN (with
+        one step for the matrix: the whole matrix).
+
+    Raises:
+        ValueError: if K could overflow the int32 sum (K > 131,071), or the matrix is empty in K.
+    """
+    n, _ = weight_shape(weight)
+    weight, step = weight.detach().float(), step.detach().float()
+    low, high = torch.aminmax(weight, dim=1)  # a NaN comes through
+    finite = torch.isfinite(low) & torch.isfinite(high)
+    if step.numel() == 1 and n:
+        finite = finite.all().reshape(1)
+    finite = finite & torch.isfinite(step)
+    step = torch.where(finite, step, 0.0)
+    live = step >= ZERO_AMAX / ACT_MAX
+    step = torch.where(live, step, 0.0)
+    scale = torch.where(finite, step * 0.5 if quantizer == "four_level" else step, float("nan"))
+    # From here on in place, for this runs at every training step.
+    if clip is not None:
+        weight = weight.clamp(-clip, clip)
+    if quantizer == "ternary":
+        threshold = torch.where(live, step * 0.5, float("inf")).unsqueeze(1)
+        return QuantizedWeight((weight > threshold).char() - (weight < -threshold).char(), scale)
+    inv = torch.where(live, divide(1.0, torch.where(live, step, 1.0)), 0.0)
+    codes = weight * inv.unsqueeze(1)
+    if quantizer == "four_level":
+        codes.floor_().clamp_(-2, 1)
+    else:
+        largest = quant_max(bits, quantizer)
+        codes.clamp_(-largest, largest).round_()
+    # A NaN is an Inf times the 0 of a row that is not finite.
+    return QuantizedWeight(codes.nan_to_num_(0.0).to(torch.int8), scale)
+
+
 def weight_shape(weight: torch.Tensor) -> tuple[int, int]:
     """[N, K] of a matrix that can be quantized; the refusals of `quantize_weight`."""
     if weight.dim() != 2:

@@ -78,7 +78,7 @@ def accumulate(
             return acc
         if row_sum is None:
             row_sum = q.sum(dim=1, dtype=torch.int32)
-        return 2 * acc + row_sum.unsqueeze(1)
+        return acc.mul_(2).add_(row_sum.unsqueeze(1))
     acc = q.new_zeros(q.shape[0], codes.shape[0], dtype=torch.int32)
     for group, start in enumerate(range(0, codes.shape[1], group_size)):
         stop = start + group_size
@@ -97,14 +97,13 @@ def epilogue(
     out_dtype: torch.dtype,
 ) -> torch.Tensor:
     """int32 [M, N] to floats, each step rounded on its own, in the one order that all backends share."""
-    t = acc.float()
-    t = t * act_scale.unsqueeze(1)
-    t = t * weight_scale.reshape(1, -1)
+    t = acc.float()  # in place from here on: large activations cost more in memory than in arithmetic
+    t.mul_(act_scale.unsqueeze(1)).mul_(weight_scale.reshape(1, -1))
     if bias is not None:
-        t = t + bias.float()
+        t.add_(bias.float())
     t = activate(t, activation)
     if residual is not None:
-        t = t + residual.float()
+        t.add_(residual.float())
     return t.to(out_dtype)
 
 
@@ -145,14 +144,14 @@ def qgemm(
     sums = None if row_sum is None or row_sum.numel() != rows.shape[0] else row_sum.reshape(-1)
     added = None if residual is None else residual.reshape(-1, out_features)
     packing.check_packed(qweight, out_features, k, bits)
-    out = torch.empty(rows.shape[0], out_features, dtype=out_dtype, device=q.device)
+    out = q.new_empty(0, out_features, dtype=out_dtype)
     step = max(packing.BLOCK_N, _UNPACK_BYTES // k // packing.BLOCK_N * packing.BLOCK_N)
     for first in range(0, out_features, step):
         last = min(first + step, out_features)
         codes = packing.unpack(qweight[first : packing.padded_n(last)], last - first, k, bits)
         mult = None if group_mult is None else group_mult[first:last]
         acc = accumulate(rows, sums, codes, mult, four_level, group_size)
-        out[:, first:last] = epilogue(
+        part = epilogue(
             acc,
             scale,
             weight_scale[first:last] if weight_scale.numel() > 1 else weight_scale,
@@ -161,6 +160,12 @@ def qgemm(
             activation,
             out_dtype,
         )
+        if last - first == out_features:  # one part, which is all: no copy
+            out = part
+            break
+        if first == 0:
+            out = part.new_empty(rows.shape[0], out_features)
+        out[:, first:last] = part
     return out.reshape(*q.shape[:-1], out_features)
 
 
@@ -215,7 +220,7 @@ def grad_input(
 
 def grad_weight(grad: torch.Tensor, q: torch.Tensor, act_scale: torch.Tensor, out_dtype: torch.dtype) -> torch.Tensor:
     """Straight-through `grad_w = g^T . x^` [N, K] of grad [M, N] and the forward's int8 q [M, K], in fp32."""
-    return (grad.float().t() @ (q.float() * act_scale.unsqueeze(1))).to(out_dtype)
+    return (grad.float().t() @ q.float().mul_(act_scale.unsqueeze(1))).to(out_dtype)
 
 
 def qembedding(

@@ -99,6 +99,30 @@ def weight_equals_the_oracle(device):
 
 
 @check
+def weight_by_step_grid(device):
+    """Learned steps: every rule, a step per row and one for all, clip, float types, dead rows, rows that are not finite."""
+    from dqkernels.backends import eager
+    from dqkernels.backends import triton as backend
+
+    g = torch.Generator().manual_seed(25)
+    rules = (2, "ternary"), (2, "four_level"), (4, "absmax"), (4, "mse"), (8, "absmax")
+    for i, (shape, (bits, quantizer)) in enumerate(itertools.product(((1, 1), (5, 127), (17, 129), (2, 2049)), rules)):
+        w = uneven(shape, g)
+        steps = (w.abs().mean(dim=1) * torch.rand(shape[0], generator=g)).clamp(min=1e-3)
+        if shape[0] > 2:
+            steps[0], w[1, 3], w[2, 0], steps[3] = 0.0, float("nan"), float("inf"), float("nan")
+            w[4, :3] = torch.tensor([0.5, 1.0, -1.5]) * steps[4]  # on the borders of levels
+        w = w.to(DTYPES[i % 3])
+        for step in (steps, steps[-1:]):
+            clip = (None, 0.7)[i // 3 % 2]
+            got = backend.quantize_weight_by_step(w.to(device), step.to(device), bits, quantizer, clip)
+            want = eager.quantize_weight_by_step(w, step, bits, quantizer, clip)
+            for name, mine, theirs in zip(("qweight", "scale"), got, want, strict=True):
+                assert_same(mine, theirs, f"W{bits} {quantizer} {list(step.shape)} {clip} {w.dtype} {shape}: {name}")
+    assert want[0].any()
+
+
+@check
 def weight_long_rows(device):
     """Rows of several blocks: sums are carried from block to block, and the tail of the last one counts nothing."""
     g = torch.Generator().manual_seed(23)

@@ -40,3 +40,11 @@ def dequantize_weight(qweight, weight_scale, group_mult, *, bits, four_level, gr
     """Codes unpacked by the core, floats by `qmath`: fp32 [out_features, in_features]."""
     codes = native.unpack(qweight, out_features, in_features, bits)
     return qmath.dequantize_codes(codes, weight_scale, group_mult, four_level, group_size)
+
+
+def quantize_weight_by_step(
+    weight: torch.Tensor, step: torch.Tensor, bits: int, quantizer: str, clip: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes by `qmath`, packed by the core."""
+    quantized = qmath.quantize_weight_by_step(weight, step, bits, quantizer, clip)
+    return native.pack(quantized.codes, bits), quantized.scale

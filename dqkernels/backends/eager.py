@@ -34,3 +34,11 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Ten
     """Float [N, K] -> packed codes, scale fp32 [N] or [1], group multipliers uint8 [N, G] or None."""
     quantized = qmath.quantize_weight(weight, layer)
     return packing.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult
+
+
+def quantize_weight_by_step(
+    weight: torch.Tensor, step: torch.Tensor, bits: int, quantizer: str, clip: float | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float [N, K] by given steps [N] or [1] -> packed codes, scale."""
+    quantized = qmath.quantize_weight_by_step(weight, step, bits, quantizer, clip)
+    return packing.pack(quantized.codes, bits), quantized.scale

@@ -1,0 +1,253 @@
+"""Quantization-aware training of a model, and the way from it to a packed one: `prepare_qat`, `export`, `load_trained`.
+
+    student = make_student(teacher, decoder_layers=3)
+    prepare_qat(student, DQConfig(weight_bits=2, embedding_bits=2), learned_scale=True)
+    ...                                                   # any training loop; plain checkpoints
+    export(student, "bart-2-2-8")                         # what dqkernels.load reads
+
+A model that is prepared runs the kernels of the packed one, forward, and straight through them, backward. In eval mode
+and in the dtype of the export its logits are those of the packed model, bit for bit.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from dqkernels import convert, serialize
+from dqkernels.checks import FLOAT_DTYPES
+from dqkernels.config import DQConfig
+from dqkernels.nn import PackedModule
+from dqkernels.train.modules import QATEmbedding, QATLinear, QATModule
+
+#: Where a model's config.json says how it was being trained. Not `quantization_config`: the weights are floats.
+CONFIG_KEY = "dqkernels_qat"
+
+
+def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale: bool = False) -> nn.Module:
+    """Makes every `nn.Linear` and token embedding of `model` train through its packed form, in place.
+
+    The choice of layers, bits and rules is that of `quantize_(model, config)`. Tied weights stay tied and are quantized
+    once; master weights become float32 and stay it. What stays in float, and why, is in `model.dqkernels_skipped`.
+
+    Args:
+        model: a float model on any device but meta.
+        config: default `DQConfig()` (4-bit linears, 8-bit embeddings and head).
+        learned_scale: learn the distance of two levels (LSQ, Esser et al. 2020), from that of the fixed rule on. Then
+            `weight_quantizer` says which levels there are.
+
+    Returns:
+        `model` itself, in the mode (train or eval) that it was in.
+
+    Raises:
+        ValueError: if there is nothing to quantize, the model is packed or prepared already, a weight is not finite or
+            on the meta device, or `config` asks for static activations (they are measured after training:
+            `dqkernels.calibrate`) or for learned steps with groups.
+    """
+    config = DQConfig() if config is None else config
+    if not isinstance(config, DQConfig):
+        raise ValueError(f"config must be a DQConfig, got {type(config).__name__}")
+    if isinstance(model, nn.Linear | nn.Embedding):
+        raise ValueError("model is a single layer, which has no parent to swap it in: use QATLinear.from_linear")
+    if any(isinstance(module, PackedModule) for module in model.modules()):
+        raise ValueError("model is packed and cannot be trained: prepare the float model")
+    if is_prepared(model):
+        raise ValueError("model is prepared already: prepare_qat takes a float model, once")
+    entries = [{"act_granularity": config.act_granularity}, *config.overrides.values()]
+    if any(entry.get("act_granularity") == "static" for entry in entries):
+        raise ValueError(
+            "act_granularity must be 'per_token' or 'per_tensor' while training, got 'static': train, export, then "
+            "quantize with static scales measured by dqkernels.calibrate"
+        )
+    decisions = convert.plan(model, config)
+    if all(decision.layer is None for decision in decisions):
+        reasons = sorted({d.reason for d in decisions}) or ["it has no nn.Linear and no token embedding"]
+        raise ValueError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")
+    made: dict[str, QATModule] = {}
+    of_module: dict[int, QATModule] = {}
+    for decision in (d for d in decisions if d.layer is not None):
+        if decision.module.weight.is_meta:
+            raise ValueError(f"{decision.name}: weight is on the meta device and has no values: load the weights first")
+        new = of_module.get(id(decision.module))
+        if new is None:
+            owner = None if decision.tied_to is None else made[decision.tied_to]
+            try:
+                new = _twin(decision, owner, learned_scale)
+            except ValueError as error:
+                raise ValueError(f"{decision.name}: {error}") from error
+            new.backend, new.strict = config.backend, config.strict
+            of_module[id(decision.module)] = new
+        made[decision.name] = new
+    for name, module in made.items():
+        convert.set_submodule(model, name, module)
+    model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
+    model.dqkernels_qat = config
+    if getattr(model, "config", None) is not None:
+        setattr(model.config, CONFIG_KEY, {**config.to_dict(), "learned_scale": bool(learned_scale)})
+    return model
+
+
+def is_prepared(model: nn.Module) -> bool:
+    """Whether `prepare_qat` was here."""
+    return any(isinstance(module, QATModule) for module in model.modules())
+
+
+def packed_copy(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Module:
+    """The packed model of a prepared one, as a model of its own; `export` without the folder.
+
+    Args:
+        model: after `prepare_qat`; it is not changed.
+        dtype: of all that is not packed: float32, float16 or bfloat16.
+
+    Raises:
+        ValueError: if `model` was not prepared, or its weights are not finite.
+    """
+    if not is_prepared(model):
+        raise ValueError("model has no quantized layer to export: prepare_qat(model, config) comes before training")
+    if dtype not in FLOAT_DTYPES:
+        raise ValueError(f"dtype must be float32, float16 or bfloat16, got {dtype}")
+    config = model.dqkernels_qat
+    for name, module in model.named_modules():
+        if isinstance(module, QATModule) and not bool(torch.isfinite(module.packed()[1]).all()):
+            raise ValueError(f"{name}: weight has NaN or Inf values: the training diverged")
+    new = copy.deepcopy(model)
+    trained = {n: m for n, m in new.named_modules(remove_duplicate=False) if isinstance(m, QATModule)}
+    floats: dict[int, nn.Module] = {}
+    for name, module in trained.items():
+        convert.set_submodule(new, name, floats.setdefault(id(module), module.to_float()))
+    decisions = convert.plan(new, config)
+    chosen = {d.name: d for d in decisions if d.layer is not None}
+    if set(chosen) != set(trained):
+        raise ValueError(f"modules changed since prepare_qat: {', '.join(sorted(set(chosen) ^ set(trained)))}")
+    packed: dict[str, PackedModule] = {}
+    done: dict[int, PackedModule] = {}
+    for name, decision in chosen.items():
+        module = trained[name]
+        if id(module) not in done:
+            shared = None if decision.tied_to is None else packed[decision.tied_to]
+            done[id(module)] = module.to_packed(dtype, shared)
+        packed[name] = done[id(module)]
+    del new.dqkernels_qat
+    if getattr(new, "config", None) is not None and hasattr(new.config, CONFIG_KEY):
+        delattr(new.config, CONFIG_KEY)
+    # Loading leaves alone what no file holds (rotary frequencies), which a cast would round.
+    apart = [(m, name) for m in new.modules() for name in m._non_persistent_buffers_set if m._buffers[name] is not None]
+    wide = [module._buffers[name] for module, name in apart]
+    new.to(dtype)
+    for (module, name), buffer in zip(apart, wide, strict=True):
+        module._buffers[name] = buffer
+    convert.install(new, config, decisions, packed)
+    kept = new._get_dtype_plan(dtype) if hasattr(new, "_get_dtype_plan") else {}
+    for name, module in new.named_modules():  # as loading does: T5 keeps `wo` in float32 beside float16
+        wide = next((kept[pattern] for pattern in kept if re.search(pattern, name)), None)
+        if wide is not None and isinstance(module, PackedModule):
+            module.to(wide)
+    return new.eval().requires_grad_(False)
+
+
+def export(
+    model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None, dtype: torch.dtype = torch.bfloat16
+) -> nn.Module:
+    """Packs a trained model and writes it as `dqkernels.load` and `from_pretrained` read it.
+
+    The codes are those of the training's own forward pass: `model.eval().to(dtype)` and the packed model give equal
+    logits, bit for bit, on one backend.
+
+    Args:
+        model: a Hugging Face model after `prepare_qat`; it is not changed.
+        folder: where to; appears whole or not at all (`serialize.save`).
+        tokenizer: saved beside it.
+        dtype: of all that is not packed.
+
+    Returns:
+        The packed model.
+
+    Raises:
+        ValueError: as `packed_copy` and `serialize.save`.
+    """
+    packed = packed_copy(model, dtype)
+    serialize.save(packed, folder, tokenizer=tokenizer)
+    return packed
+
+
+def load_trained(folder: str | os.PathLike, device=None) -> nn.Module:
+    """The model of a training checkpoint: as it was trained, ready for `export` or more training.
+
+    Args:
+        folder: a checkpoint (or any folder written by `save_pretrained`) of a prepared or a float model.
+        device: where to; default: the CPU.
+
+    Returns:
+        The model in float32 and eval mode, prepared as its config.json says.
+
+    Raises:
+        ValueError: if the folder is none, holds a packed model, names no model class, or lacks or has tensors that
+            such a model does not.
+    """
+    import transformers
+
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise ValueError(f"folder must hold a trained model, {os.fspath(folder)!r} has no config.json")
+    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    if "quantization_config" in stored:
+        raise ValueError(f"{os.fspath(folder)!r} is packed already: read it with dqkernels.load")
+    names = stored.get("architectures") or [None]
+    model_class = getattr(transformers, str(names[0]), None)
+    if not (isinstance(model_class, type) and issubclass(model_class, transformers.PreTrainedModel)):
+        raise ValueError(f"architectures in config.json must name a model class of transformers, got {names[0]!r}")
+    verbosity = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # learned steps are unknown to it; what is missing is refused below
+    try:
+        model, info = model_class.from_pretrained(
+            folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+    learned = {name for name in info["unexpected_keys"] if name.endswith(".weight_log_step")}
+    wrong = [*info["missing_keys"], *(set(info["unexpected_keys"]) - learned), *info["mismatched_keys"]]
+    if wrong:
+        raise ValueError(f"{os.fspath(folder)!r}: missing, unknown or of another shape: {', '.join(map(str, wrong))}")
+    qat = stored.get(CONFIG_KEY)
+    if qat is not None:
+        prepare_qat(model, *read_qat(qat))
+        wanted = {n: p for n, p in model.named_parameters() if n.endswith(".weight_log_step")}
+        if set(wanted) != learned:
+            difference = ", ".join(sorted(set(wanted) ^ learned))
+            raise ValueError(f"{os.fspath(folder)!r}: learned steps missing or without a module: {difference}")
+        for file in sorted(folder.glob("*.safetensors")) if wanted else ():
+            with safe_open(file, framework="pt") as tensors, torch.no_grad():
+                for name in learned & set(tensors.keys()):
+                    wanted[name].copy_(tensors.get_tensor(name))
+    return (model if device is None else model.to(device)).eval()
+
+
+def read_qat(stored: Mapping[str, Any]) -> tuple[DQConfig, bool]:
+    """`(config, learned_scale)` of what `prepare_qat` left in config.json.
+
+    Raises:
+        ValueError: for an unknown key or value, as `DQConfig.from_dict`.
+    """
+    stored = dict(stored)
+    learned = stored.pop("learned_scale", False)
+    if not isinstance(learned, bool):
+        raise ValueError(f"{CONFIG_KEY}.learned_scale must be true or false, got {learned!r}")
+    return DQConfig.from_dict(stored), learned
+
+
+def _twin(decision: convert.Decision, owner: QATModule | None, learned_scale: bool) -> QATModule:
+    if isinstance(decision.module, nn.Embedding):
+        return QATEmbedding.from_embedding(decision.module, decision.layer, owner, learned_scale)
+    # An owner's steps are the table's; what a tied layer does to its own input is its own.
+    layer = decision.layer if owner is None else dataclasses.replace(decision.layer)
+    return QATLinear.from_linear(decision.module, layer, owner, learned_scale)
