@@ -99,6 +99,18 @@ def print_json(result: Any) -> None:
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
+def show_log() -> None:
+    """Lines of the library's logger on stderr, for verbs that work for long."""
+    import logging
+
+    logger = logging.getLogger("dqkernels")
+    if not logger.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("dqkernels: %(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+
+
 def quiet_transformers() -> None:
     """Turns off the loading bars of transformers; its warnings stay."""
     from transformers.utils import logging

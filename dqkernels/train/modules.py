@@ -176,7 +176,7 @@ class QATLinear(QATModule, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.dtype == torch.float32 != self.compute_dtype:
-            # T5 casts to `wo.weight.dtype`, the master's; the packed layer's is the model's, and the cast loses nothing.
+            # T5 casts to `wo.weight.dtype`: the master's here, the model's when packed. Casting back loses nothing.
             input = input.to(self.compute_dtype)
         layer, out_dtype = self.layer, autocast.output_dtype(input)
         packed, form = self.packed(), self._format()

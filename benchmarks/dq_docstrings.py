@@ -1,0 +1,362 @@
+"""The paper's experiment on data that every machine has: distil and quantize the demo's teacher, and score it.
+
+Sources are docstring bodies, targets their first sentences (dqkernels.data.docstrings); the teacher is the shipped
+demo model. Each row is a recipe, each run a seed of it. A run writes one JSON into `--runs`, and what is there is not
+run again, so that the table grows over several calls; rows that were not reached are listed as `not run`. At the end
+(and with --collect alone) all runs become `benchmarks/results/dq_docstrings.json`.
+
+    python benchmarks/dq_docstrings.py --list
+    python benchmarks/dq_docstrings.py --minutes 60
+    python benchmarks/dq_docstrings.py --only dq-2,dq-paper-2 --seeds 0
+    python benchmarks/dq_docstrings.py --collect
+
+Training and test pairs come from the standard library, torch, transformers and what dqkernels requires. The test pairs
+are a draw, by hash, of those that neither the teacher nor any student has seen.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+HERE = Path(__file__).resolve().parent
+RUNS = HERE / "results" / "dq_docstrings"
+RESULT = HERE / "results" / "dq_docstrings.json"
+TEST_PAIRS, TEST_DRAW = 640, 1
+SOURCE_TOKENS, TARGET_TOKENS = 96, 48
+VERSION = 1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One line of the table.
+
+    Attributes:
+        name: of the row and of its files.
+        shows: what a reader learns from it.
+        preset: a recipe of dqkernels.train.presets; `float`: no training, the model as it is.
+        bits: of weights and embeddings; 16: float.
+        layers: encoder and decoder layers kept; the teacher has 3 and 2.
+        seeds: how many of 0, 1, 2 are run.
+        rules: changes of DQConfig.
+        kd: changes of the preset's KDConfig.
+        learned_scale, learning_rate: other than the preset's.
+        data: `gold`, `teacher`, or stages of them: `teacher,gold`.
+        steps: other than --steps.
+    """
+
+    name: str
+    shows: str
+    preset: str
+    bits: int
+    layers: tuple[int, int] = (3, 2)
+    seeds: int = 1
+    rules: dict[str, Any] = field(default_factory=dict)
+    kd: dict[str, Any] = field(default_factory=dict)
+    learned_scale: bool | None = None
+    learning_rate: float | None = None
+    data: str = "gold"
+
+
+# Headline rows first: a call that runs out of time has run the most telling ones.
+ROWS = (
+    Row("teacher", "the shipped float model", "float", 16),
+    Row("ptq-8", "rounding alone", "float", 8),
+    Row("ptq-4", "rounding alone", "float", 4),
+    Row("ptq-2", "rounding alone", "float", 2),
+    Row("dq-paper-2", "the paper's rules and losses", "dq-bart", 2, seeds=3),
+    Row("dq-2", "our recipe at the same bytes", "dq-bart-plus", 2, seeds=3),
+    Row("quant-only-2", "our rules, task loss alone", "quant-only", 2, seeds=3),
+    Row("dq-8", "our recipe", "dq-bart-plus", 8, seeds=3),
+    Row("dq-4", "our recipe", "dq-bart-plus", 4, seeds=3),
+    Row("dq-2 3-1", "our recipe, one decoder layer", "dq-bart-plus", 2, (3, 1), seeds=3),
+    Row("distill-only 3-1", "float student of one decoder layer", "distill-only", 16, (3, 1), seeds=3),
+    Row("quant-only-8", "our rules, task loss alone", "quant-only", 8),
+    Row("quant-only-4", "our rules, task loss alone", "quant-only", 4),
+    Row("dq-paper-8", "the paper's rules and losses", "dq-bart", 8),
+    Row("dq-paper-2 lr", "the paper's at our learning rate", "dq-bart", 2, learning_rate=3e-4),
+    Row("dq-2 lr 1e-4", "learning rate", "dq-bart-plus", 2, learning_rate=1e-4),
+    Row("dq-2 lr 1e-3", "learning rate", "dq-bart-plus", 2, learning_rate=1e-3),
+    Row("dq-2 fixed", "four_level found anew at every step, not learned", "dq-bart-plus", 2, learned_scale=False),
+    Row("dq-2 ternary", "ternary per channel instead of four levels", "dq-bart-plus", 2,
+        rules={"weight_quantizer": "ternary"}, learned_scale=False),
+    Row("dq-2 mse", "MSE of logits instead of KL", "dq-bart-plus", 2, kd={"logits_loss": "mse"}),
+    Row("dq-2 logits", "no hidden and attention terms", "dq-bart-plus", 2, kd={"hidden": 0.0, "attention": 0.0}),
+    Row("dq-8 3-1", "our recipe, one decoder layer", "dq-bart-plus", 8, (3, 1)),
+    Row("dq-4 3-1", "our recipe, one decoder layer", "dq-bart-plus", 4, (3, 1)),
+    Row("dq-2 1-1", "our recipe, one layer each", "dq-bart-plus", 2, (1, 1)),
+    Row("dq-2 seq-kd", "the teacher's texts instead of gold", "dq-bart-plus", 2, data="teacher"),
+    Row("dq-2 seq-kd, gold", "the teacher's texts first (QuillBot)", "dq-bart-plus", 2, data="teacher,gold"),
+    Row("dq-2 gold, seq-kd", "the reverse", "dq-bart-plus", 2, data="gold,teacher"),
+)  # fmt: skip
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--list", action="store_true", help="show rows and runs, and which are done")
+    add("--collect", action="store_true", help="only write the result file from the runs that are there")
+    add("--only", default="", help="names of rows, comma-separated (default: all, headline rows first)")
+    add("--seeds", default="", help="seeds, comma-separated (default: as many as each row has)")
+    add("--minutes", type=float, default=math.inf, help="start no run after so many minutes")
+    add("--steps", type=int, default=600, help="optimizer steps of a run (default 600)")
+    add("--batch", type=int, default=32, help="pairs per step (default 32)")
+    add("--runs", default=str(RUNS), help="folder of one JSON per run")
+    add("--out", default=str(RESULT), help="file of all runs")
+    add("--keep", default=None, metavar="DIR", help="also keep the packed model of every run there")
+    add("--threads", type=int, default=2)
+    add("--test_pairs", type=int, default=TEST_PAIRS)
+    return parser.parse_args()
+
+
+# ------------------------------------------------------------------------------------------------------- runs
+
+
+class Evidence:
+    """What all runs share: the teacher, its tokenizer, the pairs, and the teacher's own texts once they are needed."""
+
+    def __init__(self, args):
+        import torch
+
+        from dqkernels.bench import demo
+
+        self.args = args
+        torch.set_num_threads(args.threads)
+        self.folder = demo.teacher_folder()
+        self.test, self.draw = demo.draw_pairs(self.folder, args.test_pairs, TEST_DRAW)
+
+    def teacher(self):
+        from transformers import AutoModelForSeq2SeqLM
+
+        return AutoModelForSeq2SeqLM.from_pretrained(self.folder, dtype="float32").eval()
+
+    @property
+    def tokenizer(self):
+        from transformers import AutoTokenizer
+
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def rows(self, kind: str):
+        """Tokenized training pairs: `gold`, or the teacher's texts for the same sources."""
+        from datasets import Dataset
+
+        from dqkernels.data import docstrings, prepare
+
+        cache = Path(tempfile.gettempdir()) / f"dq_docstrings_pairs_{os.getuid()}.json"
+        if not cache.is_file():
+            mined = docstrings.mine(split="train", packages=docstrings.packages_of())
+            cache.write_text(json.dumps([[pair.body, pair.head] for pair in mined]))
+        pairs = json.loads(cache.read_text())
+        if kind == "teacher":
+            pairs = [[body, text] for (body, _), text in zip(pairs, self.teacher_texts(pairs), strict=True)]
+        columns = {"source": [body for body, _ in pairs], "target": [head for _, head in pairs]}
+        limits = {"max_source_length": SOURCE_TOKENS, "max_target_length": TARGET_TOKENS}
+        return prepare.prepare(Dataset.from_dict(columns), self.tokenizer, **limits)[0]
+
+    def teacher_texts(self, pairs) -> list[str]:
+        """Greedy texts of the teacher, as QuillBot's recipe takes them; made once, resumable."""
+        from dqkernels.train.distill_data import distill
+
+        out = Path(tempfile.gettempdir()) / f"dq_docstrings_teacher_{os.getuid()}.jsonl"
+        if not out.is_file():
+            model = self.teacher()
+            options = {"num_beams": 1, "max_new_tokens": 40, "no_repeat_ngram_size": 3}
+            distill(model, self.tokenizer, [body for body, _ in pairs], out, batch_size=64, **options)
+        return [json.loads(line)["target"] for line in out.read_text().splitlines()]
+
+    def score(self, model) -> dict[str, float]:
+        """ROUGE of the test draw, decoded as the teacher's generation_config says."""
+        from dqkernels.metrics.rouge import rouge
+        from dqkernels.text import generate_texts
+
+        texts = generate_texts(model, self.tokenizer, [p.body for p in self.test], batch_size=64, warn_cut=False)
+        found = rouge(texts, [p.head for p in self.test])
+        words = sum(len(text.split()) for text in texts) / len(texts)
+        return {name: round(value, 3) for name, value in found.items()} | {"words": round(words, 2)}
+
+
+def train(evidence: Evidence, row: Row, seed: int, folder: Path):
+    """Trains one student; returns (packed or float model, bytes of its weight file, facts)."""
+    import dataclasses
+
+    import torch
+    from transformers import Seq2SeqTrainingArguments, set_seed
+
+    import dqkernels
+    from dqkernels.data import prepare
+    from dqkernels.train import PRESETS, DistillationTrainer, export, make_student, prepare_qat
+
+    args = evidence.args
+    teacher = evidence.teacher()
+    if row.preset == "float":
+        if row.bits < 16:
+            teacher = dqkernels.quantize_(
+                teacher.half(), dqkernels.DQConfig(weight_bits=row.bits, embedding_bits=row.bits)
+            )
+        else:
+            teacher = teacher.half()
+        teacher.save_pretrained(folder)
+        return teacher.float(), {}
+    preset = PRESETS[row.preset]
+    set_seed(seed)
+    student = make_student(teacher, *row.layers)
+    learned = False
+    if preset.quantize is not None:
+        config = dataclasses.replace(preset.quantize(row.bits, row.bits), **row.rules)
+        learned = preset.learned_scale if row.learned_scale is None else row.learned_scale
+        prepare_qat(student, config, learned)
+    kd = dataclasses.replace(preset.kd, **row.kd)
+    rate = row.learning_rate or preset.arguments["learning_rate"]
+    kinds = row.data.split(",")
+    facts: dict[str, Any] = {"kd": str(kd), "learning_rate": rate, "learned_scale": learned, "losses": []}
+    started = time.monotonic()
+    for number, kind in enumerate(kinds):
+        settings = {name: value for name, value in preset.arguments.items() if name != "num_train_epochs"}
+        settings |= {
+            "learning_rate": rate,
+            "max_steps": args.steps // len(kinds),
+            "per_device_train_batch_size": args.batch,
+            "gradient_accumulation_steps": 1,
+            "seed": seed,
+            "use_cpu": not torch.cuda.is_available(),
+            "save_strategy": "no",
+            "logging_steps": 25,
+            "report_to": "none",
+            "disable_tqdm": True,
+            "train_sampling_strategy": "group_by_length",
+        }
+        trainer = DistillationTrainer(
+            model=student,
+            teacher=teacher if kd.needs_teacher else None,
+            kd=kd,
+            args=Seq2SeqTrainingArguments(output_dir=str(folder / f"stage-{number}"), **settings),
+            train_dataset=evidence.rows(kind),
+            data_collator=prepare.collator(evidence.tokenizer, model=student, pad_to_multiple_of=8),
+            processing_class=evidence.tokenizer,
+        )
+        trainer.train()
+        facts["losses"] += [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
+    facts["train_seconds"] = round(time.monotonic() - started, 1)
+    student.eval()
+    if preset.quantize is not None:
+        export(student, folder / "model", dtype=torch.float16)
+        model = dqkernels.load(folder / "model", dtype="float32")
+        facts["quantization"] = model.config.quantization_config.to_dict()
+        return model, facts
+    student.half().save_pretrained(folder / "model")
+    return student.float(), facts
+
+
+def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
+    """One run as it stands in the result file."""
+    from dqkernels.bench import record
+
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        model, facts = train(evidence, row, seed, folder)
+        files = [*folder.glob("*.safetensors"), *folder.glob("model/*.safetensors")]
+        size = sum(path.stat().st_size for path in files)
+        if evidence.args.keep and (folder / "model").is_dir():
+            import shutil
+
+            shutil.copytree(folder / "model", Path(evidence.args.keep) / f"{slug(row)}-s{seed}", dirs_exist_ok=True)
+    started = time.monotonic()
+    scores = evidence.score(model)
+    trained = row.preset != "float"
+    return {
+        "schema_version": VERSION,
+        "row": row.name,
+        "recipe": {key: value for key, value in asdict(row).items() if key not in ("name", "seeds", "shows")},
+        "weight_bits": row.bits,
+        "embedding_bits": row.bits,
+        "encoder_layers": row.layers[0],
+        "decoder_layers": row.layers[1],
+        "seed": seed,
+        **scores,
+        "bytes": size,
+        "steps": evidence.args.steps if trained else 0,
+        "batch": evidence.args.batch if trained else 0,
+        "score_seconds": round(time.monotonic() - started, 1),
+        "test": evidence.draw,
+        **facts,
+        "machine": record.environment(),
+    }
+
+
+def slug(row: Row) -> str:
+    return "".join(c if c.isalnum() or c == "-" else "_" for c in row.name)
+
+
+def wanted(args) -> list[tuple[Row, int]]:
+    """The runs asked for: seed 0 of every row first within headline rows and others."""
+    names = [name.strip() for name in args.only.split(",") if name.strip()]
+    if unknown := set(names) - {row.name for row in ROWS}:
+        raise SystemExit(f"no such row: {sorted(unknown)[0]!r}; --list shows them")
+    rows = [row for row in ROWS if not names or row.name in names]
+    seeds = [int(seed) for seed in args.seeds.split(",") if seed.strip()]
+    most = max(row.seeds for row in rows)
+    order = seeds or range(most)
+    return [(row, seed) for seed in order for row in rows if seeds or seed < row.seeds]
+
+
+def collect(args) -> dict[str, Any]:
+    """All runs in the order of ROWS, and what was not run."""
+    folder = Path(args.runs)
+    runs, missing = [], []
+    for row in ROWS:
+        for seed in range(row.seeds):
+            path = folder / f"{slug(row)}-s{seed}.json"
+            if path.is_file():
+                runs.append({**json.loads(path.read_text()), "shows": row.shows})
+            else:
+                missing.append({"row": row.name, "seed": seed, "status": "not run"})
+    return {"schema_version": VERSION, "runs": runs, "not_run": missing}
+
+
+def main() -> int:
+    args = parse()
+    folder = Path(args.runs)
+    folder.mkdir(parents=True, exist_ok=True)
+    todo = wanted(args)
+    if args.list:
+        for row, seed in todo:
+            done = (folder / f"{slug(row)}-s{seed}.json").is_file()
+            print(f"{'done' if done else 'not run':8} {row.name:20} seed {seed}  {row.shows}")
+        return 0
+    from dqkernels.serialize import atomic_write
+
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    started = time.monotonic()
+    evidence = None
+    for row, seed in todo if not args.collect else ():
+        path = folder / f"{slug(row)}-s{seed}.json"
+        if path.is_file():
+            continue
+        if time.monotonic() - started > 60 * args.minutes:
+            print(f"time is up: {row.name} seed {seed} and what follows is not run", flush=True)
+            break
+        evidence = evidence or Evidence(args)
+        begun = time.monotonic()
+        found = run(evidence, row, seed)
+        atomic_write(path, (json.dumps(found, indent=1) + "\n").encode())
+        took = time.monotonic() - begun
+        print(
+            f"{row.name:20} seed {seed}  rougeL {found['rougeL']:.2f}  {found['bytes']} bytes  {took:.0f} s", flush=True
+        )
+    atomic_write(Path(args.out), (json.dumps(collect(args), indent=1) + "\n").encode())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

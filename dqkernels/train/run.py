@@ -1,0 +1,270 @@
+"""One training run from its flags to a folder that `dqkernels export` reads; what `dqkernels train` does.
+
+Order of things: all that can be refused is refused before the first model is loaded for long; a stage that is finished
+leaves a marker, a step that is done a checkpoint, so that a killed run goes on with --resume_from_checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from dqkernels import serialize
+from dqkernels.data import mixing, prepare, sources
+from dqkernels.metrics import seq2seq
+from dqkernels.train import arguments as flags
+from dqkernels.train import checkpoints, qat, stages, student
+from dqkernels.train.arguments import Arguments, ArgumentsError
+from dqkernels.train.trainer import DistillationTrainer
+
+logger = logging.getLogger("dqkernels")
+
+#: Written last into the folder of a finished stage.
+STAGE_FILE = "stage.json"
+RESULTS_FILE = "all_results.json"
+PREDICTIONS_FILE = "predictions.jsonl"
+
+
+def run(arguments: Arguments) -> dict[str, Any]:
+    """Trains, evaluates and saves as the flags say.
+
+    Returns:
+        What all_results.json holds: figures of the last evaluation and of the test, steps, and the settings.
+
+    Raises:
+        ValueError: for flags, data or models that do not go together, in words.
+    """
+    import transformers
+
+    args = arguments.training
+    output = Path(args.output_dir)
+    plan = _stages(arguments)
+    resume = _resume(args, output, plan)
+    # What would be refused later is refused now: the loss and the bits of every stage.
+    config, learned = arguments.config(), arguments.learned_scale()
+    for stage in plan:
+        stage.arguments.kd()
+    transformers.set_seed(args.seed)
+    teacher, tokenizer = _open(arguments.model.model_name_or_path, arguments.model.teacher_dtype)
+    setup = _set_up(arguments, teacher, tokenizer)
+    data = _pairs(arguments, plan, tokenizer, setup)
+    model = _student(arguments, teacher)
+    _set_up(arguments, model, tokenizer)
+    if config is not None:
+        qat.prepare_qat(model, config, learned)
+    needs_teacher = any(stage.arguments.kd().needs_teacher for stage in plan)
+    results: dict[str, Any] = {}
+    trainer = None
+    for number, stage in enumerate(plan, 1):
+        folder = output if arguments.data.stages is None else output / f"stage-{number}-{stage.name}"
+        if (folder / STAGE_FILE).is_file() and resume:
+            logger.info("stage %s is finished already: %s", stage.name, folder)
+            _take_weights(model, folder)
+            continue
+        stage_args = stage.arguments.training
+        stage_args.output_dir = str(folder)
+        trainer = _trainer(stage, model, teacher if needs_teacher else None, tokenizer, data, data["train"][number - 1])
+        trainer.train(resume_from_checkpoint=(resume if resume and _has_checkpoint(folder) else None))
+        trainer.save_model(str(folder))
+        if trainer.is_world_process_zero():
+            marker = {"stage": stage.name, "steps": trainer.state.global_step}
+            serialize.atomic_write(folder / STAGE_FILE, json.dumps(marker).encode())
+    if trainer is None:  # everything was finished; the figures below are still asked for
+        trainer = _trainer(plan[-1], model, teacher if needs_teacher else None, tokenizer, data, data["train"][-1])
+    results |= {"steps": trainer.state.global_step}
+    if data["validation"] is not None:
+        results |= trainer.evaluate(metric_key_prefix="eval")
+    if args.do_predict:
+        results |= _predict(trainer, tokenizer, data, output)
+    settings = {
+        "model": arguments.model.model_name_or_path,
+        "preset": arguments.quantization.preset,
+        "quantization": None if config is None else {**config.to_dict(), "learned_scale": learned},
+        "kd": [str(stage.arguments.kd()) for stage in plan],
+        "layers": getattr(model.config, "dqkernels_student", None),
+        "seed": args.seed,
+    }
+    results = {**results, "settings": settings}
+    if trainer.is_world_process_zero():
+        if arguments.data.stages is not None:
+            trainer.save_model(str(output))
+        tokenizer.save_pretrained(output)
+        serialize.atomic_write(output / RESULTS_FILE, (json.dumps(results, indent=1) + "\n").encode())
+    return results
+
+
+def _stages(arguments: Arguments) -> list[stages.Stage]:
+    if arguments.data.stages is not None:
+        return stages.read(arguments.data.stages, arguments)
+    data = arguments.data
+    if data.dataset_name is None and data.train_file is None:
+        raise ArgumentsError("no data: give --dataset_name, or --train_file, or --stages")
+    return [stages.Stage("train", (stages.source_of(data),), arguments)]
+
+
+def _resume(args, output: Path, plan) -> str | bool | None:
+    """What --resume_from_checkpoint says; refuses to write over a run that was not asked to go on."""
+    found = args.resume_from_checkpoint
+    if isinstance(found, str) and found.lower() in ("true", "false"):
+        found = found.lower() == "true"
+    if found:
+        return found
+    started = [output, *output.glob("stage-*")] if output.is_dir() else []
+    if any((folder / STAGE_FILE).is_file() or _has_checkpoint(folder) for folder in started):
+        raise ArgumentsError(
+            f"--output_dir {output} holds a run already: give --resume_from_checkpoint true to go on with it, or "
+            "another folder"
+        )
+    return None
+
+
+def _has_checkpoint(folder: Path) -> bool:
+    return folder.is_dir() and checkpoints.newest(folder)[0] is not None
+
+
+def _open(name: str, dtype: str = "float32"):
+    from dqkernels import text
+
+    model, tokenizer = text.open_model(name, dtype=dtype, device="cpu")
+    if getattr(model.config, "quantization_config", None) is not None:
+        raise ArgumentsError(f"{name!r} is quantized: training starts from a float model")
+    return model, tokenizer
+
+
+def _set_up(arguments: Arguments, model, tokenizer):
+    data = arguments.data
+    return prepare.set_up(
+        model,
+        tokenizer,
+        task=data.task,
+        source_prefix=data.source_prefix,
+        source_lang=data.source_lang,
+        target_lang=data.target_lang,
+    )
+
+
+def _student(arguments: Arguments, teacher):
+    chosen = arguments.model
+    depth = [flags.layers(name, getattr(chosen, name)) for name in ("student_encoder_layers", "student_decoder_layers")]
+    if chosen.student_model_name_or_path is not None:
+        if any(depth):
+            raise ArgumentsError(
+                "--student_model_name_or_path has its own layers: leave out --student_encoder_layers and "
+                "--student_decoder_layers"
+            )
+        model, _ = _open(chosen.student_model_name_or_path)
+    else:
+        model = student.make_student(teacher, *depth, keep=chosen.student_keep).float()
+    return student.freeze_(model, encoder=chosen.freeze_encoder, embeddings=chosen.freeze_embeddings)
+
+
+def _pairs(arguments: Arguments, plan, tokenizer, setup) -> dict[str, Any]:
+    """Tokenized pairs: `train` a list with one set per stage, `validation` and `test` one each, or None."""
+    data, args = arguments.data, arguments.training
+    tokens = {
+        "source_prefix": setup.source_prefix,
+        "max_source_length": data.max_source_length,
+        "max_target_length": data.max_target_length,
+        "num_proc": data.preprocessing_num_workers,
+    }
+
+    def tokenized(pairs, name: str):
+        rows, lengths = prepare.prepare(pairs, tokenizer, **tokens)
+        for line in str(lengths).splitlines():
+            logger.info("%s: %s", name, line)
+        return rows
+
+    found: dict[str, Any] = {"train": []}
+    for stage in plan:
+        parts = []
+        for source in stage.sources:
+            pairs = sources.load_pairs(**source.arguments, splits=("train",), shuffle_seed=args.seed)["train"]
+            parts.append((pairs, source.weight))
+        mixed = parts[0][0] if len(parts) == 1 else mixing.mix(parts, args.seed)
+        found["train"].append(tokenized(mixed, f"stage {stage.name}"))
+    wanted = {"validation": str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") or args.do_eval}
+    wanted["test"] = args.do_predict
+    common = {
+        key: getattr(data, key)
+        for key in ("dataset_name", "dataset_config_name", "text_column", "summary_column", "source_lang",
+                    "target_lang", "held_out_from", "max_eval_samples", "max_predict_samples")
+    }  # fmt: skip
+    for split, need in wanted.items():
+        found[split] = None
+        file = getattr(data, f"{split}_file")
+        if not need:
+            continue
+        if data.dataset_name is None and file is None:
+            raise ArgumentsError(f"no {split} data: give --{split}_file")
+        origin = dict(common)
+        if file is not None:
+            origin |= {"dataset_name": None, "dataset_config_name": None, f"{split}_file": file, "held_out_from": None}
+        pairs = sources.load_pairs(**origin, splits=(split,), shuffle_seed=args.seed)[split]
+        found[split] = tokenized(pairs, split)
+        found[f"{split}_pairs"] = pairs
+    return found
+
+
+def _trainer(stage, model, teacher, tokenizer, data: dict[str, Any], train_rows) -> DistillationTrainer:
+    arguments, args = stage.arguments, stage.arguments.training
+    args.generation_max_length = arguments.data.val_max_target_length or arguments.data.max_target_length
+    args.generation_num_beams = arguments.data.num_beams
+    args.remove_unused_columns = True
+    kind = "bleu" if arguments.data.task == "translation" or arguments.data.source_lang else "rouge"
+    return DistillationTrainer(
+        model=model,
+        teacher=teacher,
+        kd=arguments.kd(),
+        args=args,
+        train_dataset=train_rows,
+        eval_dataset=data["validation"],
+        data_collator=prepare.collator(tokenizer, model=model, pad_to_multiple_of=arguments.data.pad_to_multiple_of),
+        processing_class=tokenizer,
+        compute_metrics=seq2seq.compute_metrics_for(tokenizer, kind) if args.predict_with_generate else None,
+        callbacks=_early_stop(arguments.data.early_stopping_patience),
+    )
+
+
+def _early_stop(patience: int | None) -> list:
+    if patience is None:
+        return []
+    if patience < 1:
+        raise ArgumentsError(f"--early_stopping_patience must be at least 1, got {patience}")
+    from transformers import EarlyStoppingCallback
+
+    return [EarlyStoppingCallback(early_stopping_patience=patience)]
+
+
+def _predict(trainer, tokenizer, data: dict[str, Any], output: Path) -> dict[str, Any]:
+    found = trainer.predict(data["test"], metric_key_prefix="predict")
+    if trainer.is_world_process_zero() and trainer.args.predict_with_generate:
+        import numpy as np
+
+        ids = np.where(found.predictions < 0, tokenizer.pad_token_id, found.predictions)
+        texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
+        lines = [json.dumps({"prediction": text.strip()}, ensure_ascii=False) + "\n" for text in texts]
+        output.mkdir(parents=True, exist_ok=True)
+        serialize.atomic_write(output / PREDICTIONS_FILE, "".join(lines).encode())
+    return dict(found.metrics)
+
+
+def _take_weights(model, folder: Path) -> None:
+    """The weights of a finished stage."""
+    done = qat.load_trained(folder)
+    missing = model.load_state_dict(done.state_dict(), strict=True)
+    assert not missing.missing_keys
+
+
+def describe(arguments: Arguments) -> list[str]:
+    """What a run will do, in lines for people."""
+    config = arguments.config()
+    bits = "float" if config is None else f"{config.name} (weights-embeddings-activations)"
+    return [
+        f"preset    {arguments.quantization.preset}",
+        f"teacher   {arguments.model.model_name_or_path}",
+        f"student   {bits}, layers "
+        f"{arguments.model.student_encoder_layers or 'all'}-{arguments.model.student_decoder_layers or 'all'}",
+        f"loss      {arguments.kd()}",
+    ]
