@@ -434,7 +434,7 @@ def _target_tokens(batch: Mapping[str, Tensor]) -> Tensor:
 
 
 def _positions(batch: Mapping[str, Tensor], kd: KDConfig) -> tuple[Tensor | None, Tensor]:
-    """Masks of what counts in every term but the task: source [B, S], None if no term asks for it, and target [B, T]."""
+    """Masks of what counts in every term but the task: source [B, S] (None if no term asks), target [B, T]."""
     target = _target_tokens(batch)
     source = None
     if kd.hidden or kd.attention or kd.encoder_last_hidden:

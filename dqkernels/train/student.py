@@ -363,6 +363,10 @@ def _set_depths(student, depths: dict[str, int]) -> None:
     for each in (config, *(stack.config for stack in _stacks(student).values())):
         each.num_layers = depths["decoder"] if each.is_decoder else depths["encoder"]
         each.num_decoder_layers = depths["decoder"]
+    if depths["decoder"] != depths["encoder"]:
+        # `generate` sizes its caches by num_layers, which is the encoder's, unless it finds this name: with a deeper
+        # decoder than encoder plain T5 ends in an IndexError there (transformers 5.17 to 5.23).
+        config.decoder_layers = depths["decoder"]
 
 
 def _drop_hooks(student: nn.Module) -> None:
