@@ -83,15 +83,20 @@ class ResumableTrainer(Seq2SeqTrainer):
             training.
     """
 
-    def __init__(self, *args, resume_changes: str = "refuse", **kwargs):
+    def __init__(self, model=None, args=None, *, resume_changes: str = "refuse", **kwargs):
         gone = [name for name in HOOKS if not callable(getattr(Seq2SeqTrainer, name, None))]
         if gone:
             raise RuntimeError(f"this release of transformers has no Trainer.{', Trainer.'.join(gone)}")
         if resume_changes not in ("refuse", "warn"):
             raise ValueError(f"resume_changes must be 'refuse' or 'warn', got {resume_changes!r}")
         self.resume_changes = resume_changes
-        super().__init__(*args, **kwargs)
-        self._refuse_pickles()
+        if args is not None and args.push_to_hub:
+            raise ValueError(
+                "push_to_hub=True writes training_args.bin, a pickle, at every checkpoint: call trainer.push_to_hub() "
+                "after training"
+            )
+        super().__init__(model=model, args=args, **kwargs)
+        self._refuse_sharding()
 
     def extra_state(self) -> dict[str, Any]:
         """What a subclass wants in the checkpoint beside the optimizer (see `checkpoints.pack`); all processes call."""
@@ -275,12 +280,7 @@ class ResumableTrainer(Seq2SeqTrainer):
             checkpoints.save_arguments(folder / checkpoints.ARGUMENTS_FILE, self._arguments())
         logger.info("saved %s", output_dir)
 
-    def _refuse_pickles(self) -> None:
-        if self.args.push_to_hub:
-            raise ValueError(
-                "push_to_hub=True writes training_args.bin, a pickle, at every checkpoint: call trainer.push_to_hub() "
-                "after training"
-            )
+    def _refuse_sharding(self) -> None:
         parallel = getattr(self.accelerator, "parallelism_config", None)
         kinds = {
             "DeepSpeed": self.is_deepspeed_enabled,
