@@ -215,7 +215,7 @@ def atomic_write(path: str | os.PathLike, data: bytes) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    _sync_folder(path.parent)
+    sync_folder(path.parent)
 
 
 def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> Path:
@@ -262,8 +262,8 @@ def save(model: nn.Module, folder: str | os.PathLike, tokenizer: Any = None) -> 
         ratio = reporting.teacher_bytes(model) / max(written, 1)
         write_model_card(fresh, written_as.quantization, ratio, written_as.config.get("architectures"))
         for path in (p for p in fresh.rglob("*") if p.is_file() and not p.is_symlink()):
-            _sync(path)
-        _put_in_place(fresh, target)
+            sync_file(path)
+        put_in_place(fresh, target)
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
     return target
@@ -338,7 +338,11 @@ def _keep_other_files(old: Path, fresh: Path) -> None:
             shutil.copy2(path, fresh / path.name, follow_symlinks=False)
 
 
-def _put_in_place(fresh: Path, target: Path) -> None:
+def put_in_place(fresh: Path, target: Path) -> None:
+    """Gives the finished folder `fresh` the name `target` by one rename, or one exchange with an older `target`.
+
+    After an exchange the older content is left under the name `fresh`, for the caller to remove.
+    """
     if not os.path.lexists(target):
         os.rename(fresh, target)
     elif not _exchange(fresh, target):
@@ -347,7 +351,7 @@ def _put_in_place(fresh: Path, target: Path) -> None:
         os.rename(target, aside)
         os.rename(fresh, target)
         shutil.rmtree(aside, ignore_errors=True)
-    _sync_folder(target.parent)
+    sync_folder(target.parent)
 
 
 def _exchange(a: Path, b: Path) -> bool:
@@ -360,12 +364,14 @@ def _exchange(a: Path, b: Path) -> bool:
     return renameat2(here, os.fsencode(a), here, os.fsencode(b), _RENAME_EXCHANGE) == 0
 
 
-def _sync(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Returns when the bytes of a file are on the disk."""
     with open(path, "rb") as file:
         os.fsync(file.fileno())
 
 
-def _sync_folder(path: Path) -> None:
+def sync_folder(path: Path) -> None:
+    """Returns when the names in a folder are on the disk."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:  # a system that cannot open folders has nothing to flush here
