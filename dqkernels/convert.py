@@ -86,7 +86,7 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     if all(decision.layer is None for decision in decisions):
         if present:
             if config.attention == "int8":
-                logger.warning("nor does attention='int8'")
+                logger.warning("its attention stays too: attention='int8' is for the float model")
             return model
         reasons = sorted({d.reason for d in decisions}) or ["it has no nn.Linear and no token embedding"]
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")

@@ -180,7 +180,8 @@ def int8_attention(
     Args:
         module: an attention module that `enable` prepared.
         query: [batch, heads, queries, head_dim]; key, value: [batch, heads, keys, head_dim].
-        attention_mask: bool [batch, 1 or heads, queries, keys], True where visible; or float, added to the scores.
+        attention_mask: bool [batch, 1 or heads, queries, keys], True where visible; or float, added to the
+            scores, which hides keys where it is -inf or the lowest number of its type.
         dropout: 0.
         scaling: of the scores; None: 1/sqrt(head_dim).
         is_causal: None: the module's. Counts, as in transformers' sdpa function, only for several queries without a
@@ -212,7 +213,8 @@ def int8_attention(
         position_bias = None if position_bias is None else position_bias[..., :queries]
     if attention_mask is not None and attention_mask.is_floating_point():
         position_bias = attention_mask if position_bias is None else position_bias + attention_mask
-        attention_mask = None
+        # The lowest number of its type is how such a mask says hidden; merely unlikely keys would still share vs_max.
+        attention_mask = attention_mask > torch.finfo(attention_mask.dtype).min
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     how = {"mode": options.mode, "clip": options.clip, "backend": options.backend, "strict": options.strict}
     try:

@@ -1,0 +1,502 @@
+"""Int8 attention inside models of transformers: what it computes, where, and what stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import subprocess
+import sys
+
+import pytest
+import torch
+import transformers
+from compare import assert_same_bits
+from tiny_models import logits, make
+from torch import nn
+
+import dqkernels
+from dqkernels import DQConfig, ops
+from dqkernels.cli import main
+from dqkernels.models import attention
+
+INT8 = DQConfig(attention="int8")
+FIVE = ("bart", "mbart", "marian", "pegasus", "t5")
+KIN = {
+    "mt5": ("MT5ForConditionalGeneration", "t5"),
+    "m2m_100": ("M2M100ForConditionalGeneration", "bart"),
+    "plbart": ("PLBartForConditionalGeneration", "bart"),
+    "blenderbot": ("BlenderbotForConditionalGeneration", "bart"),
+    "blenderbot_small": ("BlenderbotSmallForConditionalGeneration", "bart"),
+}
+IDS = torch.tensor([[5, 6, 7, 8, 9, 2], [11, 12, 13, 2, 1, 1]])
+PADDED = {"attention_mask": (IDS != 1).long(), "decoder_attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2])}
+
+
+def peaked(family: str) -> nn.Module:
+    """A tiny model whose attention looks somewhere: as initialised, all its shares are nearly alike."""
+    if family in KIN:
+        name, like = KIN[family]
+        config = getattr(transformers, name.replace("ForConditionalGeneration", "Config"))
+        known = {k: v for k, v in make(like).config.to_dict().items() if k not in ("model_type", "architectures")}
+        known["decoder_layers" if like == "bart" else "num_decoder_layers"] = 1
+        torch.manual_seed(0)
+        model = getattr(transformers, name)(config(**known)).eval()
+    else:
+        model = make(family)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("relative_attention_bias.weight"):
+                parameter.mul_(10)
+            elif name.rpartition(".weight")[0].endswith((".q_proj", ".k_proj", ".v_proj", ".out_proj")):
+                parameter.mul_(12)
+    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 0
+    return model
+
+
+def run(model: nn.Module, padded: bool = True, **kwargs):
+    return model(input_ids=IDS, decoder_input_ids=IDS[:, :5], **(PADDED if padded else {}), **kwargs)
+
+
+# ------------------------------------------------------------------------------------------ what it computes
+
+
+def calls_of(model: nn.Module, padded: bool) -> dict[str, tuple]:
+    """name -> (module, hidden, key_value_states or None, output) of one forward pass."""
+    found = {}
+
+    def record(name):
+        def hook(module, args, kwargs, output):
+            hidden = args[0] if args else kwargs["hidden_states"]
+            states = kwargs.get("key_value_states", args[1] if len(args) > 1 else None)
+            found[name] = module, hidden, states, output[0]
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(record(name), with_kwargs=True)
+        for name, module in model.named_modules()
+        if hasattr(module, attention._OPTIONS)
+    ]
+    with torch.no_grad():
+        run(model, padded)
+    for handle in handles:
+        handle.remove()
+    return found
+
+
+def by_hand(module, hidden, states, visible, bias, scale):
+    """Query by query over the keys it sees and no others: no mask, no causal flag, no batch."""
+    names = ("q", "k", "v", "o") if hasattr(module, "q") else ("q_proj", "k_proj", "v_proj", "out_proj")
+    to_q, to_k, to_v, to_out = (getattr(module, name) for name in names)
+    heads = bias.shape[0] if bias is not None else getattr(module, "num_heads", None) or module.n_heads
+    states = hidden if states is None else states
+    q, k, v = ((f(x).unflatten(-1, (heads, -1))) for f, x in ((to_q, hidden), (to_k, states), (to_v, states)))
+    out = torch.zeros_like(q)
+    for b, i, h in ((b, i, h) for b in range(q.shape[0]) for i in range(q.shape[1]) for h in range(heads)):
+        seen = visible[b, i]
+        one = [q[b, i, h].view(1, 1, 1, -1), *(x[b, seen, h][None, None] for x in (k, v))]
+        own = None if bias is None else bias[h, i, seen].view(1, 1, 1, -1)
+        out[b, i, h] = ops.qattention(*one, None, own, False, scale).flatten()
+    return to_out(out.flatten(2))
+
+
+@pytest.mark.parametrize("padded", [True, False], ids=["padded", "full"])
+@pytest.mark.parametrize("family", [*FIVE, *KIN])
+@torch.no_grad()
+def test_every_attention_is_the_op_over_the_keys_it_sees(family, padded):
+    model = peaked(family)
+    names = attention.enable(model, DQConfig())
+    calls = calls_of(model, padded)
+    assert sorted(calls) == sorted(names) and len(names) >= 4
+    source = PADDED["attention_mask"].bool() if padded else torch.ones(2, 6, dtype=torch.bool)
+    target = PADDED["decoder_attention_mask"].bool() if padded else torch.ones(2, 5, dtype=torch.bool)
+    causal = torch.ones(5, 5, dtype=torch.bool).tril()
+    is_t5 = "t5" in family
+    for name, (module, hidden, states, output) in calls.items():
+        encoder, cross = "encoder.block" in name or "encoder.layers" in name, states is not None
+        visible = source[:, None].expand(2, hidden.shape[1], 6) if encoder or cross else causal & target[:, None]
+        bias = None
+        if is_t5 and not cross:
+            stack = model.encoder if encoder else model.decoder
+            bias = stack.block[0].layer[0].SelfAttention.compute_bias(*visible.shape[1:])[0]
+        wanted = by_hand(module, hidden, states, visible, bias, 1.0 if is_t5 else (40 // 2) ** -0.5)
+        assert_same_bits(output, wanted)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+@torch.no_grad()
+def test_batch_mates_and_padding_change_no_bit(family):
+    model = dqkernels.quantize_(peaked(family), INT8)
+    both = run(model).logits
+    for i, (length, target) in enumerate([(6, 5), (4, 3)]):
+        alone = model(input_ids=IDS[i : i + 1, :length], decoder_input_ids=IDS[i : i + 1, :target]).logits
+        assert_same_bits(both[i, :target], alone[0])
+
+
+@torch.no_grad()
+def test_mode_clip_and_overrides_reach_the_op():
+    model = peaked("bart")
+    overrides = {r"layers\.1\.": {"act_clip": 0.25}, "decoder": {"act_granularity": "per_token", "skip": True}}
+    config = DQConfig(act_granularity="per_tensor", act_clip=0.5, overrides=overrides)
+    attention.enable(model, config)
+    found = calls_of(model, padded=True)
+    for layer, clip in ((0, 0.5), (1, 0.25)):
+        module, hidden, _, output = found[f"model.encoder.layers.{layer}.self_attn"]
+        q, k, v = (
+            f(hidden).unflatten(-1, (2, 20)).transpose(1, 2) for f in (module.q_proj, module.k_proj, module.v_proj)
+        )
+        mask = PADDED["attention_mask"].bool()[:, None, None]
+        wanted = ops.qattention(q, k, v, mask, None, False, 20**-0.5, "per_tensor", clip)
+        assert_same_bits(output, module.out_proj(wanted.transpose(1, 2).flatten(2)))
+    modes = {m.dqkernels_attention.name: m.dqkernels_attention.mode for m, _ in attention._enabled(model)}
+    assert {modes["model.decoder.layers.0.self_attn"], modes["model.decoder.layers.0.encoder_attn"]} == {"per_token"}
+
+
+@torch.no_grad()
+def test_a_float_mask_is_added_to_the_scores():
+    model = peaked("bart")
+    attention.enable(model, DQConfig())
+    visible = PADDED["attention_mask"].bool()[:, None, None].expand(2, 1, 6, 6)
+    encoder = model.get_encoder()
+    added = torch.zeros(2, 1, 6, 6).masked_fill(~visible, torch.finfo(torch.float32).min)
+    wanted = encoder(input_ids=IDS, attention_mask=visible).last_hidden_state
+    assert_same_bits(encoder(input_ids=IDS, attention_mask=added).last_hidden_state, wanted)
+    assert not torch.equal(encoder(input_ids=IDS).last_hidden_state, wanted)
+
+
+# --------------------------------------------------------------------------------------------------- generate
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_generate_gives_the_same_tokens_with_every_cache(family, beams):
+    model = dqkernels.quantize_(peaked(family), INT8)
+    how = {"attention_mask": PADDED["attention_mask"], "num_beams": beams, "max_new_tokens": 8, "min_new_tokens": 8}
+    how["no_repeat_ngram_size"] = 1  # a random model would say one word again and again
+    plain = model.generate(IDS, use_cache=False, **how)
+    assert plain.shape == (2, 9) and len(set(plain.flatten().tolist())) > 9
+    assert torch.equal(model.generate(IDS, **how), plain)
+    assert torch.equal(model.generate(IDS, cache_implementation="static", **how), plain)
+
+
+# ----------------------------------------------------------------------------------------------- save and load
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_a_loaded_model_gives_the_bits_of_the_saved_one(family, tmp_path):
+    model = dqkernels.quantize_(peaked(family), INT8)
+    wanted = logits(model)
+    model.save_pretrained(tmp_path)
+    assert_same_bits(logits(type(model).from_pretrained(tmp_path)), wanted)
+    attention.disable(model)
+    assert not torch.equal(logits(model), wanted)
+
+
+def test_from_pretrained_quantizes_alike_and_load_takes_a_backend(tmp_path):
+    source = peaked("bart")
+    source.save_pretrained(tmp_path / "float")
+    model = dqkernels.quantize_(source, INT8)
+    wanted = logits(model)
+    direct = type(model).from_pretrained(tmp_path / "float", quantization_config=INT8)
+    assert_same_bits(logits(direct), wanted)
+    direct.save_pretrained(tmp_path / "packed")
+    loaded = dqkernels.load(tmp_path / "packed", backend="eager")
+    assert {o.backend for _, o in attention._enabled(loaded)} == {"eager"}
+    assert_same_bits(logits(loaded), wanted)
+    restored = loaded.dequantize()
+    assert restored.config._attn_implementation == "sdpa" and not list(attention._enabled(restored))
+
+
+def test_a_model_is_not_saved_under_a_config_that_says_otherwise(tmp_path):
+    model = dqkernels.quantize_(peaked("bart"), INT8)
+    model.set_attn_implementation("sdpa")
+    model.save_pretrained(tmp_path)  # of this process only: the folder is an int8 model's
+    assert dqkernels.report(dqkernels.load(tmp_path)).attention.startswith("int8 per_token on ")
+    attention.enable(model, DQConfig(act_clip=2.0))
+    with pytest.raises(ValueError, match=r"its attention is int8 with .*'per_token', 2.0.* says attention='int8' with"):
+        model.save_pretrained(tmp_path)
+    attention.disable(model)
+    with pytest.raises(ValueError, match="its attention is in float, but its DQConfig says attention='int8'"):
+        model.save_pretrained(tmp_path)
+    plain = dqkernels.quantize_(peaked("bart"))
+    attention.enable(plain, DQConfig())
+    with pytest.raises(ValueError, match="its attention is int8 .* says attention='auto'"):
+        plain.save_pretrained(tmp_path)
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_gradients_reach_every_projection(family):
+    model = peaked(family)
+    attention.enable(model, DQConfig())
+    model.train()
+    torch.nn.functional.cross_entropy(run(model).logits.flatten(0, 1), IDS[:, 1:6].flatten()).backward()
+    leaves = ("q.weight", "k.weight", "v.weight", "relative_attention_bias.weight") if family == "t5" else (
+        "q_proj.weight", "k_proj.weight", "v_proj.weight", "q_proj.bias"
+    )  # fmt: skip
+    found = [(n, p.grad) for n, p in model.named_parameters() if n.endswith(leaves)]
+    assert len(found) >= 12 and all(g is not None and g.isfinite().all() and g.any() for _, g in found)
+
+
+def test_dropout_of_attention_is_taken_off_and_given_back(caplog):
+    model = peaked("t5")
+    modules = [m for m in model.modules() if type(m).__name__ == "T5Attention"]
+    with caplog.at_level(logging.WARNING, logger="dqkernels"):
+        attention.enable(model, DQConfig())
+        attention.enable(model, DQConfig(act_clip=2.0))
+    said = [r.getMessage() for r in caplog.records if r.name == "dqkernels"]
+    assert said == ["attention dropout 0.1 is now 0 in T5ForConditionalGeneration: int8 attention has none"]
+    assert {m.dropout for m in modules} == {0.0}
+    modules[0].dropout = 0.25
+    with pytest.raises(ValueError, match=r"^encoder.block.0.layer.0.SelfAttention: .* has no dropout, got 0.25"):
+        run(model.train())
+    modules[0].dropout = 0.0
+    attention.disable(model)
+    assert {m.dropout for m in modules} == {0.1}
+
+
+# -------------------------------------------------------------------------------------------------------- maps
+
+
+def operands(dtype=torch.float32):
+    shape = (2, 3, 4, 16), (2, 3, 5, 16)
+    q, k = (torch.randn(s).to(dtype).requires_grad_() for s in shape)
+    bias = torch.randn(1, 3, 4, 5).requires_grad_()
+    mask = torch.rand(2, 1, 4, 5) > 0.3
+    mask[0, 0, 1] = False  # a query that sees no key
+    return q, k, bias, mask
+
+
+@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("mode, clip", [("per_token", None), ("per_token", 0.8), ("per_tensor", 0.5)])
+def test_a_loss_on_maps_has_the_closed_form_gradient(mode, clip, dtype, autocast):
+    q, k, bias, mask = operands(dtype)
+    weight, scale = torch.randn(2, 3, 4, 5), 0.3
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        p = attention.attention_map(
+            q, k, mask, bias, causal=False, softmax_scale=scale, mode=mode, clip=clip, backend="eager"
+        )
+        assert p.dtype == torch.float32
+        (p * weight).sum().backward()
+    scaled = q.detach().float() * scale
+    (q8, qs, _), (k8, ks, _) = (ops.quantize_activation(x.detach(), mode, clip) for x in (scaled, k))
+    q_hat, k_hat = q8.double() * qs.double().unsqueeze(-1), k8.double() * ks.double().unsqueeze(-1)
+    score = (q_hat @ k_hat.mT + bias.detach().double()).masked_fill(~mask, float("-inf"))
+    wanted = torch.softmax(score, dim=-1).nan_to_num(0.0)
+    torch.testing.assert_close(p.double(), wanted, rtol=1e-5, atol=1e-7)
+    grad_s = wanted * (weight - (wanted * weight).sum(dim=-1, keepdim=True))
+    grad_q, grad_k = scale * grad_s @ k_hat, grad_s.mT @ q_hat
+    if clip is not None:
+        assert (scaled.abs() >= clip).any() and (k.abs() >= clip).any()
+        grad_q, grad_k = grad_q * (scaled.abs() < clip), grad_k * (k.detach().float().abs() < clip)
+    for found, expected in ((q.grad, grad_q), (k.grad, grad_k), (bias.grad, grad_s.sum(dim=0, keepdim=True))):
+        tolerance = 2**-8 if found.dtype == torch.bfloat16 else 1e-5
+        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-6)
+
+
+def test_a_hidden_key_may_hold_anything_and_no_key_at_all_is_no_error():
+    q, k, bias, mask = operands()
+    how = {"softmax_scale": 1.0, "mode": "per_token", "clip": None}
+    wanted = attention.attention_map(q, k, mask, bias, causal=True, **how)
+    wanted.square().sum().backward()
+    hidden = torch.where(mask.any(dim=2)[:, :, :, None] & (torch.arange(5) < 3).view(1, 1, 5, 1), 0.0, float("nan"))
+    seen = mask & (hidden[..., 0] == 0).unsqueeze(2)
+    spoiled = (k.detach() + hidden).requires_grad_()
+    found = attention.attention_map(q.detach(), spoiled, seen, bias.detach(), causal=True, **how)
+    found.square().sum().backward()
+    assert hidden.isnan().any() and found.isfinite().all() and spoiled.grad.isfinite().all()
+    assert wanted[0, :, 1].abs().max() == 0
+    empty = attention.attention_map(q, k[:, :, :0], None, None, causal=False, **how)
+    assert empty.shape == (2, 3, 4, 0)
+
+
+@pytest.mark.parametrize("family", FIVE)
+def test_maps_are_close_to_the_float_ones_and_train_q_and_k(family):
+    model = peaked(family)
+    model.set_attn_implementation("eager")
+    for module in model.modules():  # transformers 5.17 forgets the configs inside T5
+        if hasattr(module, "config"):
+            module.config._attn_implementation = "eager"
+    with torch.no_grad():
+        wanted = run(model, output_attentions=True)
+    attention.enable(model, DQConfig())
+    found = run(model, output_attentions=True)
+    loss = 0.0
+    for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        assert len(found[name]) == len(wanted[name]) > 0
+        for ours, theirs in zip(found[name], wanted[name], strict=True):
+            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
+            rows = theirs.sum(dim=-1) > 0.5
+            assert (ours - theirs)[rows].abs().max() < 0.06 and (ours - theirs)[rows].abs().mean() < 0.01
+            assert theirs.max() > 0.35, "maps this flat would be alike by themselves"
+            loss = loss + ours.square().sum()
+    loss.backward()
+    leaves = ("q.weight", "k.weight") if family == "t5" else ("q_proj.weight", "k_proj.weight")
+    grads = [p.grad for n, p in model.named_parameters() if n.endswith(leaves)]
+    assert len(grads) >= 8 and all(g is not None and g.any() for g in grads)
+
+
+def test_maps_cost_nothing_when_nobody_asks(monkeypatch):
+    model = peaked("t5")
+    attention.enable(model, DQConfig())
+    calls = []
+    monkeypatch.setattr(attention, "attention_map", lambda *a, **k: calls.append(1) or torch.zeros(2, 2, 1, 1))
+    assert run(model).cross_attentions is None and not calls
+    run(model, output_attentions=True)
+    assert len(calls) == 6
+
+
+# ----------------------------------------------------------------------------- where it is, and where it is not
+
+
+class _OwnForward(transformers.models.bart.modeling_bart.BartAttention):
+    def forward(self, *args, **kwargs):
+        return super().forward(*args, **kwargs)
+
+
+def _with_own_forward():
+    model = make("bart")
+    model.model.encoder.layers[0].self_attn.__class__ = _OwnForward
+    return model
+
+
+def _wide():
+    config = transformers.BartConfig(vocab_size=10, d_model=1041, encoder_layers=1, decoder_layers=1,
+                                     encoder_attention_heads=1, decoder_attention_heads=1, encoder_ffn_dim=4,
+                                     decoder_ffn_dim=4)  # fmt: skip
+    with torch.device("meta"):
+        return transformers.BartForConditionalGeneration(config)
+
+
+REFUSED = [
+    (lambda: make("bert"), "attention='int8' is not for BertForMaskedLM: of transformers' models, those of bart, "),
+    (lambda: make("llama"), "is not for LlamaForCausalLM"),
+    (lambda: nn.Sequential(nn.Linear(2, 2)), "is not for Sequential"),
+    (lambda: nn.ModuleList([make("bart"), make("bert")]), "is not for BertForMaskedLM"),
+    (_with_own_forward, "is not for _OwnForward"),
+    (_wide, "^model.encoder.layers.0.self_attn: head_dim must be at most 1040 for int8 attention, got 1041"),
+]
+
+
+@pytest.mark.parametrize("build, message", REFUSED)
+@pytest.mark.parametrize("call", [attention.enable, dqkernels.quantize_], ids=["enable", "quantize_"])
+def test_another_class_is_refused_by_name_and_left_alone(call, build, message):
+    model = build()
+    before, modules = copy.deepcopy(getattr(model, "config", None)), dict(model.named_modules())
+    with pytest.raises(ValueError, match=message):
+        call(model, INT8)
+    assert dict(model.named_modules()) == modules and not list(attention._enabled(model))
+    if before is not None:
+        assert model.config._attn_implementation == before._attn_implementation
+
+
+def test_what_the_op_refuses_names_the_module():
+    model = make("bart").double()
+    attention.enable(model, DQConfig())
+    with pytest.raises(ValueError, match=r"^model.encoder.layers.0.self_attn: q must be float32, float16 or bfloat16"):
+        logits(model)
+    model = make("bart")
+    attention.enable(model, DQConfig(strict=True))
+    with pytest.raises(dqkernels.backends.BackendError, match=r"^model.encoder.layers.0.self_attn: strict=True"):
+        logits(model)
+
+
+def test_a_model_that_was_not_prepared_is_refused_rather_than_guessed():
+    attention.enable(make("bart"), DQConfig())
+    model = make("bart")
+    model.set_attn_implementation(attention.NAME)
+    with pytest.raises(ValueError, match="BartAttention was not prepared for int8 attention: call dqkernels.models"):
+        logits(model)
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_models_of_one_config_are_independent_and_disable_restores(family):
+    one = peaked(family)
+    config = one.config
+    two = type(one)(config).eval()
+    two.load_state_dict(one.state_dict())
+    wanted = logits(one)
+    implementations = {n: m.config._attn_implementation for n, m in one.named_modules() if hasattr(m, "config")}
+    attention.enable(one, DQConfig())
+    in_int8 = logits(one)
+    assert not torch.equal(in_int8, wanted) and torch.equal(logits(two), wanted)
+    assert config._attn_implementation == "sdpa" and not list(attention._enabled(two))
+    assert not any(hasattr(type(m), attention._OPTIONS) for m in one.modules())
+    assert_same_bits(logits(copy.deepcopy(one)), in_int8)
+    attention.enable(two, DQConfig(act_clip=0.1))
+    assert_same_bits(logits(one), in_int8)
+    attention.disable(one)
+    attention.disable(one)
+    assert_same_bits(logits(one), wanted)
+    assert {n: m.config._attn_implementation for n, m in one.named_modules() if hasattr(m, "config")} == implementations
+    two.set_attn_implementation("eager")
+    attention.disable(two)
+    assert two.config._attn_implementation == "eager", "what somebody chose since stays"
+
+
+@torch.no_grad()
+def test_a_compiled_layer_is_one_graph():
+    model = peaked("bart")
+    attention.enable(model, DQConfig())
+    layer, x = model.model.encoder.layers[0].self_attn, torch.randn(2, 6, 40)
+    torch.testing.assert_close(torch.compile(layer, backend="eager", fullgraph=True)(x)[0], layer(x)[0])
+
+
+def test_from_pretrained_refuses_another_class_too(tmp_path):
+    make("bert").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="attention='int8' is not for BertForMaskedLM"):
+        transformers.BertForMaskedLM.from_pretrained(tmp_path, quantization_config=INT8)
+
+
+def test_a_packed_model_keeps_its_attention_and_is_told_so(caplog):
+    model = dqkernels.quantize_(make("bart"))
+    with caplog.at_level(logging.WARNING, logger="dqkernels"):
+        dqkernels.quantize_(model, INT8)
+    assert caplog.records[-1].getMessage() == "its attention stays too: attention='int8' is for the float model"
+    assert not list(attention._enabled(model))
+
+
+@pytest.mark.parametrize("more", [[], ["--preset", "dq-bart-2-2-8"]], ids=["", "preset"])
+def test_the_command_line_has_the_switch(more, tmp_path, capsys):
+    peaked("bart").save_pretrained(tmp_path / "float")
+    out = str(tmp_path / "int8")
+    assert main(["quantize", str(tmp_path / "float"), out, "--attention", "int8", "--dtype", "float32", *more]) == 0
+    mode = "per_tensor, clip 2.5" if more else "per_token"
+    assert f"Attention: int8 {mode} on" in capsys.readouterr().out
+    assert {o.clip for _, o in attention._enabled(dqkernels.load(out))} == {2.5 if more else None}
+    assert main(["quantize", str(tmp_path / "float"), out + "b", "--attention", "int4"]) == 2
+    assert "attention must be one of ['auto', 'int8', 'float'], got 'int4'" in capsys.readouterr().err
+
+
+def test_the_module_waits_for_transformers():
+    code = "import sys, dqkernels.models.attention as a; assert 'transformers' not in sys.modules; print(a.NAME)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "dqkernels_int8\n"
+
+
+# ------------------------------------------------------------------------------------------------------ report
+
+
+def test_the_report_tells_what_is_not_what_was_asked_for():
+    model = peaked("bart")
+    in_float = logits(model)
+    attention.enable(model, DQConfig(act_granularity="static", act_clip=2.5))
+    report = dqkernels.report(model)
+    assert report.attention == (
+        "int8 per_token (static has no scales for it), clip 2.5 on eager (cpu: has no qattention): "
+        "model.encoder.layers.0-1.self_attn, model.decoder.layers.0.self_attn, model.decoder.layers.0.encoder_attn"
+    )
+    assert "\nAttention: int8 per_token" in str(report) and report.to_dict()["attention"] == report.attention
+    model.set_attn_implementation("sdpa")
+    assert_same_bits(logits(model), in_float)
+    assert dqkernels.report(model).attention.startswith("float ('sdpa' was set in place of int8): model.encoder.")
+    model = dqkernels.quantize_(model, DQConfig(attention="int8", backend="eager"))
+    assert dqkernels.report(model).attention.startswith("int8 per_token on eager (forced by backend='eager'): model.")
+    attention.disable(model)
+    assert dqkernels.report(model).attention == "float (int8 attention was taken off)"
+    assert dqkernels.report(dqkernels.quantize_(make("bart"), DQConfig(attention="float"))).attention == (
+        "float (attention='float')"
+    )
