@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 import transformers
+from attention_models import FIVE, IDS, KIN, PADDED, peaked, run
 from compare import assert_same_bits
 from tiny_models import logits, make
 from torch import nn
@@ -20,41 +21,6 @@ from dqkernels.cli import main
 from dqkernels.models import attention
 
 INT8 = DQConfig(attention="int8")
-FIVE = ("bart", "mbart", "marian", "pegasus", "t5")
-KIN = {
-    "mt5": ("MT5ForConditionalGeneration", "t5"),
-    "m2m_100": ("M2M100ForConditionalGeneration", "bart"),
-    "plbart": ("PLBartForConditionalGeneration", "bart"),
-    "blenderbot": ("BlenderbotForConditionalGeneration", "bart"),
-    "blenderbot_small": ("BlenderbotSmallForConditionalGeneration", "bart"),
-}
-IDS = torch.tensor([[5, 6, 7, 8, 9, 2], [11, 12, 13, 2, 1, 1]])
-PADDED = {"attention_mask": (IDS != 1).long(), "decoder_attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2])}
-
-
-def peaked(family: str) -> nn.Module:
-    """A tiny model whose attention looks somewhere: as initialised, all its shares are nearly alike."""
-    if family in KIN:
-        name, like = KIN[family]
-        config = getattr(transformers, name.replace("ForConditionalGeneration", "Config"))
-        known = {k: v for k, v in make(like).config.to_dict().items() if k not in ("model_type", "architectures")}
-        known["decoder_layers" if like == "bart" else "num_decoder_layers"] = 1
-        torch.manual_seed(0)
-        model = getattr(transformers, name)(config(**known)).eval()
-    else:
-        model = make(family)
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if name.endswith("relative_attention_bias.weight"):
-                parameter.mul_(10)
-            elif name.rpartition(".weight")[0].endswith((".q_proj", ".k_proj", ".v_proj", ".out_proj")):
-                parameter.mul_(12)
-    model.config.decoder_start_token_id = model.generation_config.decoder_start_token_id = 0
-    return model
-
-
-def run(model: nn.Module, padded: bool = True, **kwargs):
-    return model(input_ids=IDS, decoder_input_ids=IDS[:, :5], **(PADDED if padded else {}), **kwargs)
 
 
 # ------------------------------------------------------------------------------------------ what it computes
@@ -164,6 +130,24 @@ def test_a_float_mask_is_added_to_the_scores():
     assert not torch.equal(encoder(input_ids=IDS).last_hidden_state, wanted)
 
 
+@torch.no_grad()
+def test_a_longer_cache_without_a_mask_is_read_from_its_start():
+    """What transformers hands over when it fills an empty static cache; its sdpa function does the same."""
+    model = peaked("t5")
+    attention.enable(model, DQConfig())
+    module = model.decoder.block[0].layer[0].SelfAttention
+    q, bias = torch.randn(2, 2, 3, 16), torch.randn(1, 2, 3, 7)
+    k, v = torch.randn(2, 2, 2, 7, 16)
+    out, weights = attention.int8_attention(module, q, k, v, None, position_bias=bias, output_attentions=True)
+    cut = q, k[:, :, :3], v[:, :, :3]
+    assert_same_bits(out.transpose(1, 2), ops.qattention(*cut, None, bias[..., :3], True, 0.25))
+    assert weights.shape == (2, 2, 3, 3)
+    again = attention.int8_attention(module, q, k, v, None, position_bias=bias, is_causal=False)[0]
+    assert_same_bits(again.transpose(1, 2), ops.qattention(q, k, v, None, bias, False, 0.25))
+    one = attention.int8_attention(module, q[:, :, :1], k, v, None, position_bias=bias[:, :, :1], scaling=2.0)[0]
+    assert_same_bits(one.transpose(1, 2), ops.qattention(q[:, :, :1], k, v, None, bias[:, :, :1], False, 2.0))
+
+
 # --------------------------------------------------------------------------------------------------- generate
 
 
@@ -255,98 +239,6 @@ def test_dropout_of_attention_is_taken_off_and_given_back(caplog):
     modules[0].dropout = 0.0
     attention.disable(model)
     assert {m.dropout for m in modules} == {0.1}
-
-
-# -------------------------------------------------------------------------------------------------------- maps
-
-
-def operands(dtype=torch.float32):
-    shape = (2, 3, 4, 16), (2, 3, 5, 16)
-    q, k = (torch.randn(s).to(dtype).requires_grad_() for s in shape)
-    bias = torch.randn(1, 3, 4, 5).requires_grad_()
-    mask = torch.rand(2, 1, 4, 5) > 0.3
-    mask[0, 0, 1] = False  # a query that sees no key
-    return q, k, bias, mask
-
-
-@pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("mode, clip", [("per_token", None), ("per_token", 0.8), ("per_tensor", 0.5)])
-def test_a_loss_on_maps_has_the_closed_form_gradient(mode, clip, dtype, autocast):
-    q, k, bias, mask = operands(dtype)
-    weight, scale = torch.randn(2, 3, 4, 5), 0.3
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        p = attention.attention_map(
-            q, k, mask, bias, causal=False, softmax_scale=scale, mode=mode, clip=clip, backend="eager"
-        )
-        assert p.dtype == torch.float32
-        (p * weight).sum().backward()
-    scaled = q.detach().float() * scale
-    (q8, qs, _), (k8, ks, _) = (ops.quantize_activation(x.detach(), mode, clip) for x in (scaled, k))
-    q_hat, k_hat = q8.double() * qs.double().unsqueeze(-1), k8.double() * ks.double().unsqueeze(-1)
-    score = (q_hat @ k_hat.mT + bias.detach().double()).masked_fill(~mask, float("-inf"))
-    wanted = torch.softmax(score, dim=-1).nan_to_num(0.0)
-    torch.testing.assert_close(p.double(), wanted, rtol=1e-5, atol=1e-7)
-    grad_s = wanted * (weight - (wanted * weight).sum(dim=-1, keepdim=True))
-    grad_q, grad_k = scale * grad_s @ k_hat, grad_s.mT @ q_hat
-    if clip is not None:
-        assert (scaled.abs() >= clip).any() and (k.abs() >= clip).any()
-        grad_q, grad_k = grad_q * (scaled.abs() < clip), grad_k * (k.detach().float().abs() < clip)
-    for found, expected in ((q.grad, grad_q), (k.grad, grad_k), (bias.grad, grad_s.sum(dim=0, keepdim=True))):
-        tolerance = 2**-8 if found.dtype == torch.bfloat16 else 1e-5
-        torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=1e-6)
-
-
-def test_a_hidden_key_may_hold_anything_and_no_key_at_all_is_no_error():
-    q, k, bias, mask = operands()
-    how = {"softmax_scale": 1.0, "mode": "per_token", "clip": None}
-    wanted = attention.attention_map(q, k, mask, bias, causal=True, **how)
-    wanted.square().sum().backward()
-    hidden = torch.where(mask.any(dim=2)[:, :, :, None] & (torch.arange(5) < 3).view(1, 1, 5, 1), 0.0, float("nan"))
-    seen = mask & (hidden[..., 0] == 0).unsqueeze(2)
-    spoiled = (k.detach() + hidden).requires_grad_()
-    found = attention.attention_map(q.detach(), spoiled, seen, bias.detach(), causal=True, **how)
-    found.square().sum().backward()
-    assert hidden.isnan().any() and found.isfinite().all() and spoiled.grad.isfinite().all()
-    assert wanted[0, :, 1].abs().max() == 0
-    empty = attention.attention_map(q, k[:, :, :0], None, None, causal=False, **how)
-    assert empty.shape == (2, 3, 4, 0)
-
-
-@pytest.mark.parametrize("family", FIVE)
-def test_maps_are_close_to_the_float_ones_and_train_q_and_k(family):
-    model = peaked(family)
-    model.set_attn_implementation("eager")
-    for module in model.modules():  # transformers 5.17 forgets the configs inside T5
-        if hasattr(module, "config"):
-            module.config._attn_implementation = "eager"
-    with torch.no_grad():
-        wanted = run(model, output_attentions=True)
-    attention.enable(model, DQConfig())
-    found = run(model, output_attentions=True)
-    loss = 0.0
-    for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
-        assert len(found[name]) == len(wanted[name]) > 0
-        for ours, theirs in zip(found[name], wanted[name], strict=True):
-            assert ours.shape == theirs.shape and ours.dtype == theirs.dtype
-            rows = theirs.sum(dim=-1) > 0.5
-            assert (ours - theirs)[rows].abs().max() < 0.06 and (ours - theirs)[rows].abs().mean() < 0.01
-            assert theirs.max() > 0.35, "maps this flat would be alike by themselves"
-            loss = loss + ours.square().sum()
-    loss.backward()
-    leaves = ("q.weight", "k.weight") if family == "t5" else ("q_proj.weight", "k_proj.weight")
-    grads = [p.grad for n, p in model.named_parameters() if n.endswith(leaves)]
-    assert len(grads) >= 8 and all(g is not None and g.any() for g in grads)
-
-
-def test_maps_cost_nothing_when_nobody_asks(monkeypatch):
-    model = peaked("t5")
-    attention.enable(model, DQConfig())
-    calls = []
-    monkeypatch.setattr(attention, "attention_map", lambda *a, **k: calls.append(1) or torch.zeros(2, 2, 1, 1))
-    assert run(model).cross_attentions is None and not calls
-    run(model, output_attentions=True)
-    assert len(calls) == 6
 
 
 # ----------------------------------------------------------------------------- where it is, and where it is not
