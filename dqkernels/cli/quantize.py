@@ -25,7 +25,7 @@ DQ-BART's recipe.
 --act_granularity   per_token   one scale per token, independent of the batch
                     per_tensor  the paper's rule; results depend on batch mates
                     static      one measured scale per layer: needs --calibration_file
---attention         int8        Q, K, V and probabilities in 8 bits: BART, mBART, Marian, Pegasus, T5 and kin
+--attention         int8        its products in 8 bits too: BART, mBART, Marian, Pegasus, T5
                     auto, float stay in float
 
 \b

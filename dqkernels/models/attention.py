@@ -127,9 +127,11 @@ def configure(model: nn.Module, backend: str, strict: bool) -> None:
 
 
 def apply(model: nn.Module, config: DQConfig) -> None:
-    """`enable`, if `config` says attention="int8"."""
+    """`enable` for attention="int8", `disable` for "float"; "auto" leaves what there is."""
     if config.attention == "int8":
         enable(model, config)
+    elif config.attention == "float":
+        disable(model)
 
 
 def check_described(model: nn.Module, config: DQConfig) -> None:
