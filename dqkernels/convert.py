@@ -16,6 +16,7 @@ from tqdm.auto import tqdm
 
 from dqkernels import checks, qmath, reporting
 from dqkernels.config import DQConfig, LayerConfig
+from dqkernels.models import attention
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
 logger = logging.getLogger("dqkernels")
@@ -64,7 +65,8 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
 
     Raises:
         ValueError: if there is nothing to quantize, a weight is not finite or on the meta device (the message
-            names the module), or `config` asks for attention="int8", which no model family computes yet.
+            names the module), or `config` asks for attention="int8" of a class that does not have it (the message
+            names the class; see `dqkernels.models.attention`).
     """
     config = DQConfig() if config is None else config
     if not isinstance(config, DQConfig):
@@ -83,6 +85,8 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
         )
     if all(decision.layer is None for decision in decisions):
         if present:
+            if config.attention == "int8":
+                logger.warning("its attention stays too: attention='int8' is for the float model")
             return model
         reasons = sorted({d.reason for d in decisions}) or ["it has no nn.Linear and no token embedding"]
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")
@@ -100,6 +104,7 @@ def install(
     model.dqkernels_float_copies = {**reporting.float_copies(model), **_float_copies(decisions)}
     for name, module in packed.items():
         set_submodule(model, name, module)
+    attention.apply(model, config)
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
     for hook in after_convert:
         hook(model, config)
@@ -110,11 +115,10 @@ def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
     """What `quantize_(model, config)` does to each linear and embedding; changes nothing; works on meta.
 
     Raises:
-        ValueError: for attention="int8". Every way to a packed model comes through here.
+        ValueError: for attention="int8" of another model. Every way to a packed model comes through here.
     """
     if config.attention == "int8":
-        # Accepted and ignored it would be a promise that report() could not keep.
-        raise ValueError("attention must be 'auto' or 'float' until a model family computes it in int8, got 'int8'")
+        attention.check(model, config)
     decisions: list[Decision] = []
     first_of: dict[Any, Decision] = {}
     head = _output_head(model) if config.head == "float" else None

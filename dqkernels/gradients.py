@@ -255,17 +255,12 @@ def _qattention_context(ctx, inputs, output):
 
 def _qattention_backward(ctx, grad):
     """Recomputes scores and shares from the codes; straight through the quantizers (design section 3)."""
-    bias = ctx.saved_tensors[7]
+    saved = ctx.saved_tensors  # once: under gradient checkpointing a second look is an error
+    bias = saved[7]
     want_bias = bias is not None and ctx.needs_input_grad[4]
     same = len(set(ctx.dtypes)) == 1
     *grads, grad_bias = qattention_backward(
-        grad,
-        *ctx.saved_tensors,
-        ctx.causal,
-        ctx.softmax_scale,
-        want_bias,
-        ctx.dtypes[0] if same else torch.float32,
-        *ctx.where,
+        grad, *saved, ctx.causal, ctx.softmax_scale, want_bias, ctx.dtypes[0] if same else torch.float32, *ctx.where
     )
     grads = [g.to(dtype) for g, dtype in zip(grads, ctx.dtypes, strict=True)]
     return *grads, None, grad_bias.to(bias.dtype) if want_bias else None, *([None] * 6)

@@ -33,6 +33,7 @@ from dqkernels import config as plain
 from dqkernels import convert, serialize, tying
 from dqkernels.checks import FLOAT_DTYPES
 from dqkernels.config import FORMAT_VERSION, QUANT_METHOD, RUNTIME_FIELDS, VERSION
+from dqkernels.models import attention
 from dqkernels.nn import PackedModule, QEmbedding, QLinear, take_over
 
 
@@ -192,8 +193,7 @@ class DQHfQuantizer(HfQuantizer):
     def pack(self, name: str, value: torch.Tensor, missing_keys: set[str]) -> dict[str, torch.Tensor]:
         """Packs the float weight `name`, and returns the tensors that take its place, by full name."""
         table = self._tables[name]
-        modules = [table.owner, *table.tied]
-        for module in modules:
+        for module in (table.owner, *table.tied):
             missing_keys.difference_update((f"{module}.weight", f"{module}.act_scale"))
         if table.loaded:  # the file holds a tied weight twice, with equal values (else it would not count as tied)
             return {}
@@ -237,6 +237,7 @@ class DQHfQuantizer(HfQuantizer):
                 bias.requires_grad_(False)  # as quantize_ leaves it; transformers loads every float with a gradient
         if self.pre_quantized:
             serialize.check_values(model, model.config.name_or_path or serialize.WEIGHTS_FILE)
+        attention.apply(model, self.quantization_config)
         _finish(model, self._skipped)
         return model
 
@@ -279,7 +280,7 @@ class DQHfQuantizer(HfQuantizer):
 
     @torch.no_grad()
     def _dequantize(self, model, dtype=None):
-        """Float linears and embeddings in place of the packed ones; tied ones stay tied."""
+        """Float linears, embeddings and attention in place of the packed ones; tied ones stay tied."""
         dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or model.dtype
         weights: dict[int, nn.Parameter] = {}
         modules = [(n, m) for n, m in model.named_modules(remove_duplicate=False) if isinstance(m, PackedModule)]
@@ -290,15 +291,15 @@ class DQHfQuantizer(HfQuantizer):
                 weights[id(module.qweight)] = nn.Parameter(module.dequantize().to(wide))
             convert.set_submodule(model, name, _float_module(module, weights[id(module.qweight)]))
         for inner in tying.hf_models(model):
-            names = {**inner._tied_weights_keys}
             inner._tied_weights_keys = {
                 target.replace(".qweight", ".weight"): source.replace(".qweight", ".weight")
-                for target, source in names.items()
+                for target, source in inner._tied_weights_keys.items()
                 if not target.endswith(".group_mult")
             }
             inner.all_tied_weights_keys = dict(inner._tied_weights_keys)
         for attribute in ("resize_token_embeddings", "dqkernels_skipped"):
             model.__dict__.pop(attribute, None)
+        attention.disable(model)
         return model
 
 
@@ -351,6 +352,7 @@ def load(
     # Not through quantization_config=, at which transformers warns.
     for target in (model.config.quantization_config, *(m for m in model.modules() if isinstance(m, PackedModule))):
         target.backend, target.strict = backend, strict
+    attention.configure(model, backend, strict)
     return model if device is None else model.to(device)
 
 
@@ -439,10 +441,9 @@ def _attach(model: nn.Module, config: plain.DQConfig) -> None:
     """After `quantize_` in memory: the same state as after `from_pretrained(quantization_config=config)`."""
     if not tying.is_hf_model(model):
         return
-    stored = stored_config(config)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is None:
-        model.hf_quantizer = DQHfQuantizer(stored, pre_quantized=False)
+        model.hf_quantizer = DQHfQuantizer(stored_config(config), pre_quantized=False)
     elif quantizer.quantization_config.quant_method != QUANT_METHOD:
         return  # another method's model, of which we packed the rest: saving it is that method's business
     model.is_quantized, model.quantization_method = True, QUANT_METHOD
@@ -484,6 +485,7 @@ def _check_config_describes(model, config: plain.DQConfig) -> None:
     for decision in convert.plan(model, config):
         if decision.layer is not None:
             _refuse_save(decision.name, "a float module", decision.layer)
+    attention.check_described(model, config)
 
 
 def _refuse_save(name: str, found: Any, wanted: Any) -> None:

@@ -18,12 +18,14 @@ from dqkernels import backends
 from dqkernels.config import FORMAT_VERSION, VERSION
 from dqkernels.environment import ENVIRONMENT
 from dqkernels.kernels import measured, native
+from dqkernels.models import attention
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
 _PACKAGES = ("dqkernels", "torch", "transformers", "triton", "safetensors", "numpy")
 _WIDTH = 80
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _DIGIT = re.compile(r"\.\d")
+_FLOAT = "float (no model family is patched yet)"
 #: Auto classes and their tables in transformers. A class may stand in several: the first is the one users know.
 _AUTO_TABLES = {
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
@@ -83,7 +85,8 @@ class Report:
         other_bytes: every other parameter and saved buffer (biases, norms, positions, float layers).
         float32_bytes: all parameters of the float model at 4 bytes, tied ones once, also where one reader of
             a table is packed and another left in float.
-        attention: how the products inside attention are computed.
+        attention: how the products inside attention are computed: int8, in which modules and by which kernel, or why in
+            float.
     """
 
     model: str
@@ -92,7 +95,7 @@ class Report:
     scales_bytes: int
     other_bytes: int
     float32_bytes: int
-    attention: str = "float (no model family is patched yet)"
+    attention: str = _FLOAT
 
     @property
     def total_bytes(self) -> int:
@@ -114,7 +117,8 @@ class Report:
     def __str__(self) -> str:
         if all(row.kind == "float" for row in self.rows):
             size = f"{self.model} ({_megabytes(self.total_bytes)}): nothing is packed."
-            return _wrap(f"{size} dqkernels.quantize_(model, dqkernels.DQConfig()) packs it in place.")
+            text = _wrap(f"{size} dqkernels.quantize_(model, dqkernels.DQConfig()) packs it in place.")
+            return text if self.attention == _FLOAT else f"{text}\n{_wrap(f'Attention: {self.attention}')}"
         table = _table(("module", None), ("weights", None), ("shape", "right"), ("KB", "right"))
         for row in self.rows:
             weights = f"{row.bits} float" if row.kind == "float" else f"{row.bits} {row.quantizer}"
@@ -226,7 +230,8 @@ def report(model: nn.Module) -> Report:
                 )
             )
     codes, scales, other = _stored_bytes(model)
-    return Report(type(model).__name__, tuple(_grouped(rows)), codes, scales, other, teacher_bytes(model))
+    sizes = codes, scales, other, teacher_bytes(model)
+    return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, attention=_attention(model))
 
 
 def info() -> Info:
@@ -322,6 +327,17 @@ def float_copies(model: nn.Module) -> dict[str, str]:
     return found
 
 
+def _attention(model: nn.Module) -> str:
+    """How attention is computed now, whatever the config asked for."""
+    found = attention.describe(model)
+    if found:
+        return "; ".join(f"{text}: {', '.join(_spanned(names))}" for text, names in found)
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    asked = getattr(config, "attention", "auto")
+    reasons = {"float": "float (attention='float')", "int8": "float (int8 attention was taken off)"}
+    return reasons.get(asked, _FLOAT)
+
+
 def _stored_bytes(model: nn.Module) -> tuple[int, int, int]:
     """Bytes of codes, scales and the rest of the state dict, each storage once."""
     parts, seen = {"codes": 0, "scales": 0, "other": 0}, set()
@@ -364,11 +380,7 @@ def _grouped(rows: Iterable[Row]) -> list[Row]:
     numbered: dict[tuple, list[Row]] = {}
     for row in rows:
         numbered.setdefault((_NUMBER.sub("#", row.name), _facts(row)), []).append(row)
-    merged = []
-    for members in numbered.values():
-        columns = zip(*(_NUMBER.findall(row.name) for row in members), strict=True)
-        spans = iter([_span(sorted({int(number) for number in column})) for column in columns])
-        merged.append(_merged(members, _NUMBER.sub(lambda _, spans=spans: next(spans), members[0].name)))
+    merged = [_merged(rows, *_spanned([row.name for row in rows])) for rows in numbered.values()]
     siblings: dict[Any, list[Row]] = {}
     for row in merged:
         # Only inside a numbered block: elsewhere alike modules (three embeddings) are worth a line each.
@@ -401,6 +413,19 @@ def _braced(names: list[str]) -> str:
     suffix = os.path.commonprefix([leaf[::-1] for leaf in leaves])[::-1]
     suffix = suffix if suffix.startswith("_") else ""
     return f"{parent}.{{{','.join(leaf.removesuffix(suffix) for leaf in leaves)}}}{suffix}"
+
+
+def _spanned(names: list[str]) -> list[str]:
+    """Names that differ only in their numbers as one: `layers.0-2.fc1`."""
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(_NUMBER.sub("#", name), []).append(name)
+    spanned = []
+    for members in groups.values():
+        columns = zip(*map(_NUMBER.findall, members), strict=True)
+        spans = iter([_span(sorted({int(number) for number in column})) for column in columns])
+        spanned.append(_NUMBER.sub(lambda _, spans=spans: next(spans), members[0]))
+    return spanned
 
 
 def _span(numbers: list[int]) -> str:

@@ -25,6 +25,8 @@ DQ-BART's recipe.
 --act_granularity   per_token   one scale per token, independent of the batch
                     per_tensor  the paper's rule; results depend on batch mates
                     static      one measured scale per layer: needs --calibration_file
+--attention         int8        its products in 8 bits too: BART, mBART, Marian, Pegasus, T5
+                    auto, float stay in float
 
 \b
 Examples:
@@ -71,6 +73,7 @@ def quantize(
     preset: Annotated[
         str | None, typer.Option("--preset", help="The paper's rules, such as dq-bart-2-2-8; excludes the above.")
     ] = None,
+    attention: Annotated[str, typer.Option("--attention", help="auto, int8 or float; also beside --preset.")] = "auto",
     calibration_file: Annotated[
         str | None, typer.Option("--calibration_file", help="For static: one text per line, or JSON lines.")
     ] = None,
@@ -108,7 +111,10 @@ def quantize(
     from dqkernels import text as library
 
     with common.checking_input():
-        config = dqkernels.DQConfig(**rules) if preset is None else dqkernels.DQConfig.preset(preset)
+        if preset is None:
+            config = dqkernels.DQConfig(**rules, attention=attention)
+        else:
+            config = dqkernels.DQConfig.preset(preset, attention=attention)
         files.check_new_folder(out, overwrite)
         static = config.act_granularity == "static"
         if static != (calibration_file is not None):
