@@ -149,12 +149,19 @@ def check_step(step: torch.Tensor, weight: torch.Tensor) -> None:
 
 
 def check_master(
-    weight: torch.Tensor, log_step: torch.Tensor | None, weight_scale: torch.Tensor, group_size: int
+    weight: torch.Tensor,
+    log_step: torch.Tensor | None,
+    weight_scale: torch.Tensor,
+    group_size: int,
+    k: int | None = None,
 ) -> None:
-    """The float weight and the learned steps that packed codes were made of."""
+    """The float weight and the learned steps that packed codes were made of; `k` of its columns where that is known."""
     check_float("weight", weight)
-    if weight.dim() != 2:
-        raise ValueError(f"weight must be the master matrix [N, K] of the codes, got shape {list(weight.shape)}")
+    if weight.dim() != 2 or (k is not None and weight.shape[1] != k):
+        raise ValueError(
+            f"weight must be the master matrix [N, {'K' if k is None else k}] of the codes, got shape "
+            f"{list(weight.shape)}"
+        )
     if log_step is None:
         return
     if group_size != -1:

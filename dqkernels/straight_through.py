@@ -44,7 +44,7 @@ def _linear(
     if x.shape != q.shape:
         raise ValueError(f"q must hold the codes of x {list(x.shape)}, got {list(q.shape)}")
     checks.check_passed(passed, q.numel() // q.shape[-1], q.shape[-1])
-    checks.check_master(weight, log_step, weight_scale, group_size)
+    checks.check_master(weight, log_step, weight_scale, group_size, q.shape[-1])
     return ops.qgemm(
         q, act_scale, row_sum, qweight, weight_scale, group_mult, bias, None, bits, four_level, group_size,
         weight.shape[0], "none", out_dtype, backend, strict,
@@ -146,22 +146,23 @@ def _through_quantizer(ctx, grad, master, packed) -> tuple[torch.Tensor, torch.T
     """From the gradient of the dequantized weight W^ to those of the master weight and of the log of the step.
 
     Fixed rules: straight through, zero where |w| >= clip; no gradient through the scale (paper.md section 1.5). Learned
-    steps (LSQ): zero outside the levels, and `d W^ / d log s = W^ - w` inside them, `W^` outside (W^ = level * s).
+    steps (LSQ): zero outside the levels, and `d W^ / d log s = W^ - w` inside them, `W^` outside (W^ = level * s; w is
+    the clipped one).
     """
     if master is None:
         return grad, None
-    magnitude = master.float().abs()
-    inside = None if ctx.clip is None else magnitude < ctx.clip
-    grad_step = None
+    value, grad_step = master.float(), None
+    inside = None if ctx.clip is None else value.abs() < ctx.clip
     if ctx.learned is not None:
         bits, four_level, _ = ctx.format
         dequantized = ops.dequantize_weight(*packed, *ctx.format, *master.shape, *ctx.where)
+        value = value if ctx.clip is None else value.clamp(-ctx.clip, ctx.clip)  # what the step divided
         # In factors of an integer level: the last level of four_level is 3 half steps, and its range ends at 4.
         reach = 4 if four_level else (1 << (bits - 1)) - 1
-        within = magnitude < reach * packed[1].reshape(-1, 1)
-        inside = within if inside is None else inside & within
-        slope = dequantized - torch.where(inside, master.float(), 0.0)
+        within = value.abs() < reach * packed[1].reshape(-1, 1)
+        slope = dequantized - torch.where(within, value, 0.0)
         grad_step = (grad * slope).sum(dim=1).sum_to_size(ctx.learned)
+        inside = within if inside is None else inside & within
     return torch.where(inside, grad, 0.0), grad_step
 
 

@@ -333,6 +333,27 @@ def quantize_weight(
     return codes, scale, mult
 
 
+def quantize_weight_by_step(
+    w: np.ndarray, step: np.ndarray, bits: int, quantizer: str, clip: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """codes int64 [N, K] and scale float32 as step ([N] or [1]): levels at a distance that is given (LSQ)."""
+    assert w.dtype == step.dtype == F32
+    codes, scale = np.zeros(w.shape, np.int64), np.zeros(step.shape, F32)
+    finite = [bool(np.isfinite(row).all()) for row in w]
+    if len(step) == 1:
+        finite = [all(finite)] * len(w)
+    limited = w if clip is None else np.clip(w, -F32(clip), F32(clip))
+    for i in range(len(w)):
+        at = i if len(step) > 1 else 0
+        if not (finite[i] and np.isfinite(step[at])):
+            scale[at] = np.nan
+        elif step[at] >= F32(2.0**-100 / 127):
+            half = step[at] * F32(0.5)
+            scale[at] = half if quantizer == "four_level" else step[at]
+            codes[i] = weight_codes(limited[i], step[at], half, bits, quantizer, None)
+    return codes, scale
+
+
 def dequantize(
     codes: np.ndarray, scale: np.ndarray, mult: np.ndarray | None, four_level: bool, group_size: int
 ) -> np.ndarray:
