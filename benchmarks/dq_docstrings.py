@@ -160,7 +160,9 @@ class Evidence:
         pairs = json.loads(cache.read_text())
         if kind == "teacher":
             pairs = [[body, text] for (body, _), text in zip(pairs, self.teacher_texts(pairs), strict=True)]
-        columns = {"source": [body for body, _ in pairs], "target": [head for _, head in pairs]}
+        # A word is a token or more: what is cut off here would be cut off as tokens.
+        first = [" ".join(body.split()[:SOURCE_TOKENS]) for body, _ in pairs]
+        columns = {"source": first, "target": [head for _, head in pairs]}
         limits = {"max_source_length": SOURCE_TOKENS, "max_target_length": TARGET_TOKENS}
         return prepare.prepare(Dataset.from_dict(columns), self.tokenizer, **limits)[0]
 

@@ -27,6 +27,7 @@ from torch import nn
 from dqkernels import convert, serialize
 from dqkernels.checks import FLOAT_DTYPES
 from dqkernels.config import DQConfig
+from dqkernels.models import attention
 from dqkernels.nn import PackedModule
 from dqkernels.train.modules import QATEmbedding, QATLinear, QATModule
 
@@ -90,6 +91,7 @@ def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale:
         made[decision.name] = new
     for name, module in made.items():
         convert.set_submodule(model, name, module)
+    attention.apply(model, config)
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
     model.dqkernels_qat = config
     if getattr(model, "config", None) is not None:
