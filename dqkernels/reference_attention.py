@@ -113,10 +113,13 @@ def _attend(
     if k8.shape[2] == 0 or q8.numel() == 0:
         return torch.zeros(q8.shape, dtype=dtype, device=q8.device)
     _, _, e, c, v_max = _shares(q8, q_scale, k8, k_scale, v_scale, visible, bias)
-    # float64: up to 127 * 127 * keys, an exact int32.
-    total = c.double() @ v8.double()
+    # Up to 127 * 127 * keys: an exact int32, and in fp32 too where that is below 2^24.
+    if v8.shape[2] * qmath.ACT_MAX**2 <= 1 << 24:
+        total = c @ v8.float()
+    else:
+        total = (c.double() @ v8.double()).float()
     weight = e.sum(dim=-1, keepdim=True)
-    out = v_max * total.float() / torch.where(weight == 0, 1.0, weight)
+    out = (v_max * total).div_(torch.where(weight == 0, 1.0, weight))
     return out.to(dtype)
 
 
@@ -140,19 +143,21 @@ def _shares(
     """visible, share = exp(s - m), e, c [batch, heads, queries, keys] and v_max [batch, heads, queries, 1]; fp32."""
     shape = (*q8.shape[:3], k8.shape[2])
     # head_dim * 127 * 127 < 2^24 for head_dim <= 1040: fp32 products of codes are exact integers.
-    score = q8.float() @ k8.float().transpose(-1, -2)
-    score = score * q_scale.unsqueeze(-1) * k_scale.unsqueeze(-2)
+    score = q8.float() @ k8.float().transpose(-1, -2)  # in place from here on: these tensors are the largest there are
+    score.mul_(q_scale.unsqueeze(-1)).mul_(k_scale.unsqueeze(-2))
     if bias is not None:
-        score = score + bias.float()
+        score.add_(bias.float())
     visible = visible.expand(shape)
-    score = score.masked_fill(~visible, float("-inf"))
+    hidden = ~visible
+    score.masked_fill_(hidden, float("-inf"))
     top = score.amax(dim=-1, keepdim=True)
-    share = torch.exp(score - torch.where(top == float("-inf"), 0.0, top))
+    share = score.sub_(torch.where(top == float("-inf"), 0.0, top)).exp_()
     v_max = torch.where(visible, v_scale.unsqueeze(-2), 0.0).amax(dim=-1, keepdim=True)
     # One quotient per query; the clamp takes back the ulp by which the product may exceed 1.
-    ratio = (v_scale.unsqueeze(-2) * qmath.divide(1.0, torch.where(v_max > 0, v_max, 1.0))).clamp(max=1.0)
-    e = qmath.round_half_even(qmath.ACT_MAX * share)
-    c = qmath.round_half_even(qmath.ACT_MAX * share * ratio.masked_fill(~visible, 0.0))
+    ratio = (v_scale.unsqueeze(-2) * qmath.divide(1.0, torch.where(v_max > 0, v_max, 1.0))).clamp_(max=1.0)
+    scaled = qmath.ACT_MAX * share
+    e = qmath.round_half_even(scaled)
+    c = scaled.mul_(ratio.masked_fill_(hidden, 0.0)).round_()
     return visible, share, e, c, v_max
 
 
