@@ -1,0 +1,133 @@
+"""The table and the plot of `benchmarks/results/dq_docstrings.json`, for docs/training.md.
+
+python benchmarks/dq_docstrings_view.py                 # the table, on stdout
+python benchmarks/dq_docstrings_view.py --write         # into docs/training.md, and docs/dq_docstrings.png
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+RESULT = HERE / "results" / "dq_docstrings.json"
+PAGE = HERE.parent / "docs" / "training.md"
+PLOT = HERE.parent / "docs" / "dq_docstrings.png"
+BEGIN, END = "<!-- table: benchmarks/dq_docstrings_view.py -->", "<!-- end of table -->"
+#: One colour per family of rows, told apart without colour by their markers as well.
+FAMILIES = {
+    "teacher": ("float teacher", "#000000", "*"),
+    "ptq": ("rounding alone", "#999999", "x"),
+    "quant-only": ("quantization without a teacher", "#d55e00", "v"),
+    "dq-paper": ("DQ, the paper's recipe", "#0072b2", "s"),
+    "dq-": ("DQ, our recipe", "#009e73", "o"),
+    "distill-only": ("distillation alone (float)", "#cc79a7", "D"),
+}
+
+
+def family(name: str) -> str:
+    """The longest prefix among FAMILIES."""
+    return max((key for key in FAMILIES if name.startswith(key)), key=len)
+
+
+def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """One dict per row: means over seeds, standard deviation where there are several, bytes, ratio."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for run in record["runs"]:
+        groups.setdefault(run["row"], []).append(run)
+    teacher = 4 * next(run for run in record["runs"] if run["row"] == "teacher")["bytes"] / 2  # stored in 16 bits
+    rows = []
+    for name, runs in groups.items():
+        first = runs[0]
+        row = {key: statistics.fmean(run[key] for run in runs) for key in ("rouge1", "rouge2", "rougeL", "words")}
+        spread = statistics.stdev(run["rougeL"] for run in runs) if len(runs) > 1 else None
+        row |= {
+            key: first[key] for key in ("bytes", "shows", "weight_bits", "encoder_layers", "decoder_layers", "steps")
+        }
+        rows.append({"row": name, "seeds": len(runs), "spread": spread, "ratio": teacher / first["bytes"], **row})
+    return rows
+
+
+def table(record: dict[str, Any]) -> str:
+    """Markdown, at most 100 columns."""
+    lines = ["| row | bits | layers | MB | ratio | R-1 | R-2 | R-L | seeds |", "|---|---|---|---|---|---|---|---|---|"]
+    for row in rows_of(record):
+        score = f"{row['rougeL']:.2f}" + ("" if row["spread"] is None else f" +- {row['spread']:.2f}")
+        bits = "float" if row["weight_bits"] == 16 else f"{row['weight_bits']}-{row['weight_bits']}-8"
+        lines.append(
+            f"| {row['row']} | {bits} | {row['encoder_layers']}-{row['decoder_layers']} | {row['bytes'] / 1e6:.2f} | "
+            f"{row['ratio']:.1f}x | {row['rouge1']:.2f} | {row['rouge2']:.2f} | {score} | {row['seeds']} |"
+        )
+    missing: dict[str, list[str]] = {}
+    for one in record["not_run"]:
+        missing.setdefault(one["row"], []).append(str(one["seed"]))
+    if missing:
+        names = "; ".join(f"{name} (seed {', '.join(seeds)})" for name, seeds in missing.items())
+        lines += ["", f"Not run: {names}."]
+    return "\n".join(lines)
+
+
+def plot(record: dict[str, Any], path: Path) -> None:
+    """ROUGE-L against how much smaller the file is; bars are one standard deviation over seeds."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), dpi=150)
+    shown = set()
+    for row in rows_of(record):
+        key = family(row["row"])
+        label, colour, marker = FAMILIES[key]
+        axes.errorbar(
+            row["ratio"], row["rougeL"], yerr=row["spread"], color=colour, marker=marker, markersize=7,
+            linestyle="none", capsize=3, label=None if key in shown else label,
+        )  # fmt: skip
+        shown.add(key)
+        bits = "" if row["weight_bits"] == 16 else f"{row['weight_bits']} bit"
+        layers = "" if (row["encoder_layers"], row["decoder_layers"]) == (3, 2) else (
+            f" {row['encoder_layers']}-{row['decoder_layers']}"
+        )  # fmt: skip
+        axes.annotate(
+            (bits + layers).strip(),
+            (row["ratio"], row["rougeL"]),
+            textcoords="offset points",
+            xytext=(6, 4),
+            fontsize=7,
+        )
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
+    axes.set_xlabel("times smaller than the fp32 teacher (bytes of the written file)")
+    axes.set_ylabel("ROUGE-L, held-out docstrings")
+    axes.grid(alpha=0.25)
+    axes.legend(fontsize=8, loc="lower left")
+    figure.tight_layout()
+    figure.savefig(path)
+    pyplot.close(figure)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--result", default=str(RESULT))
+    parser.add_argument("--write", action="store_true", help="into docs/training.md and docs/dq_docstrings.png")
+    args = parser.parse_args()
+    record = json.loads(Path(args.result).read_text())
+    text = table(record)
+    if not args.write:
+        print(text)
+        return 0
+    page = PAGE.read_text()
+    if BEGIN not in page or END not in page:
+        raise SystemExit(f"{PAGE.name} has lost the lines {BEGIN!r} and {END!r} that hold the table")
+    head, _, rest = page.partition(BEGIN)
+    PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
+    plot(record, PLOT)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
