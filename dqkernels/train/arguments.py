@@ -40,9 +40,9 @@ class ModelArguments:
         None, "Layers to keep: a number (spaced as in the paper) or teacher layers from 0, like 0,2,5. Default: all."
     )
     student_decoder_layers: str | None = _flag(None, "The same for the decoder.")
-    student_keep: str = _flag("last", "Layer that a one-layer student gets: last (the paper) or first.")
-    freeze_encoder: bool = _flag(False, "Train the decoder alone.")
-    freeze_embeddings: bool = _flag(False, "Leave token and position embeddings as they are.")
+    student_keep: str | None = _flag(None, "Layer that a one-layer student gets: last (the paper) or first.")
+    freeze_encoder: bool | None = _flag(None, "Train the decoder alone.")
+    freeze_embeddings: bool | None = _flag(None, "Leave token and position embeddings as they are.")
     teacher_dtype: str = _flag("float32", "Float type of the teacher: float32, bfloat16 or float16.")
 
 
@@ -87,9 +87,11 @@ class DataArguments:
 class QuantizationArguments:
     """How the student computes, and what its loss is. What is not given comes from --preset."""
 
-    preset: str | None = _flag(None, "A recipe, listed below. Default: dq-bart-plus; sft where nothing is quantized.")
-    weight_bits: int | None = _flag(None, "Linear layers: 2, 4 or 8; 16 trains in float.")
-    embedding_bits: int | None = _flag(None, "Token embedding and tied head: 2, 4, 8, or 16 for float.")
+    preset: str | None = _flag(None, "A recipe, listed above. Default: dq-bart-plus.")
+    weight_bits: int | None = _flag(None, "Linear layers: 2, 4 or 8. Default: 8.")
+    embedding_bits: int | None = _flag(
+        None, "Token embedding and tied head: 2, 4, 8, or 16 for float. Default: as linear layers."
+    )
     weight_quantizer: str | None = _flag(None, "auto, absmax, mse, ternary or four_level: which levels.")
     embedding_quantizer: str | None = _flag(None, "The same for the embedding.")
     weight_granularity: str | None = _flag(None, "per_channel or per_tensor (the paper).")

@@ -146,7 +146,7 @@ def _set_up(arguments: Arguments, model, tokenizer):
 
 
 def _student(arguments: Arguments, teacher):
-    chosen = arguments.model
+    chosen, preset = arguments.model, arguments.preset()
     depth = [flags.layers(name, getattr(chosen, name)) for name in ("student_encoder_layers", "student_decoder_layers")]
     if chosen.student_model_name_or_path is not None:
         if any(depth):
@@ -156,8 +156,10 @@ def _student(arguments: Arguments, teacher):
             )
         model, _ = _open(chosen.student_model_name_or_path)
     else:
-        model = student.make_student(teacher, *depth, keep=chosen.student_keep).float()
-    return student.freeze_(model, encoder=chosen.freeze_encoder, embeddings=chosen.freeze_embeddings)
+        model = student.make_student(teacher, *depth, keep=chosen.student_keep or preset.keep).float()
+    frozen = {"encoder": chosen.freeze_encoder, "embeddings": chosen.freeze_embeddings}
+    usual = {"encoder": preset.freeze_encoder, "embeddings": preset.freeze_embeddings}
+    return student.freeze_(model, **{name: usual[name] if said is None else said for name, said in frozen.items()})
 
 
 def _pairs(arguments: Arguments, plan, tokenizer, setup) -> dict[str, Any]:
