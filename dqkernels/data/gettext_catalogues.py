@@ -59,7 +59,7 @@ class MessagePair:
 
 
 def language_of(code: str) -> str:
-    """The two-letter language of a code as any tokenizer or catalogue spells it: `ro` of ro_RO, ro_XX, ron_Latn, __ro__."""
+    """The two-letter language of a code, however it is spelled: `ro` of ro_RO, ro_XX, ron_Latn, __ro__."""
     base = re.split(r"[_@.-]", code.strip("_<>"))[0].lower()
     return _THREE_LETTERS.get(base, base)
 

@@ -428,7 +428,9 @@ def _hub_error(name: str, error: Exception) -> Exception:
     kinds = {kind.__name__ for one in _chain(error) for kind in type(one).__mro__}
     text = " ".join(str(one) for one in _chain(error))
     if "script" in text and "supported" in text:
-        return ValueError(f"dataset_name {name!r} is a script data set: no code of data sets is run; give parquet files")
+        return ValueError(
+            f"dataset_name {name!r} is a script data set: no code of data sets is run; give parquet files"
+        )
     if constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds:
         return ConnectionError(
             f"dataset_name {name!r} is not in the cache and HF_HUB_OFFLINE is set: unset it, or give train_file, "
