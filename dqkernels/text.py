@@ -79,8 +79,7 @@ def stream_texts(
         raise ValueError("texts must be a list of strings, got one string")
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    prefix, options = task_options(model, tokenizer, task, source_lang, target_lang)
-    options = _merge(options, generate_options, model)
+    prefix, options = options_for(model, tokenizer, task, source_lang, target_lang, **generate_options)
     limit = source_limit(model, tokenizer, max_source_length)
     prefix = prefix if source_prefix is None else source_prefix
     if hasattr(texts, "__len__"):
@@ -162,6 +161,15 @@ def source_limit(model, tokenizer, wanted: int | None = None) -> int:
         return wanted
     limits = [n for n in (tokenizer.model_max_length, positions) if n is not None and n < _NO_LIMIT]
     return int(min(limits, default=_DEFAULT_SOURCE))
+
+
+def options_for(
+    model, tokenizer, task: str | None, source_lang: str | None, target_lang: str | None, **generate_options: Any
+) -> tuple[str, dict[str, Any]]:
+    """As `task_options`, under what the caller gives for `generate`: an option that is None is left to the model, and
+    a new `max_new_tokens` replaces a stored length in either unit."""
+    prefix, options = task_options(model, tokenizer, task, source_lang, target_lang)
+    return prefix, _merge(options, generate_options, model)
 
 
 def task_options(

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dqkernels import environment
-from dqkernels.cli import bench, common, demo, generate, info, quantize, tune
+from dqkernels.cli import bench, common, demo, distill_data, generate, info, quantize, tune
 
 _HELP = """Real 2/4/8-bit weights x 8-bit activations for Hugging Face seq2seq models.
 
@@ -42,7 +42,7 @@ def build():
         },
     )
     app.callback()(_root)
-    for module in (info, demo, quantize, generate, bench, tune):
+    for module in (info, demo, quantize, generate, distill_data, bench, tune):
         module.register(app)
     return typer.main.get_command(app)
 

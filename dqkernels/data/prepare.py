@@ -18,6 +18,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from transformers import DataCollatorForSeq2Seq
+
 from dqkernels import text
 from dqkernels.data.sources import need_datasets
 
@@ -64,13 +66,8 @@ def set_up(
     Raises:
         ValueError: as `dqkernels.text.task_options`: an unknown task or language, or none where one is needed.
     """
-    if hasattr(tokenizer, "src_lang") and (source_lang is None) != (target_lang is None):
-        raise ValueError("source_lang and target_lang must be given together for a multilingual tokenizer")
-    if not hasattr(tokenizer, "src_lang") and task != "translation":
-        source_lang = target_lang = None  # columns of the data, nothing that this model asks for
-    elif not hasattr(tokenizer, "src_lang") and not _spells_languages(model, tokenizer):
-        source_lang = target_lang = None  # a model of one pair, such as opus-mt-en-ro, or BART
-    prefix, options = text.task_options(model, tokenizer, task, source_lang, target_lang)
+    languages = model_languages(model, tokenizer, task, source_lang, target_lang)
+    prefix, options = text.task_options(model, tokenizer, task, *languages)
     for name in ("forced_bos_token_id", "decoder_start_token_id"):
         if name in options and getattr(model, "generation_config", None) is not None:
             setattr(model.generation_config, name, options[name])
@@ -80,12 +77,24 @@ def set_up(
     return Setup(prefix, options)
 
 
-def _spells_languages(model, tokenizer) -> bool:
-    """Whether languages are part of the text: T5's prefixes, Marian's `>>fra<<`."""
+def model_languages(
+    model, tokenizer, task: str | None, source_lang: str | None, target_lang: str | None
+) -> tuple[str | None, str | None]:
+    """The languages as far as the model is told of them; those of the data alone (opus-mt-en-ro, BART) become None.
+
+    Raises:
+        ValueError: if only one is given where the tokenizer has languages.
+    """
+    if hasattr(tokenizer, "src_lang"):
+        if (source_lang is None) != (target_lang is None):
+            raise ValueError("source_lang and target_lang must be given together for a multilingual tokenizer")
+        return source_lang, target_lang
+    # Languages may be part of the text: T5's prefixes, Marian's >>fra<<.
     stored = getattr(model.config, "task_specific_params", None) or {}
-    return bool(getattr(tokenizer, "supported_language_codes", None)) or any(
+    spelled = getattr(tokenizer, "supported_language_codes", None) or any(
         key.startswith("translation_") for key in stored
     )
+    return (source_lang, target_lang) if task == "translation" and spelled else (None, None)
 
 
 # ---- rows -------------------------------------------------------------------------------
@@ -115,9 +124,9 @@ class Lengths:
     max_target_length: int
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.pairs} pairs" + (f" ({self.dropped} without source or target dropped)" if self.dropped else "")
-        ]
+        lines = [f"{self.pairs} pairs"]
+        if self.dropped:
+            lines[0] += f" ({self.dropped} without source or target dropped)"
         for name in ("source", "target"):
             longest, mean = getattr(self, f"longest_{name}"), getattr(self, f"mean_{name}")
             cut, limit = getattr(self, f"{name}_cut"), getattr(self, f"max_{name}_length")
@@ -153,9 +162,8 @@ def prepare(
     need_datasets()
     for name in ("source", "target"):
         if name not in pairs.column_names:
-            raise ValueError(
-                f"pairs must have the columns source and target, they have {', '.join(pairs.column_names)}"
-            )
+            columns = ", ".join(pairs.column_names)
+            raise ValueError(f"pairs must have the columns source and target, they have {columns}")
     for name, limit in (("max_source_length", max_source_length), ("max_target_length", max_target_length)):
         if limit < 2:
             raise ValueError(f"{name} must be at least 2, got {limit}")
@@ -270,7 +278,17 @@ def tokenizer_fingerprint(tokenizer) -> str:
 # ---- batches ----------------------------------------------------------------------------
 
 
-def collator(tokenizer, model=None, pad_to_multiple_of: int | None = None) -> Any:
+class PairCollator(DataCollatorForSeq2Seq):
+    """`DataCollatorForSeq2Seq` that gives `decoder_input_ids` for every family; see `collator`."""
+
+    def __call__(self, features, return_tensors=None):
+        batch = super().__call__(features, return_tensors)
+        if self.model is not None and "decoder_input_ids" not in batch and batch.get("labels") is not None:
+            batch["decoder_input_ids"] = _shifted(batch["labels"], self.model.config)
+        return batch
+
+
+def collator(tokenizer, model=None, pad_to_multiple_of: int | None = None) -> PairCollator:
     """transformers' `DataCollatorForSeq2Seq`: ids padded to the longest row, labels with -100, `decoder_input_ids`.
 
     Args:
@@ -278,15 +296,6 @@ def collator(tokenizer, model=None, pad_to_multiple_of: int | None = None) -> An
             (M2M100, NLLB) starts from its `decoder_start_token_id`. None leaves them out.
         pad_to_multiple_of: round lengths up; 16 suits 8-bit tensor cores.
     """
-    from transformers import DataCollatorForSeq2Seq
-
-    class PairCollator(DataCollatorForSeq2Seq):
-        def __call__(self, features, return_tensors=None):
-            batch = super().__call__(features, return_tensors)
-            if self.model is not None and "decoder_input_ids" not in batch and batch.get("labels") is not None:
-                batch["decoder_input_ids"] = _shifted(batch["labels"], self.model.config)
-            return batch
-
     return PairCollator(tokenizer, model=model, label_pad_token_id=IGNORED, pad_to_multiple_of=pad_to_multiple_of)
 
 

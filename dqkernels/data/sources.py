@@ -429,7 +429,7 @@ def _hub_error(name: str, error: Exception) -> Exception:
     text = " ".join(str(one) for one in _chain(error))
     if "script" in text and "supported" in text:
         return ValueError(
-            f"dataset_name {name!r} is a script data set: no code of data sets is run; give parquet files"
+            f"dataset_name {name!r} is a script, and no code of data sets is run: give train_file instead"
         )
     if constants.HF_HUB_OFFLINE or "OfflineModeIsEnabled" in kinds:
         return ConnectionError(
