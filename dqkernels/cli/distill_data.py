@@ -21,11 +21,11 @@ score is the mean log-probability per token under the teacher, rank the place am
 
 \b
 Recipes:
-  greedy outputs (QuillBot: train on these first, then on gold)     the default, --num_beams 1
-  beam outputs (Kim & Rush; Shleifer & Rush's pseudo-labels)        --num_beams 6
-  the n best, all of them                        --num_beams 6 --num_return_sequences 6
-  of the n best the one closest to gold          ... --select best_rouge (or best_chrf for translation)
-  without what the teacher got wrong             --min_rouge2 10
+  greedy (QuillBot: first on these, then on gold)   the default, --num_beams 1
+  beam search (Kim & Rush; pseudo-labels)           --num_beams 6
+  the n best, all of them                           --num_beams 6 --num_return_sequences 6
+  of the n best the one closest to gold             ... --select best_rouge (translation: best_chrf)
+  without what the teacher got wrong                --min_rouge2 10
 
 \b
 Examples:

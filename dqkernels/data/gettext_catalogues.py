@@ -70,7 +70,7 @@ def _answers(folder: str, wanted: str) -> bool:
     if name == asked:
         return True
     base = language_of(wanted)
-    if "@" in name or "." in name or language_of(folder) != base:
+    if "@" in name + asked or "." in name or language_of(folder) != base:
         return False  # ca@valencia, ja.sjis: another script, or the same texts once more
     has_region = "_" in asked and not re.search(r"_(xx|[a-z]{4})$", asked)  # ro_XX and ron_Latn name no region
     if base in _REGIONS_MATTER and has_region:
@@ -89,10 +89,10 @@ _BRACES = re.compile(r"\$?\{[\w.!:\[\]]*\}")
 _TAG = re.compile(r"</?[a-zA-Z][^<>]*>")
 _ACCELERATOR_BEHIND = re.compile(r"\s*\([&_]\w\)")  # as languages without letters of their own write it: 文件(_F)
 _ACCELERATOR_IN_FRONT = re.compile(r"(?<![\w&])[&_](?=[^\W_])")
-_ACCELERATOR_INSIDE = re.compile(r"(?<=[^\W_])[&_](?=[^\W_])")
+_ACCELERATOR_INSIDE = re.compile(r"(?<=[^\W_])[&_](?=[^\W\d_A-Z])")
 _EMPTY_QUOTES = re.compile(r"'\x00'|\"\x00\"|`\x00['`]|[“„]\s*\x00\s*[”“]|«\s*\x00\s*»|‘\x00’|\(\x00\)|\[\x00\]|<\x00>")
 _GONE = "\x00"  # stands where something was taken out
-_GONE_BEFORE_MARK = re.compile(r"[\s\x00]*\x00[\s\x00]*(?=[,.;:!?)\]](?:\s|$))")
+_GONE_AT_MARK = re.compile(r"[\s\x00]*\x00[\s\x00]*(?=[,.;:!?)\]](?:\s|$))|(?<=[(\[])\x00\s*")
 _LEFT_AT_THE_START = re.compile(r"^[\s\x00:;,.]*\x00[\s\x00:;,.]*")
 _LABEL_WORDS = 6  # an accelerator within a word stands in a short label; elsewhere file_name is a name
 
@@ -105,7 +105,7 @@ def _plain(text: str) -> str:
     text = _TAG.sub("", html.unescape(text))
     text = _EMPTY_QUOTES.sub(_GONE, text)
     # Punctuation that a language sets apart (French) keeps its space; only gaps are closed.
-    text = _GONE_BEFORE_MARK.sub("", _LEFT_AT_THE_START.sub("", text))
+    text = _GONE_AT_MARK.sub("", _LEFT_AT_THE_START.sub("", text))
     return " ".join(text.replace(_GONE, " ").split())
 
 

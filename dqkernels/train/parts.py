@@ -45,11 +45,10 @@ def start(folder: Path, identity: dict[str, Any], resume: bool) -> None:
     """Makes the folder, or keeps one that `check` accepted if `resume`."""
     path = folder / "run.json"
     if folder.exists() and (not resume or not path.is_file()):
-        if (
-            not folder.is_dir()
-            or {file.name.split(".")[0] for file in folder.iterdir()} - {"run"}
-            and not path.is_file()
-        ):
+        ours = folder.is_dir() and (
+            path.is_file() or all(file.name.startswith("run.json") for file in folder.iterdir())
+        )
+        if not ours:
             raise ValueError(f"output_file keeps its parts in {str(folder)!r}, and something else is there")
         for lock in folder.glob("*.lock"):
             _acquire(lock).release()
