@@ -301,7 +301,7 @@ def collator(tokenizer, model=None, pad_to_multiple_of: int | None = None) -> Pa
 
 def _shifted(labels, config):
     """Labels one step to the right behind the start token."""
-    start, pad = config.decoder_start_token_id, config.pad_token_id
+    start, pad = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
     if start is None or pad is None:
         raise ValueError("the model's config must have decoder_start_token_id and pad_token_id")
     shifted = labels.new_full(labels.shape, start)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import csv
 import hashlib
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -358,19 +359,30 @@ def _file(datasets, split: str, path: Path, cache_dir):
     except ImportError:
         raise
     except Exception as error:  # whatever pandas and arrow raise for a file that is not what its name says
-        raise ValueError(f"{argument} {str(path)!r} does not read as {reader}: {_reason(error)}") from error
+        reason = _reason(error)
+        if "corresponds to no data" in reason:  # a header and nothing below
+            raise ValueError(f"{argument} {str(path)!r} is empty") from error
+        raise ValueError(f"{argument} {str(path)!r} does not read as {reader}: {reason}") from error
 
 
 def _csv_options(datasets, argument: str, path: Path) -> dict[str, Any]:
     """All columns as text: pandas would read `NA` as nothing and `007` as 7."""
     separator = "\t" if path.suffix.lower() == ".tsv" else ","
+    limit = csv.field_size_limit(sys.maxsize)  # an article may be longer than the default allows
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
-            header = next(csv.reader(file, delimiter=separator), [])
+            rows = csv.reader(file, delimiter=separator)
+            header = next(rows, [])
+            # pandas takes surplus fields for an index, and shifts the columns without a word.
+            odd = next((rows.line_num for row in rows if row and len(row) != len(header)), None)
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{argument} {str(path)!r} must be UTF-8 text with a line of column names: {error}") from error
+    finally:
+        csv.field_size_limit(limit)
     if len(set(header)) < len(header) or not header:
         raise ValueError(f"{argument} {str(path)!r} must have a first line of column names that differ, got {header}")
+    if odd is not None:
+        raise ValueError(f"{argument} {str(path)!r} must have {len(header)} fields in every row, line {odd} has others")
     features = datasets.Features({name: datasets.Value("string") for name in header})
     return {"sep": separator, "features": features, "keep_default_na": False, "encoding": "utf-8-sig"}
 
