@@ -24,7 +24,7 @@ Recipes:
   greedy (QuillBot: first on these, then on gold)   the default, --num_beams 1
   beam search (Kim & Rush; pseudo-labels)           --num_beams 6
   the n best, all of them                           --num_beams 6 --num_return_sequences 6
-  of the n best the one closest to gold             ... --select best_rouge (translation: best_chrf)
+  of the n best the one closest to gold             ... --select best_rouge (or best_chrf)
   without what the teacher got wrong                --min_rouge2 10
 
 \b

@@ -152,7 +152,7 @@ def load_pairs(
     else:
         found = _hub(datasets, dataset_name, dataset_config_name, languages, cache_dir)
     if missing := [split for split in splits or () if split not in found]:
-        names = ", ".join(found) or "none"
+        names = ", ".join(files or found)
         raise ValueError(f"the {missing[0]} split is wanted and the data has none; it has {names}")
     known = KNOWN.get(ALIASES.get(dataset_name, dataset_name), Known("")) if dataset_name else Known("")
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_predict_samples}
