@@ -170,9 +170,9 @@ def distill_data(
             done = teacher.distill(
                 loaded,
                 tokenizer,
-                list(pairs["source"]),
+                pairs["source"][:],
                 output_file,
-                references=list(pairs["target"]),
+                references=pairs["target"][:],
                 closeness=_closeness(select),
                 quality=None if min_rouge2 is None else rouge2,
                 min_quality=min_rouge2 or 0.0,
