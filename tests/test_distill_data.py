@@ -322,6 +322,13 @@ def test_a_process_that_ended_early_is_noticed(teacher, tmp_path):
     assert not (tmp_path / "out.jsonl").exists()
 
 
+def test_without_accelerate_the_extra_is_named(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setitem(sys.modules, "accelerate", None)
+    with pytest.raises(ImportError, match=r"pip install 'dqkernels\[train\]'"):
+        Processes.of_launcher()
+
+
 # ---- in processes of their own ----------------------------------------------------------
 
 _SLOW = """
