@@ -79,7 +79,8 @@ def spelled_as_flags(message: str, command) -> str:
     while todo:
         one = todo.pop()
         todo += getattr(one, "commands", {}).values()
-        flags.update(name for p in one.params for name in p.opts if name.startswith("--"))
+        names = (name for p in one.params for name in [*p.opts, *p.secondary_opts])
+        flags.update(name for name in names if name.startswith("--"))
 
     def flag(match: re.Match[str]) -> str:
         return ("--" if "--" + match[1] in flags else "") + match[1]

@@ -24,7 +24,7 @@ Recipes:
   greedy (QuillBot: first on these, then on gold)   the default, --num_beams 1
   beam search (Kim & Rush; pseudo-labels)           --num_beams 6
   the n best, all of them                           --num_beams 6 --num_return_sequences 6
-  of the n best the one closest to gold             ... --select best_rouge (translation: best_chrf)
+  of the n best the one closest to gold             ... --select best_rouge (or best_chrf)
   without what the teacher got wrong                --min_rouge2 10
 
 \b
@@ -170,9 +170,9 @@ def distill_data(
             done = teacher.distill(
                 loaded,
                 tokenizer,
-                list(pairs["source"]),
+                pairs["source"][:],
                 output_file,
-                references=list(pairs["target"]),
+                references=pairs["target"][:],
                 closeness=_closeness(select),
                 quality=None if min_rouge2 is None else rouge2,
                 min_quality=min_rouge2 or 0.0,

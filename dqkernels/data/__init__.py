@@ -1,4 +1,4 @@
-"""Data that is on every machine: docstrings of installed packages, read offline.
+"""Pairs of texts to train and score on: `sources` loads them, `prepare` makes ids and batches, `mixing` joins sets.
 
-Nothing heavy is imported here; take what you need from `dqkernels.data.docstrings`.
+`docstrings` and `gettext_catalogues` find pairs that a machine already has, offline. Nothing heavy is imported here.
 """

@@ -241,7 +241,7 @@ def _ids(tokenizer, texts: list[str], limit: int, target: bool = False) -> tuple
 def _lengths(rows, pairs: int, max_source: int, max_target: int) -> Lengths:
     import numpy as np
 
-    sources, targets = (np.asarray(rows.with_format("numpy")[name], dtype=np.int64) for name in _COUNTS)
+    sources, targets = (np.asarray(rows.with_format("numpy")[name][:], dtype=np.int64) for name in _COUNTS)
     return Lengths(
         pairs=len(rows),
         dropped=pairs - len(rows),

@@ -152,7 +152,7 @@ def load_pairs(
     else:
         found = _hub(datasets, dataset_name, dataset_config_name, languages, cache_dir)
     if missing := [split for split in splits or () if split not in found]:
-        names = ", ".join(found) or "none"
+        names = ", ".join(files or found)
         raise ValueError(f"the {missing[0]} split is wanted and the data has none; it has {names}")
     known = KNOWN.get(ALIASES.get(dataset_name, dataset_name), Known("")) if dataset_name else Known("")
     limits = {"train": max_train_samples, "validation": max_eval_samples, "test": max_predict_samples}
@@ -311,7 +311,7 @@ def _docstrings(datasets, config: str, splits, held_out_from) -> dict[str, Any]:
     packages = docstrings.packages_of() if config == "base" else None
     found = {}
     for split in SPLITS[: 1 + max(SPLITS.index(split) for split in splits)]:
-        pairs = docstrings.mine(split=split, packages=packages)
+        pairs = docstrings.mine(split=split, packages=packages, progress=sys.stderr.isatty())
         if split != "train":
             pairs = docstrings.held_out(pairs, known)
         known.update(docstrings.fingerprints(pairs))
@@ -426,7 +426,7 @@ def _carve(data) -> dict[str, Any]:
     """Three splits of one, by a hash of the source text."""
     source = next(name for name, feature in data.features.items() if _is_text(feature))
     rows: dict[str, list[int]] = {split: [] for split in SPLITS}
-    for number, text in enumerate(data[source]):
+    for number, text in enumerate(data[source][:]):
         bucket = int.from_bytes(hashlib.sha256((text or "").encode("utf-8")).digest()[:8], "big") % 100
         split = "test" if bucket < _CARVED_PERCENT else "validation" if bucket < 2 * _CARVED_PERCENT else "train"
         rows[split].append(number)

@@ -1,1 +1,1 @@
-"""Scores of generated text. Nothing heavy is imported here; see `dqkernels.metrics.rouge`."""
+"""Scores of generated text. Nothing heavy is imported here; see `rouge`, `bleu` and `seq2seq`."""
