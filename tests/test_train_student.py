@@ -9,6 +9,7 @@ import tiny_models
 import torch
 from torch import nn
 
+from dqkernels import DQConfig, quantize_
 from dqkernels.train.losses import KDConfig
 from dqkernels.train.student import (
     COPIED_LAYERS,
@@ -137,6 +138,16 @@ def test_other_models_are_refused():
             make_student(model, 1, 1)
 
 
+def test_a_packed_teacher_is_refused(bart):
+    packed = quantize_(copy.deepcopy(bart), DQConfig(weight_bits=8))
+    with pytest.raises(ValueError, match=r"the teacher is quantized already \(model\.\S+\).*from the float model"):
+        make_student(packed, 3, 3)
+    other = copy.copy(bart)
+    other.hf_quantizer = KDConfig()  # any foreign one
+    with pytest.raises(ValueError, match=r"quantized already \(by KDConfig\)"):
+        make_student(other, 3, 3)
+
+
 @pytest.fixture(scope="module")
 def bart() -> nn.Module:
     torch.manual_seed(1)
@@ -146,7 +157,7 @@ def bart() -> nn.Module:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_student_is_the_teachers_layers(family, tmp_path):
     teacher = deep(family)
-    teacher.requires_grad_(False)
+    teacher.requires_grad_(False).train()
     teacher.generation_config.num_beams = 3
     calls = []
     layers(teacher, "decoder")[5].register_forward_hook(lambda *_: calls.append(1))
@@ -155,7 +166,7 @@ def test_a_student_is_the_teachers_layers(family, tmp_path):
     student = make_student(teacher, 3, [4, 5])
 
     assert student.config.dqkernels_student == {"encoder": [0, 2, 5], "decoder": [4, 5]}
-    assert type(student) is type(teacher) and not student.training
+    assert type(student) is type(teacher) and not student.training and teacher.training
     for name, indices in student.config.dqkernels_student.items():
         assert len(layers(student, name)) == len(indices)
         for layer, index in zip(layers(student, name), indices, strict=True):

@@ -28,16 +28,22 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
+from dqkernels.train.formulas import (
+    IGNORED,
+    CrossEntropy,
+    Divergence,
+    Squares,
+    by_chunks,
+    example_mean,
+    head_mean,
+    token_mean,
+)
 from dqkernels.train.student import LayerMap, supervised_layers
 
 if TYPE_CHECKING:
     from transformers.modeling_outputs import Seq2SeqLMOutput
 
-#: Marks a place in `labels` that is no target token.
-IGNORED = -100
 #: What a term may be called in KDConfig and in `--kd`.
 WEIGHTS = ("task", "logits", "hidden", "attention", "encoder_last_hidden")
 LOGITS_LOSSES = ("kl", "mse")
@@ -56,8 +62,6 @@ TERMS = {
 }
 #: Terms that are never divided (their count is 1 however many counts were added up).
 UNDIVIDED = ("encoder_last_hidden",)
-#: Values of one chunk: what a term holds in fp32 beside the tensors that are there anyway (16 MiB a tensor).
-_CHUNK = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -223,7 +227,7 @@ def sums(
     """The numerators: each active term added over the micro-batch, never averaged over it.
 
     Differences, softmax and their sums are in fp32 whatever the outputs' dtype, the last sum over tokens in fp64. No
-    term keeps a copy of the logits or maps for the backward pass: it goes through them again, a chunk at a time.
+    term keeps a copy of the logits or maps for the backward pass: it reads them again, a chunk at a time.
 
     Transformers returns attention maps after attention dropout; where that is above 0 (T5) a training student's maps
     hold its noise.
@@ -251,14 +255,12 @@ def sums(
     if kd.task > 0:
         logits = _output(student, "student", "logits")
         _check_places("logits", logits.shape[:2], valid.shape)
-        found["task"] = _by_chunks(
-            lambda x, y: _cross_entropy(x, y, kd.label_smoothing), logits.flatten(0, 1), batch["labels"].flatten()
-        )
+        found["task"] = by_chunks(CrossEntropy(kd.label_smoothing), logits.flatten(0, 1), batch["labels"].flatten())
     if kd.logits > 0:
         pair = _pair(student, teacher, "logits")
         _check_places("logits", pair[0].shape[:2], target.shape)
-        formula = _squares if kd.logits_loss == "mse" else lambda x, y, m: _divergence(x, y, m, kd.temperature)
-        found["logits"] = _by_chunks(formula, *(x.flatten(0, 1) for x in pair), target.flatten())
+        formula = Squares(token_mean) if kd.logits_loss == "mse" else Divergence(kd.temperature)
+        found["logits"] = by_chunks(formula, *(x.flatten(0, 1) for x in pair), target.flatten())
     if kd.hidden > 0:
         for stack, mask in (("encoder", source), ("decoder", target)):
             found[f"{stack}_hidden"] = _hidden(stack, student, teacher, mask, kd, layer_map)
@@ -272,7 +274,7 @@ def sums(
     if kd.encoder_last_hidden > 0:
         pair = _pair(student, teacher, "encoder_last_hidden_state")
         _check_places("encoder_last_hidden_state", pair[0].shape[:2], source.shape)
-        found["encoder_last_hidden"] = _by_chunks(_squares_of_means, *pair, source)
+        found["encoder_last_hidden"] = by_chunks(Squares(example_mean), *pair, source)
     return found
 
 
@@ -306,7 +308,7 @@ def _hidden(stack: str, student, teacher, mask: Tensor, kd: KDConfig, layer_map:
     for pair in pairs:
         _check_pair(name, *pair)
         _check_places(name, pair[0].shape[:2], mask.shape)
-    return torch.stack([_by_chunks(_squares, *pair, mask) for pair in pairs]).sum()
+    return torch.stack([by_chunks(Squares(token_mean), *pair, mask) for pair in pairs]).sum()
 
 
 def _attention(
@@ -319,7 +321,7 @@ def _attention(
     for pair in pairs:
         _check_pair(name, *pair)
         _check_places(name, (pair[0].shape[0], *pair[0].shape[2:]), (*masks[0].shape, masks[1].shape[1]))
-    return torch.stack([_by_chunks(_squares_of_maps, *pair, *masks) for pair in pairs]).sum()
+    return torch.stack([by_chunks(Squares(head_mean), *pair, *masks) for pair in pairs]).sum()
 
 
 def _targets(stack: str, depth: int, teacher_depth: int, kd: KDConfig, layer_map: LayerMap | None) -> Sequence[int]:
@@ -339,90 +341,6 @@ def _targets(stack: str, depth: int, teacher_depth: int, kd: KDConfig, layer_map
             f"{teacher_depth} (layerdrop must be 0 in distillation)"
         )
     return targets
-
-
-class _ByChunks(torch.autograd.Function):
-    """Sum of `formula` over chunks of the first dimension, recomputed for the gradient.
-
-    Autograd would keep fp32 copies of [B, T, V] and [B, heads, T, S] tensors for every term. Here it keeps the
-    tensors it was given, which the models' outputs hold anyway, and one gradient of the student's.
-    """
-
-    @staticmethod
-    def forward(ctx, formula: Callable[..., Tensor], student: Tensor, *others: Tensor) -> Tensor:
-        ctx.formula = formula
-        ctx.save_for_backward(student, *others)
-        value = torch.zeros((), dtype=torch.float64, device=student.device)
-        for part in _parts(student):
-            value += formula(student[part], *(x[part] for x in others))
-        return value
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad: Tensor):
-        student, *others = ctx.saved_tensors
-        result = torch.empty_like(student, memory_format=torch.contiguous_format)
-        for part in _parts(student):
-            with torch.enable_grad():
-                chunk = student[part].detach().requires_grad_()
-                value = ctx.formula(chunk, *(x[part] for x in others))
-            result[part] = torch.autograd.grad(value, chunk, grad)[0]
-        return None, result, *(None for _ in others)
-
-
-def _by_chunks(formula: Callable[..., Tensor], student: Tensor, *others: Tensor) -> Tensor:
-    """`formula(student, *others)`, an fp64 scalar that adds up over the first dimension, which all of them share."""
-    return _ByChunks.apply(formula, student, *(x.detach() for x in others))
-
-
-def _parts(x: Tensor):
-    rows = max(1, _CHUNK * x.shape[0] // max(1, x.numel()))
-    return [slice(start, start + rows) for start in range(0, x.shape[0], rows)]
-
-
-# The formulas. What is masked is replaced before it is used: a NaN there must reach neither value nor gradient.
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, smoothing: float) -> Tensor:
-    """(1 - e) * -log p[y] + e * mean of -log p over the vocabulary; [N, V], [N]."""
-    valid = labels != IGNORED
-    log_p = functional.log_softmax(logits.float().masked_fill(~valid[:, None], 0), dim=-1)
-    loss = -(1 - smoothing) * log_p.gather(1, labels.masked_fill(~valid, 0)[:, None])[:, 0]
-    if smoothing:
-        loss = loss - smoothing * log_p.mean(-1)
-    return loss.masked_fill(~valid, 0).sum(dtype=torch.float64)
-
-
-def _divergence(student: Tensor, teacher: Tensor, mask: Tensor, temperature: float) -> Tensor:
-    """T^2 * KL(softmax(teacher / T) || softmax(student / T)); [N, V], [N, V], [N]. Equal rows (masked ones) give 0."""
-    log_p, log_q = (
-        functional.log_softmax(x.float().masked_fill(~mask[:, None], 0) / temperature, dim=-1)
-        for x in (teacher, student)
-    )
-    rows = functional.kl_div(log_q, log_p, reduction="none", log_target=True).sum(-1)
-    return temperature**2 * rows.sum(dtype=torch.float64)
-
-
-def _squares(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Squared differences averaged over the last dimension; [..., F], [..., F], [...]."""
-    return _masked_squares(student, teacher, mask[..., None]).sum(dtype=torch.float64) / student.shape[-1]
-
-
-def _squares_of_maps(student: Tensor, teacher: Tensor, queries: Tensor, keys: Tensor) -> Tensor:
-    """Squared differences of maps averaged over heads; [B, H, T, S] twice, [B, T], [B, S]."""
-    pairs = queries[:, None, :, None] & keys[:, None, None, :]
-    return _masked_squares(student, teacher, pairs).sum(dtype=torch.float64) / student.shape[1]
-
-
-def _squares_of_means(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Squared differences averaged over tokens and features of each example; [B, S, d] twice, [B, S]."""
-    per_example = _masked_squares(student, teacher, mask[..., None]).sum(1, dtype=torch.float64)
-    return (per_example / mask.sum(1).clamp(min=1)).sum() / student.shape[-1]
-
-
-def _masked_squares(student: Tensor, teacher: Tensor, mask: Tensor) -> Tensor:
-    """Squared differences in fp32 where the mask is set, added over the last dimension; the mask broadcasts."""
-    return (student.float() - teacher.float()).masked_fill(~mask, 0).square().sum(-1)
 
 
 def _target_tokens(batch: Mapping[str, Tensor]) -> Tensor:

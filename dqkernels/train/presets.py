@@ -219,9 +219,9 @@ PRESETS: dict[str, Preset] = {
             },
             source=(
                 "Zhang et al. 2020 (EMNLP) and its code: TWN rows in the embedding, one ternary scale per linear, "
-                "8-bit activations, clip at 2.5, linear decay from 2e-5 after 10 % warm-up, weight decay 0.01, 3 epochs, "
-                "batch 32 (GLUE). Its attention term compares scores, ours the probabilities; its activations are "
-                "min-max (asymmetric), ours symmetric."
+                "8-bit activations, clip at 2.5, linear decay from 2e-5 after 10 % warm-up, weight decay 0.01, 3 "
+                "epochs, batch 32 (GLUE). Its attention term compares scores, ours probabilities; its activations "
+                "are min-max (asymmetric), ours symmetric."
             ),
         ),
     )

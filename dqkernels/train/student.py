@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+from dqkernels.nn import PackedModule
+
 if TYPE_CHECKING:
     from dqkernels.train.losses import KDConfig
 
@@ -132,10 +134,12 @@ def make_student(
         ValueError: if the teacher is no such encoder-decoder or has packed weights, or for layers it does not have.
     """
     stacks = _stacks(teacher)
-    if getattr(teacher, "hf_quantizer", None) is not None:
+    packed = [name for name, module in teacher.named_modules() if isinstance(module, PackedModule)]
+    if packed or getattr(teacher, "hf_quantizer", None) is not None:
+        found = packed[0] if packed else f"by {type(teacher.hf_quantizer).__name__}"
         raise ValueError(
-            f"the teacher is packed (quant_method {teacher.hf_quantizer.quantization_config.quant_method!r}): its "
-            "layers cannot be trained. Make the student from the float model, then quantize it"
+            f"the teacher is quantized already ({found}), so its layers cannot be trained: make the student from "
+            "the float model, then quantize it"
         )
     chosen = {}
     for name, wanted in zip(STACKS, (encoder_layers, decoder_layers), strict=True):
