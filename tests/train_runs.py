@@ -177,10 +177,9 @@ def _processes(output: Path, log: Path) -> None:
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(min(2, os.cpu_count() or 1))
+    torch.set_num_threads(1)
     folder, path, *how = sys.argv[1:]
     if how == ["processes"]:
-        torch.set_num_threads(1)
         _processes(Path(folder), Path(path))
     else:
         run, _ = killed_run(Path(folder), Path(path), [Slow()])
