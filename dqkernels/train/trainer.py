@@ -327,14 +327,19 @@ def _check_dataset(name: str, dataset: Any) -> None:
 
 def _give_attention_maps(model: Any, who: str) -> None:
     """Makes a model return its attention maps: "eager", or dqkernels' own attention, which returns them too."""
-    now = getattr(model.config, "_attn_implementation", None)
-    if now == "eager" or str(now).startswith("dqkernels"):
+    if model is None:
         return
-    message = f"attention maps of the {who} ({type(model).__name__}, attn_implementation={now!r}) are needed"
-    try:
-        model.set_attn_implementation("eager")
-    except Exception as error:
-        raise ValueError(f"{message}: it cannot be switched to 'eager' ({error})") from error
-    if model.config._attn_implementation != "eager":
-        raise ValueError(f"{message}: load it with attn_implementation='eager'")
-    logger.info("%s: attn_implementation was %r, is now 'eager'", message, now)
+    # One by one: transformers 5.17 leaves out parts that copied the config, such as T5's stacks.
+    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        now = part.config._attn_implementation
+        if now == "eager" or str(now).startswith("dqkernels"):
+            continue
+        message = f"attention maps of the {who} ({type(model).__name__}, attn_implementation={now!r}) are needed"
+        try:
+            part.set_attn_implementation("eager")
+        except Exception as error:
+            raise ValueError(f"{message}: it cannot be switched to 'eager' ({error})") from error
+        if part.config._attn_implementation != "eager":
+            raise ValueError(f"{message}: load it with attn_implementation='eager'")
+        if part is model:
+            logger.info("%s: is now 'eager'", message)
