@@ -360,10 +360,12 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
             assert lines[step][name] == pytest.approx(value, rel=2e-5), (step, name)
     resumed = {int(step): line for step, line in stored["resumed"].items()}
     assert resumed == {step: lines[step] for step in (9, 10, 11, 12)}
-    # The eval loss of 5 examples in two processes counts each of them once.
-    made, _ = trainer(tmp_path / "eval", eval_dataset=examples(5, seed=1))
+    assert stored["few"] == 2
+    # Of 7 examples in batches of 3, two processes hold 1 and 0 in the last one: each counts once, in loss and metric.
+    made, _ = trainer(tmp_path / "eval", eval_dataset=examples(7, seed=1))
     checkpoints.load_weights(made.model, tmp_path / "two" / "final")
     expected = made.evaluate()
-    (line,) = (line for line in stored["evals"] if "eval_loss" in line and line["step"] == 12)
+    (line,) = (line for line in stored["history"] if "eval_loss" in line and line["step"] == 12)
+    assert line["eval_seen"] == 7
     for name in ("eval_loss", "eval_loss_task", "eval_loss_cross_attention"):
         assert line[name] == pytest.approx(expected[name], rel=1e-5), name

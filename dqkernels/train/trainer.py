@@ -227,9 +227,13 @@ class DistillationTrainer(ResumableTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """As of Trainer. The loss is the training loss over the whole set, each example once, and no random number
-        generator moves."""
+        """As of Trainer. The loss is the training loss over the whole set, and no random number generator moves.
+
+        Each example counts once, in the loss and in `compute_metrics`, also where accelerate fills the last batches of
+        several processes with repeats.
+        """
         self._eval_sums, self._eval_counts = {}, {}
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer takes the repeats along
         with checkpoints.kept_rng(self.args.device):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
