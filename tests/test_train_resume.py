@@ -331,14 +331,12 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
             env=environment(),
             stdout=output,
             stderr=subprocess.STDOUT,
-            start_new_session=True,
         )
     try:
-        code = child.wait(timeout=150)
+        code = child.wait(timeout=200)
     finally:
-        if child.poll() is None:
-            os.killpg(child.pid, signal.SIGKILL)  # the launcher and its workers
-            child.wait()
+        child.terminate()  # the launcher, which then ends its workers
+        child.wait(timeout=60)
     assert code == 0, (tmp_path / "output").read_text()[-3000:]
     lines = {line.pop("step"): line for line in read(log)}
     stored = json.loads((tmp_path / "two" / "found.json").read_text())

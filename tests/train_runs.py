@@ -163,7 +163,8 @@ SHARED = {
 
 
 def _processes(output: Path, log: Path) -> None:
-    options = {"eval_dataset": examples(7, seed=1), "ddp_backend": "gloo", "compute_metrics": seen, **SHARED}
+    several = {"ddp_backend": "gloo", "ddp_timeout": 60}  # a worker that waits for another ends, and fails the test
+    options = {"eval_dataset": examples(7, seed=1), "compute_metrics": seen, **several, **SHARED}
     options |= {"predict_with_generate": True, "generation_max_length": 4}
     made, _ = trainer(output, log=Log(log), **options)
     made.train()
@@ -171,7 +172,7 @@ def _processes(output: Path, log: Path) -> None:
     again, resumed = trainer(output, **options)
     again.train(resume_from_checkpoint=str(output / "checkpoint-8"))
     # Parameters behind the last map that is compared have no part in the loss.
-    few, _ = trainer(output / "few", kd=KDConfig(task=0, attention=1), max_steps=2, ddp_backend="gloo")
+    few, _ = trainer(output / "few", kd=KDConfig(task=0, attention=1), max_steps=2, **several)
     few.train()
     if made.args.process_index == 0:
         made.model.save_pretrained(output / "final")
