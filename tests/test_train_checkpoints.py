@@ -80,7 +80,7 @@ def test_unpack_reads_only_what_pack_writes():
 
 def test_an_unreadable_state_has_a_named_error(tmp_path):
     path = tmp_path / "state.safetensors"
-    save_file({"a": torch.ones(2)}, path, metadata={"format_version": "99", "state": "{}"})
+    save_file({"a": torch.ones(2)}, path, metadata={"dqkernels": '{"format_version": 99, "state": {}}'})
     with pytest.raises(CheckpointError, match="format version 99, this release reads 1"):
         checkpoints.load_state(path)
     path.write_bytes(b"\x80\x04pickle")
@@ -98,9 +98,11 @@ def test_random_states_go_on_where_they_stood(tmp_path):
     state = rng_state(CPU)
     assert all(not tensor.is_floating_point() for tensor in state.values())
     expected = [draws() for _ in range(400)]  # past one refill of both Mersenne twisters
-    checkpoints.save_rng(tmp_path / "rng.safetensors", {name: row[None] for name, row in state.items()})
+    other = rng_state(CPU)  # of another process, in the row before
+    rows = {name: torch.stack([other[name], row]) for name, row in state.items()}
+    checkpoints.save_rng(tmp_path / "rng.safetensors", rows)
     draws()
-    set_rng_state({name: rows[0] for name, rows in checkpoints.load_rng(tmp_path / "rng.safetensors").items()}, CPU)
+    set_rng_state({name: rows[1] for name, rows in checkpoints.load_rng(tmp_path / "rng.safetensors").items()}, CPU)
     assert [draws() for _ in range(400)] == expected
 
 
@@ -217,17 +219,22 @@ run, kills = Path(sys.argv[1]), int(sys.argv[2])
 rng = random.Random(0)
 seen = []
 for kill in range(kills):
+    begun, tell = os.pipe()
     child = os.fork()
     if not child:
         while True:
             for step in (5, 6):
                 mark = os.urandom(4).hex()
+                os.write(tell, b"b")
                 with checkpoints.writing(run / f"checkpoint-{step}") as folder:
                     for name in ("a", "b", "c"):
                         (folder / name).write_text(mark * 2000)
-    time.sleep(rng.uniform(0, 0.03))
+    for _ in range(rng.randint(2, 4)):  # in the middle of the second to fourth save, whatever the machine's speed
+        os.read(begun, 1)
+    time.sleep(rng.uniform(0, 0.004))
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+    os.close(begun), os.close(tell)
     for step in (5, 6):
         path = run / f"checkpoint-{step}"
         if path.exists():

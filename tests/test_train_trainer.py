@@ -286,11 +286,14 @@ def test_no_teacher_runs_where_no_term_needs_one(tmp_path):
     assert made.teacher is None
 
 
-def test_attention_maps_switch_both_models_to_eager(tmp_path):
-    made, _ = trainer(tmp_path, kd=KDConfig(logits=1))
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_attention_maps_switch_both_models_to_eager(family, tmp_path):
+    made, _ = trainer(tmp_path, family, kd=KDConfig(logits=1))
     assert made.model.config._attn_implementation == "sdpa"
-    made, _ = trainer(tmp_path)
-    assert made.model.config._attn_implementation == made.teacher.config._attn_implementation == "eager"
+    made, _ = trainer(tmp_path, family)
+    for m in (made.model, made.teacher):
+        parts = [part for part in m.modules() if isinstance(part, transformers.PreTrainedModel)]
+        assert len(parts) >= 3 and {part.config._attn_implementation for part in parts} == {"eager"}
 
 
 def test_a_model_that_cannot_give_maps_is_named(tmp_path, monkeypatch):

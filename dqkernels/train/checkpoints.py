@@ -136,16 +136,18 @@ def unpack(value: Any, tensors: Mapping[str, torch.Tensor]) -> Any:
 def save_state(path: Path, value: Any) -> None:
     """Writes nested values (`pack`) as one safetensors file."""
     plain, tensors = pack(value)
-    save_file(tensors, path, metadata={"format_version": str(FORMAT_VERSION), "state": json.dumps(plain)})
+    # One string: safetensors writes several in an order of its own, and equal states are to be equal files.
+    metadata = json.dumps({"format_version": FORMAT_VERSION, "state": plain})
+    save_file(tensors, path, metadata={"dqkernels": metadata})
 
 
 def load_state(path: Path) -> Any:
     """Reads a file of `save_state`; tensors on the CPU. Raises `CheckpointError` where it is not one."""
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
+            metadata = json.loads((file.metadata() or {})["dqkernels"])
             _check_version(metadata.get("format_version"), path)
-            return unpack(json.loads(metadata["state"]), {name: file.get_tensor(name) for name in file.keys()})
+            return unpack(metadata["state"], {name: file.get_tensor(name) for name in file.keys()})
     except CheckpointError:
         raise
     except Exception as error:
@@ -153,7 +155,7 @@ def load_state(path: Path) -> Any:
 
 
 def _check_version(version: Any, path: Path) -> None:
-    if str(version) != str(FORMAT_VERSION):
+    if version != FORMAT_VERSION:
         raise CheckpointError(f"{path} has format version {version}, this release reads {FORMAT_VERSION}")
 
 
@@ -181,9 +183,10 @@ def set_rng_state(state: Mapping[str, torch.Tensor], device: torch.device) -> No
     random.setstate((version, tuple(words), _float(gauss) if has_gauss else None))
     *key, position, has_gauss, gauss = state["numpy"].tolist()
     np.random.set_state(("MT19937", np.array(key, dtype=np.uint32), position, has_gauss, _float(gauss)))
-    torch.random.set_rng_state(state["torch_cpu"])
+    # Cloned: torch 2.13 reads past a state that does not start where its storage does (a row of several).
+    torch.random.set_rng_state(state["torch_cpu"].clone())
     if device.type != "cpu" and "torch_device" in state:
-        torch.get_device_module(device).set_rng_state(state["torch_device"], device)
+        torch.get_device_module(device).set_rng_state(state["torch_device"].clone(), device)
 
 
 @contextlib.contextmanager

@@ -227,9 +227,13 @@ class DistillationTrainer(ResumableTrainer):
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ):
-        """As of Trainer. The loss is the training loss over the whole set, each example once, and no random number
-        generator moves."""
+        """As of Trainer. The loss is the training loss over the whole set, and no random number generator moves.
+
+        Each example counts once, in the loss and in `compute_metrics`, also where accelerate fills the last batches of
+        several processes with repeats.
+        """
         self._eval_sums, self._eval_counts = {}, {}
+        self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer takes the repeats along
         with checkpoints.kept_rng(self.args.device):
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
@@ -327,14 +331,19 @@ def _check_dataset(name: str, dataset: Any) -> None:
 
 def _give_attention_maps(model: Any, who: str) -> None:
     """Makes a model return its attention maps: "eager", or dqkernels' own attention, which returns them too."""
-    now = getattr(model.config, "_attn_implementation", None)
-    if now == "eager" or str(now).startswith("dqkernels"):
+    if model is None:
         return
-    message = f"attention maps of the {who} ({type(model).__name__}, attn_implementation={now!r}) are needed"
-    try:
-        model.set_attn_implementation("eager")
-    except Exception as error:
-        raise ValueError(f"{message}: it cannot be switched to 'eager' ({error})") from error
-    if model.config._attn_implementation != "eager":
-        raise ValueError(f"{message}: load it with attn_implementation='eager'")
-    logger.info("%s: attn_implementation was %r, is now 'eager'", message, now)
+    # One by one: transformers 5.17 leaves out parts that copied the config, such as T5's stacks.
+    for part in (module for module in model.modules() if isinstance(module, PreTrainedModel)):
+        now = part.config._attn_implementation
+        if now == "eager" or str(now).startswith("dqkernels"):
+            continue
+        message = f"attention maps of the {who} ({type(model).__name__}, attn_implementation={now!r}) are needed"
+        try:
+            part.set_attn_implementation("eager")
+        except Exception as error:
+            raise ValueError(f"{message}: it cannot be switched to 'eager' ({error})") from error
+        if part.config._attn_implementation != "eager":
+            raise ValueError(f"{message}: load it with attn_implementation='eager'")
+        if part is model:
+            logger.info("%s: is now 'eager'", message)
