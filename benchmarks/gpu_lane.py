@@ -336,6 +336,7 @@ def stages() -> list[Stage]:
     linear = bench_stage("linear", "run(device='cuda', seconds={seconds}, out=OUT)", 0.7)
     kernels = bench_stage("kernels", "run(device='cuda', seconds={seconds}, out=OUT)", 0.7)
     model = bench_stage("model", "run('bart-base', device='cuda', seconds={seconds}, out=OUT)", 0.3)
+    train = bench_stage("train_step", "run(device='cuda', seconds={seconds}, out=OUT)", 0.4)
     rest = pytest_stage("-m", "not gpu and not slow", "tests", "--ignore=tests/test_gpu_lane.py")
     return [
         Stage("build", stage_build, 30, 180, holds=lambda: (built() or {}).get("cuda", False)),
@@ -347,6 +348,7 @@ def stages() -> list[Stage]:
         Stage("bench linear", linear, 20, 40),
         Stage("bench kernels", kernels, 20, 50),
         Stage("bench model", model, 30, 55),
+        Stage("bench train_step", train, 30, 55),
         Stage("tune", stage_tune, 45, 60),
         Stage("device-independent tests", rest, 30, 150),
     ]

@@ -184,9 +184,9 @@ autocast.shield(_LIB, SCHEMAS)
 #: Float master weight [N, K] and learned steps fp32 [N] or [1] -> qweight (packed v1), scale of step's shape; see
 #: `qmath.quantize_weight_by_step`.
 quantize_weight_by_step = torch.ops.dqkernels.quantize_weight_by_step.default
-#: x float [..., K] and its codes q int8, act_scale, row_sum (four_level without groups; None: summed again), passed
+#: x float [..., K] and its codes q int8, act_scale, row_sum (for four_level without groups; None: summed again), passed
 #: (`pack_bits(|x| < clip)` or None); master weight float [N, K], log of the learned steps fp32 [N] or [1] or None, and
-#: the codes of both; bias [N] -> y [..., N] in out_dtype, the bits of `qlinear`. Gradients: x, weight, log_step, bias.
+#: the codes of both; bias [N] -> y [..., N] in out_dtype, `qlinear`'s bits. Gradients of x, weight, log_step, bias.
 qlinear_train = torch.ops.dqkernels.qlinear_train.default
 #: ids int [...], master weight [V, D], log of the learned steps or None, the codes of both -> [..., D] in out_dtype,
 #: the bits of `qembedding`. Gradients of weight (none for padding_idx; -1: no such row) and log_step.

@@ -42,11 +42,10 @@ class Sample:
     rows: tuple[str, ...] = ()
 
     def run(self, backend: str) -> tuple[torch.Tensor, ...]:
-        from dqkernels import gradients, ops
+        from dqkernels import gradients, ops, straight_through
 
-        results = getattr(ops, self.op, getattr(gradients, self.op, None))(
-            **self.operands, **self.facts, backend=backend
-        )
+        home = next(module for module in (ops, gradients, straight_through) if self.op in module.SCHEMAS)
+        results = getattr(home, self.op)(**self.operands, **self.facts, backend=backend)
         return results if isinstance(results, tuple) else (results,)
 
     def placed(self, place: Callable) -> Sample:
@@ -91,7 +90,7 @@ def samples(m: int, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.fl
         }
         name = f"quantize_weight W{bits} {quantizer} {granularity} group{group_size}"
         found.append(Sample(name, "quantize_weight", {"weight": normal(g, dtype, n, k)}, facts))
-    return found
+    return [*found, *train_samples(g, m, n, k, dtype)]
 
 
 def normal(g, dtype, *shape):
@@ -143,6 +142,29 @@ def packed_samples(g, m, n, k, form, dtype):
     name, more = f"qlinear_grad_input {form_name}", {"in_features": k, "out_dtype": torch.float32}
     rows = ("grad", "passed")
     yield Sample(name, "qlinear_grad_input", weight | exact | operands, facts | more, rows=rows)
+
+
+def train_samples(g, m, n, k, dtype):
+    """The quantizer with learned steps, and the forward pass of the ops of training."""
+    for bits, quantizer, count in ((8, "absmax", n), (4, "mse", 1), (2, "ternary", n), (2, "four_level", n)):
+        operands = {"weight": normal(g, dtype, n, k), "step": torch.rand(count, generator=g) * 4 / 2**bits + 1e-3}
+        facts = {"bits": bits, "quantizer": quantizer, "clip": 1.5}
+        rows = "per_tensor" if bits == 4 else "per_channel"
+        yield Sample(f"quantize_weight_by_step W{bits} {quantizer} {rows}", "quantize_weight_by_step", operands, facts)
+    for form in ((4, False, -1), (2, True, 64)):
+        packed_, facts = packed(g, n, k, form)
+        master = {"weight": normal(g, dtype, n, k), "log_step": None} | packed_
+        facts |= {"weight_clip": None, "out_dtype": dtype}
+        codes = {
+            "q": torch.randint(-127, 128, (m, k), generator=g, dtype=torch.int8),
+            "act_scale": torch.rand(m, generator=g) * 0.02 + 1e-3, "row_sum": None, "passed": None,
+        }  # fmt: skip
+        operands = {"x": normal(g, dtype, m, k), "bias": normal(g, dtype, n)} | codes | master
+        name = f"W{form[0]}{' four_level' if form[1] else ''}"
+        yield Sample(f"qlinear_train {name}", "qlinear_train", operands, facts, rows=("x", "q", "act_scale"))
+        operands = {"ids": torch.randint(0, n, (m,), generator=g)} | master
+        more = {"padding_idx": -1, "embed_scale": 1.5}
+        yield Sample(f"qembedding_train {name}", "qembedding_train", operands, facts | more, rows=("ids",))
 
 
 def attention_samples(g, queries, keys, size, dtype):

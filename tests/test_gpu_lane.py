@@ -341,10 +341,11 @@ def test_the_sanitizer_grid_names_every_op():
     import op_grid
     import torch
 
-    from dqkernels import gradients, ops
+    from dqkernels import gradients, ops, straight_through
 
     named = {sample.name.split()[0] for sample in op_grid.samples(3, 5, 7)}
-    assert named | {"qgemm"} == set(ops.SCHEMAS) | set(gradients.SCHEMAS)  # qgemm: the second half of qlinear
+    wanted = {*ops.SCHEMAS, *gradients.SCHEMAS, *straight_through.SCHEMAS}
+    assert named | {"qgemm"} == wanted  # qgemm: the second half of qlinear
     one = torch.ones(4)
     assert op_grid.difference((one,), (one,), 0.0) is None
     assert "1 of 4" in op_grid.difference((torch.tensor([1.0, 1, 1, 2]),), (one,), 0.0)

@@ -100,7 +100,7 @@ def weight_equals_the_oracle(device):
 
 @check
 def weight_by_step_grid(device):
-    """Learned steps: every rule, a step per row and one for all, clip, float types, dead rows, rows not finite."""
+    """Learned steps: every rule, a step per row and one for all, clip, float types, dead and non-finite rows."""
     from dqkernels.backends import eager
     from dqkernels.backends import triton as backend
 

@@ -10,7 +10,7 @@ import sys
 from triton_sass import compiled, counts
 
 from dqkernels import qmath
-from dqkernels.kernels import embedding, norm, quantize, weight
+from dqkernels.kernels import embedding, norm, quantize, weight, weight_step
 
 _QUANTIZED = {"q_ptr": "*i8", "scale_ptr": "*fp32", "row_sum_ptr": "*i32"}
 _FLOATS = {"eps", "clip", "length", "embed_scale", "mult_limit"}
@@ -100,6 +100,18 @@ def rule_kernel(capability, which, quantizer, bits, dtype, k, group_size=64):
     return compiled(kernel, signature, constants, _FLOATS | {"n", "groups"}, shape["num_warps"], 3, capability)
 
 
+def learned_kernel(capability, quantizer, bits, dtype, k, per_tensor=False):
+    signature = {"w_ptr": dtype, "step_ptr": "*fp32", "q_ptr": "*u8", "scale_ptr": "*fp32", "clip": "fp32"}
+    signature |= dict.fromkeys(("n", "k", "stride_w", "row_bytes"), "i32")
+    if per_tensor:
+        signature["amax_bits_ptr"] = "*i32"
+    shape = weight.launch_shape(k)
+    constants = {"RULE": weight.RULES[quantizer], "BITS": bits, "LEVELS": float(qmath.quant_max(bits, quantizer))}
+    constants |= {"PER_TENSOR": per_tensor, "BLOCK": shape["BLOCK"]}
+    kernel, unaligned = weight_step._by_step_kernel, _FLOATS | {"n"}
+    return compiled(kernel, signature, constants, unaligned, shape["num_warps"], 3, capability)
+
+
 # name: (function, its keywords); the name's first word is the kind of kernel. The first of each kind is compiled for
 # every capability, the rest for sm_80 and sm_90.
 CASES = {
@@ -126,6 +138,16 @@ CASES = {
     "weight W8 bf16 4096": (weight_kernel, {"bits": 8, "dtype": "*bf16", "k": 4096}),
     "weight W4 fp32 4096 groups": (weight_kernel, {"bits": 4, "dtype": "*fp32", "k": 4096, "group_size": 64}),
     "weight W8 fp32 1024 per_tensor": (weight_kernel, {"bits": 8, "dtype": "*fp32", "k": 1024, "per_tensor": True}),
+    "learned four_level W2 fp32 1024": (
+        learned_kernel,
+        {"quantizer": "four_level", "bits": 2, "dtype": "*fp32", "k": 1024},
+    ),
+    "learned mse W4 bf16 4096": (learned_kernel, {"quantizer": "mse", "bits": 4, "dtype": "*bf16", "k": 4096}),
+    "learned mse W8 fp32 768": (learned_kernel, {"quantizer": "mse", "bits": 8, "dtype": "*fp32", "k": 768}),
+    "learned ternary W2 fp32 4096 per_tensor": (
+        learned_kernel,
+        {"quantizer": "ternary", "bits": 2, "dtype": "*fp32", "k": 4096, "per_tensor": True},
+    ),
     **{
         f"{which} {quantizer} W{bits} {dtype[1:]} {k}": (
             rule_kernel,

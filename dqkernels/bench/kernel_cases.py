@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from dqkernels import backends as registry
-from dqkernels import gradients, ops, packing, qmath, reference
+from dqkernels import gradients, ops, packing, qmath, reference, straight_through
 from dqkernels.bench import floors, proofs, protocol
 from dqkernels.bench.candidates import CPU_ROWS, short
 from dqkernels.config import DEFAULT_QUANTIZER
@@ -311,26 +311,41 @@ def gelu_quantize(case: Case) -> None:
 
 def quantize_weight(case: Case) -> None:
     """[out_features, in_features] per channel by the default rule of its width; a copy beside it."""
-    (n, k), bits = case.shape, case.bits
-    rule = DEFAULT_QUANTIZER[bits]
+    (n, k), bits, rule = case.shape, case.bits, DEFAULT_QUANTIZER[case.bits]
     weight = case.draw(n, k, seed=1, scale=k**-0.5)
-    moved = n * k * case.width + n * k * bits // 8 + 4 * n
+
+    def call(weight, name):
+        return ops.quantize_weight(weight, bits, rule, "per_channel", -1, None, name)
+
+    facts = {"bits": bits, "quantizer": rule, "granularity": "per_channel", "group_size": -1}
+    _add_quantizer(case, "quantize_weight", facts, call, (weight,))
+
+
+def quantize_weight_by_step(case: Case) -> None:
+    """The same by a learned step per row: one pass over the weights, and no search."""
+    (n, k), bits, rule = case.shape, case.bits, DEFAULT_QUANTIZER[case.bits]
+    weight = case.draw(n, k, seed=1, scale=k**-0.5)
+    step = weight.float().abs().mean(dim=1) * {8: 0.04, 4: 0.5, 2: 1.3}[bits]
+
+    def call(weight, step, name):
+        return straight_through.quantize_weight_by_step(weight, step, bits, rule, None, name)
+
+    _add_quantizer(case, "quantize_weight_by_step", {"bits": bits}, call, (weight, step))
+
+
+def _add_quantizer(case: Case, op: str, facts: dict, call, inputs: Tensors) -> None:
+    """A copy, and ours: inputs by rows -> packed codes and scales, every bit eager's."""
+    n, k = case.shape
+    moved = sum(t.nbytes for t in inputs) + n * k * case.bits // 8 + 4 * n
 
     def few(found):
         rows = some_rows(n)
-        wanted = ops.quantize_weight(weight[rows.to(weight.device)].cpu(), bits, rule, "per_channel", backend="eager")
+        wanted = call(*(t[rows.to(t.device)].cpu() for t in inputs), "eager")
         return _rows_of(found, rows), (wanted[0][: len(rows)], *wanted[1:])
 
-    prove = exact(case, lambda: ops.quantize_weight(weight, bits, rule, "per_channel", backend="eager"), few)
+    prove = exact(case, lambda: call(*inputs, "eager"), few)
     case.add_copy(moved)
-    case.add_ours(
-        "quantize_weight",
-        {"bits": bits, "quantizer": rule, "granularity": "per_channel", "group_size": -1},
-        lambda weight, name: ops.quantize_weight(weight, bits, rule, "per_channel", -1, None, name),
-        (weight,),
-        moved,
-        prove,
-    )
+    case.add_ours(op, facts, call, inputs, moved, prove)
 
 
 def packed_weight(case: Case, n: int, k: int) -> tuple[torch.Tensor, torch.Tensor]:

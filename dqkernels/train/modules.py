@@ -6,6 +6,7 @@ import math
 
 import torch
 from torch import nn
+from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dqkernels import autocast, ops, reference, straight_through
 from dqkernels.config import LayerConfig
@@ -13,6 +14,16 @@ from dqkernels.nn import PackedModule, QEmbedding, QLinear, take_over
 
 #: Where an activation keeps its codes for the next layer that reads it (q, k and v read one tensor).
 _CODES = "_dqkernels_codes"
+#: Steps of optimizers so far, of any: fused ones write weights without moving their version.
+_steps = 0
+
+
+def _count_step(*_) -> None:
+    global _steps
+    _steps += 1
+
+
+register_optimizer_step_post_hook(_count_step)
 
 
 class QATModule(nn.Module):
@@ -69,13 +80,13 @@ class QATModule(nn.Module):
     def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
         """qweight, weight_scale and group_mult (or None) of the master weight as it is now.
 
-        Kept until the weight changes, a backward pass has come through (an optimizer may write where torch does not
-        see it), or the module changes between training and evaluation.
+        Kept until the weight changes, an optimizer steps, a backward pass has come through (who writes through `.data`
+        writes where torch does not see it), or the module changes between training and evaluation.
         """
         if self._owner is not None:
             return self._owner.packed()
         step = self.weight_log_step
-        key = tuple((t.data_ptr(), t._version, t.device) for t in (self.weight, step) if t is not None)
+        key = _steps, *((t.data_ptr(), t._version, t.device) for t in (self.weight, step) if t is not None)
         if self._kept is None or self._kept[0] != key:
             self._kept = key, self._quantize()
         return self._kept[1]
@@ -176,7 +187,7 @@ class QATLinear(QATModule, nn.Linear):
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         if input.dtype == torch.float32 != self.compute_dtype:
-            # T5 casts to `wo.weight.dtype`: the master's here, the model's when packed. Casting back loses nothing.
+            # T5 casts to `wo.weight.dtype`, the master's; the packed layer's is the model's, so nothing is lost here.
             input = input.to(self.compute_dtype)
         layer, out_dtype = self.layer, autocast.output_dtype(input)
         packed, form = self.packed(), self._format()

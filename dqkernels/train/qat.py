@@ -216,11 +216,12 @@ def load_trained(folder: str | os.PathLike, device=None) -> nn.Module:
         )
     finally:
         transformers.logging.set_verbosity(verbosity)
-    learned = {name for name in info["unexpected_keys"] if name.endswith(".weight_log_step")}
+    qat = stored.get(CONFIG_KEY)
+    steps = (name for name in info["unexpected_keys"] if name.endswith(".weight_log_step"))
+    learned = set() if qat is None else set(steps)
     wrong = [*info["missing_keys"], *(set(info["unexpected_keys"]) - learned), *info["mismatched_keys"]]
     if wrong:
         raise ValueError(f"{os.fspath(folder)!r}: missing, unknown or of another shape: {', '.join(map(str, wrong))}")
-    qat = stored.get(CONFIG_KEY)
     if qat is not None:
         prepare_qat(model, *read_qat(qat))
         wanted = {n: p for n, p in model.named_parameters() if n.endswith(".weight_log_step")}
@@ -230,7 +231,11 @@ def load_trained(folder: str | os.PathLike, device=None) -> nn.Module:
         for file in sorted(folder.glob("*.safetensors")) if wanted else ():
             with safe_open(file, framework="pt") as tensors, torch.no_grad():
                 for name in learned & set(tensors.keys()):
-                    wanted[name].copy_(tensors.get_tensor(name))
+                    found = tensors.get_tensor(name)
+                    if found.shape != wanted[name].shape:
+                        shapes = f"{list(found.shape)}, wanted {list(wanted[name].shape)}"
+                        raise ValueError(f"{os.fspath(folder)!r}: {name} has shape {shapes}")
+                    wanted[name].copy_(found)
     return (model if device is None else model.to(device)).eval()
 
 
