@@ -1,4 +1,4 @@
-"""`dqkernels train`, `export`, `eval` and `distill-data` end to end, by command line, on docstrings of the standard library."""
+"""`dqkernels train`, `export`, `eval` and `distill-data` by command line, on docstrings of the standard library."""
 
 from __future__ import annotations
 
@@ -54,16 +54,16 @@ def flags(teacher, pairs, out, *more):
         "train", "--model_name_or_path", str(teacher), "--train_file", str(pairs / "train.jsonl"),
         "--validation_file", str(pairs / "dev.jsonl"), "--max_source_length", "32", "--max_target_length", "12",
         "--num_beams", "1", "--per_device_train_batch_size", "4", "--per_device_eval_batch_size", "4",
-        "--eval_strategy", "no", "--save_strategy", "no", "--do_eval", "True", "--disable_tqdm", "True", "--use_cpu", "True",
-        "--output_dir", str(out), *more,
+        "--eval_strategy", "no", "--save_strategy", "no", "--do_eval", "True", "--disable_tqdm", "True",
+        "--use_cpu", "True", "--output_dir", str(out), *more,
     ]  # fmt: skip
 
 
 def test_distill_train_in_stages_export_eval(teacher, pairs, tmp_path, capsys):
     texts = tmp_path / "teacher.jsonl"
     assert not main([
-        "distill-data", "--model", str(teacher), "--train_file", str(pairs / "train.jsonl"), "--output_file", str(texts),
-        "--num_beams", "1", "--max_new_tokens", "6", "--batch_size", "8",
+        "distill-data", "--model", str(teacher), "--train_file", str(pairs / "train.jsonl"), "--output_file",
+        str(texts), "--num_beams", "1", "--max_new_tokens", "6", "--batch_size", "8",
     ])  # fmt: skip
     plan = tmp_path / "stages.yaml"
     plan.write_text(
