@@ -76,6 +76,8 @@ def test_distill_train_in_stages_export_eval(teacher, pairs, tmp_path, capsys):
     more = (
         "--weight_bits",
         "2",
+        "--label_smoothing_factor",
+        "0.1",
         "--student_decoder_layers",
         "1",
         "--kd",

@@ -44,8 +44,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
     resume = _resume(args, output, plan)
     # What would be refused later is refused now: the loss and the bits of every stage.
     config, learned = arguments.config(), arguments.learned_scale()
+    losses = [stage.arguments.kd() for stage in plan]
     for stage in plan:
-        stage.arguments.kd()
+        stage.arguments.training.label_smoothing_factor = 0.0  # it is in the loss now
     transformers.set_seed(args.seed)
     teacher, tokenizer = _open(arguments.model.model_name_or_path, arguments.model.teacher_dtype)
     setup = _set_up(arguments, teacher, tokenizer)
@@ -54,7 +55,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
     _set_up(arguments, model, tokenizer)
     if config is not None:
         qat.prepare_qat(model, config, learned)
-    needs_teacher = any(stage.arguments.kd().needs_teacher for stage in plan)
+    needs_teacher = any(kd.needs_teacher for kd in losses)
     results: dict[str, Any] = {}
     trainer = None
     for number, stage in enumerate(plan, 1):
@@ -65,14 +66,24 @@ def run(arguments: Arguments) -> dict[str, Any]:
             continue
         stage_args = stage.arguments.training
         stage_args.output_dir = str(folder)
-        trainer = _trainer(stage, model, teacher if needs_teacher else None, tokenizer, data, data["train"][number - 1])
+        trainer = _trainer(
+            stage,
+            losses[number - 1],
+            model,
+            teacher if needs_teacher else None,
+            tokenizer,
+            data,
+            data["train"][number - 1],
+        )
         trainer.train(resume_from_checkpoint=(resume if resume and _has_checkpoint(folder) else None))
         trainer.save_model(str(folder))
         if trainer.is_world_process_zero():
             marker = {"stage": stage.name, "steps": trainer.state.global_step}
             serialize.atomic_write(folder / STAGE_FILE, json.dumps(marker).encode())
     if trainer is None:  # everything was finished; the figures below are still asked for
-        trainer = _trainer(plan[-1], model, teacher if needs_teacher else None, tokenizer, data, data["train"][-1])
+        trainer = _trainer(
+            plan[-1], losses[-1], model, teacher if needs_teacher else None, tokenizer, data, data["train"][-1]
+        )
     results |= {"steps": trainer.state.global_step}
     if data["validation"] is not None:
         results |= trainer.evaluate(metric_key_prefix="eval")
@@ -82,7 +93,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         "model": arguments.model.model_name_or_path,
         "preset": arguments.quantization.preset,
         "quantization": None if config is None else {**config.to_dict(), "learned_scale": learned},
-        "kd": [str(stage.arguments.kd()) for stage in plan],
+        "kd": [str(kd) for kd in losses],
         "layers": getattr(model.config, "dqkernels_student", None),
         "seed": args.seed,
     }
@@ -209,7 +220,7 @@ def _pairs(arguments: Arguments, plan, tokenizer, setup) -> dict[str, Any]:
     return found
 
 
-def _trainer(stage, model, teacher, tokenizer, data: dict[str, Any], train_rows) -> DistillationTrainer:
+def _trainer(stage, kd, model, teacher, tokenizer, data: dict[str, Any], train_rows) -> DistillationTrainer:
     arguments, args = stage.arguments, stage.arguments.training
     args.generation_max_length = arguments.data.val_max_target_length or arguments.data.max_target_length
     args.generation_num_beams = arguments.data.num_beams
@@ -218,7 +229,7 @@ def _trainer(stage, model, teacher, tokenizer, data: dict[str, Any], train_rows)
     return DistillationTrainer(
         model=model,
         teacher=teacher,
-        kd=arguments.kd(),
+        kd=kd,
         args=args,
         train_dataset=train_rows,
         eval_dataset=data["validation"],

@@ -222,6 +222,10 @@ class DistillationTrainer(ResumableTrainer):
         """The weights of the loss."""
         return {"kd": dataclasses.asdict(self.kd)}
 
+    def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
+        """As of Trainer, without learned steps: they are logarithms, and a smaller one is no simpler one."""
+        return [name for name in super().get_decay_parameter_names(model) if not name.endswith("weight_log_step")]
+
     # ------------------------------------------------------------------------------------------------ evaluation
 
     def evaluation_loop(
