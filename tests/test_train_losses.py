@@ -38,6 +38,15 @@ CONFIGS = {
 SLOPES = ("kl", "unmasked mse", "smoothed", "other targets")
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors this small gain nothing from a second thread, and on a busy machine they wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def outputs(who: str, scale: float = 1.0, dtype=torch.float32) -> SimpleNamespace:
     """Random outputs as transformers returns them; leaves that require gradients for the student."""
 
@@ -462,7 +471,7 @@ def test_outputs_without_gradients_give_sums_without_a_graph():
 # Models of transformers
 
 
-@pytest.fixture(scope="module", params=["bart", "t5"])
+@pytest.fixture(scope="module", params=["bart", "mbart", "t5"])
 def pair(request):
     """A teacher of 3-3 layers and its student of 2-1, with attention that returns maps."""
     torch.manual_seed(3)
