@@ -19,6 +19,7 @@ from dqkernels.train.student import (
     freeze_,
     layer_map_of,
     make_student,
+    set_attention_,
     supervised_layers,
 )
 
@@ -26,6 +27,15 @@ FAMILIES = ("bart", "mbart", "marian", "pegasus", "t5", "t5_v1_1")
 IDS = torch.tensor([[5, 6, 7, 8, 9, 2], [11, 12, 13, 2, 1, 1]])
 MASK = torch.tensor([[1] * 6, [1] * 4 + [0] * 2])
 IN_A_NORM = ("mbart", "pegasus", "t5", "t5_v1_1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """Tensors this small gain nothing from a second thread, and on a busy machine they wait for it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def deep(family: str, encoder: int = 6, decoder: int = 6, **changes) -> nn.Module:
@@ -304,6 +314,19 @@ def test_freeze(family):
     student.requires_grad_(True)
     assert frozen(freeze_(student, embeddings=True)) == tables
     assert frozen(freeze_(student, encoder=True)) == encoder | tables
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_set_attention_reaches_both_stacks(family):
+    model = deep(family, 2, 1)
+    for implementation, maps in (("eager", True), ("sdpa", False), ("eager", True)):
+        assert set_attention_(model, implementation) is model
+        out = model(input_ids=IDS, attention_mask=MASK, decoder_input_ids=IDS, output_attentions=True)
+        found = [len(out[f"{name}_attentions"]) for name in ("encoder", "decoder", "cross")]
+        assert found == ([2, 1, 1] if maps else [0, 0, 0])
+    with pytest.raises(ValueError, match="no_such"):
+        set_attention_(model, "no_such")
 
 
 # What can be compared

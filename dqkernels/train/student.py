@@ -196,6 +196,22 @@ def freeze_(model: nn.Module, encoder: bool = False, embeddings: bool = False) -
     return model
 
 
+def set_attention_(model: nn.Module, implementation: str) -> nn.Module:
+    """`model.set_attn_implementation(implementation)`, in both stacks too, in place.
+
+    Attention maps need "eager". T5's stacks have configs of their own, which transformers 5.17 leaves as they are.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: if `model` is no encoder-decoder of transformers, or does not know the implementation.
+    """
+    for each in (*_stacks(model).values(), model):
+        each.set_attn_implementation(implementation)
+    return model
+
+
 def layer_map_of(student: nn.Module, teacher: nn.Module, kd: KDConfig | None = None) -> LayerMap:
     """Which teacher layer each student layer is compared with, after checking that the two models can be compared.
 
