@@ -417,8 +417,12 @@ def _(x, mode, clip=None, want_sum=False, act_scale=None, backend="auto", strict
 @_implement("qattention")
 def _qattention(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, backend="auto", strict=False):
     checks.check_attention(q, k, v, mask, bias, mode, clip)
-    module = backends.choose("qattention", q.device.type, backend, strict, mode=mode, head_dim=q.shape[-1]).module
-    return module.qattention(q, k, v, mask, bias, causal=causal, softmax_scale=softmax_scale, mode=mode, clip=clip)
+    choice = backends.choose("qattention", q.device.type, backend, strict, mode=mode, head_dim=q.shape[-1])
+    facts = {"causal": causal, "softmax_scale": softmax_scale, "mode": mode, "clip": clip}
+    if choice.backend == "eager":  # plain torch around a quantizer, which the CPU has a kernel for
+        quantizer = backends.choose("quantize_activation", q.device.type, backend, mode=mode)
+        facts["quantize"] = quantizer.module.quantize_activation
+    return choice.module.qattention(q, k, v, mask, bias, **facts)
 
 
 @_fake("qattention")
@@ -428,57 +432,23 @@ def _(q, k, v, mask, bias, causal, softmax_scale, mode="per_token", clip=None, b
 
 @_implement("qattention_decode")
 def _qattention_decode(
-    q,
-    k_cache,
-    k_scale,
-    v_cache,
-    v_scale,
-    lengths,
-    source,
-    bias,
-    causal,
-    softmax_scale,
-    mode="per_token",
-    clip=None,
-    backend="auto",
-    strict=False,
-):
+    q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, causal, softmax_scale, mode="per_token", clip=None,
+    backend="auto", strict=False,
+):  # fmt: skip
     checks.check_attention_decode(q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, mode, clip)
     facts = {"mode": mode, "head_dim": q.shape[-1]}
     module = backends.choose("qattention_decode", q.device.type, backend, strict, **facts).module
     return module.qattention_decode(
-        q,
-        k_cache,
-        k_scale,
-        v_cache,
-        v_scale,
-        lengths,
-        source,
-        bias,
-        causal=causal,
-        softmax_scale=softmax_scale,
-        mode=mode,
-        clip=clip,
-    )
+        q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias,
+        causal=causal, softmax_scale=softmax_scale, mode=mode, clip=clip,
+    )  # fmt: skip
 
 
 @_fake("qattention_decode")
 def _(
-    q,
-    k_cache,
-    k_scale,
-    v_cache,
-    v_scale,
-    lengths,
-    source,
-    bias,
-    causal,
-    softmax_scale,
-    mode="per_token",
-    clip=None,
-    backend="auto",
-    strict=False,
-):
+    q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, causal, softmax_scale, mode="per_token", clip=None,
+    backend="auto", strict=False,
+):  # fmt: skip
     return torch.empty_like(q, memory_format=torch.contiguous_format)
 
 

@@ -5,6 +5,8 @@ Nothing here looks at a device, a backend or a module; callers reach these funct
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from dqkernels import packing, qmath
@@ -21,6 +23,7 @@ def qattention(
     softmax_scale: float,
     mode: str,
     clip: float | None,
+    quantize: Callable = qmath.quantize_activation,
 ) -> torch.Tensor:
     """Attention with int8 Q (after `softmax_scale`), K, V and 8-bit probabilities (design section 3).
 
@@ -35,14 +38,15 @@ def qattention(
         bias: float, broadcastable likewise, added to the scores (T5's position bias).
         causal: query i of `queries` sees keys up to `keys - queries + i`.
         mode: `per_token` (one scale per token and head) or `per_tensor` (DQ-BART's rule).
+        quantize: `qmath.quantize_activation`, or a kernel that gives its bits.
 
     Returns:
         [batch, heads, queries, head_dim] in q's dtype. A query that sees no key gets zeros.
     """
     queries, keys = q.shape[2], k.shape[2]
-    q8, q_scale, _ = qmath.quantize_activation(q.float() * softmax_scale, mode, clip)
-    k8, k_scale, _ = qmath.quantize_activation(k, mode, clip)
-    v8, v_scale, _ = qmath.quantize_activation(v, mode, clip)
+    q8, q_scale, _ = quantize(q.float() * softmax_scale, mode, clip)
+    k8, k_scale, _ = quantize(k, mode, clip)
+    v8, v_scale, _ = quantize(v, mode, clip)
     v_scale = value_scale(v8, v_scale)
     visible = _visible(queries, keys, causal, mask, q.device)
     return _attend(q8, q_scale, k8, k_scale, v8, v_scale, visible, bias, q.dtype)

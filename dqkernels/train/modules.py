@@ -94,6 +94,11 @@ class QATModule(nn.Module):
     @torch.no_grad()
     def _quantize(self):
         layer, weight = self.layer, self.weight.detach()
+        if weight.dtype != torch.float32:
+            raise RuntimeError(
+                f"the master weight must be float32 and was cast to {weight.dtype}, by a float layer that it is tied to "
+                "(head='float'): leave the model in float32, under autocast if it must be fast"
+            )
         if self.weight_log_step is not None:
             step = self.weight_log_step.detach().exp()
             packed = straight_through.quantize_weight_by_step(
