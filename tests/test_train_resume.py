@@ -333,7 +333,7 @@ def test_two_processes_are_one_with_the_same_batch(tmp_path):
             stderr=subprocess.STDOUT,
         )
     try:
-        code = child.wait(timeout=200)
+        code = child.wait(timeout=100)
     finally:
         child.terminate()  # the launcher, which then ends its workers
         child.wait(timeout=60)

@@ -178,7 +178,8 @@ def _processes(output: Path, log: Path) -> None:
         made.model.save_pretrained(output / "final")
         found = {"resumed": resumed.steps, "history": made.state.log_history, "few": few.state.global_step}
         (output / "found.json").write_text(json.dumps(found))
-    torch.distributed.destroy_process_group()
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads hang now and then when torch takes the groups down; everything is written
 
 
 def seen(predictions) -> dict[str, int]:
