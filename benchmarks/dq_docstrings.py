@@ -202,14 +202,12 @@ def train(evidence: Evidence, row: Row, seed: int, folder: Path):
     args = evidence.args
     teacher = evidence.teacher()
     if row.preset == "float":
-        if row.bits < 16:
-            teacher = dqkernels.quantize_(
-                teacher.half(), dqkernels.DQConfig(weight_bits=row.bits, embedding_bits=row.bits)
-            )
-        else:
-            teacher = teacher.half()
-        teacher.save_pretrained(folder)
-        return teacher.float(), {}
+        if row.bits == 16:
+            teacher.half().save_pretrained(folder)
+            return teacher.float(), {}
+        config = dqkernels.DQConfig(weight_bits=row.bits, embedding_bits=row.bits, attention="int8")
+        dqkernels.quantize_(teacher.half(), config).save_pretrained(folder)
+        return dqkernels.load(folder, dtype="float32"), {"quantization": config.to_dict()}
     preset = PRESETS[row.preset]
     set_seed(seed)
     student = make_student(teacher, *row.layers)

@@ -96,7 +96,7 @@ class QATModule(nn.Module):
         layer, weight = self.layer, self.weight.detach()
         if weight.dtype != torch.float32:
             raise RuntimeError(
-                f"the master weight must be float32 and was cast to {weight.dtype}, by a float layer that it is tied to "
+                f"the master weight must be float32 and was cast to {weight.dtype}, by a float layer tied to it "
                 "(head='float'): leave the model in float32, under autocast if it must be fast"
             )
         if self.weight_log_step is not None:
