@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import ctypes
 import hashlib
 import json
 import os
@@ -58,17 +57,6 @@ def atomic(path: Path, write) -> None:
     finally:
         if os.path.exists(name):
             os.unlink(name)
-
-
-def keep_memory() -> None:
-    """Keep freed blocks. glibc hands each large one back and takes it again zeroed, page by page, which
-    cost more than the arithmetic of so small a model (measured: 0.5 s a step instead of 2.8 s)."""
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (AttributeError, OSError, TypeError):
-        return  # another C library
-    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
-    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD
 
 
 # ---- data -------------------------------------------------------------------------------

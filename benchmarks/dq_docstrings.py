@@ -130,7 +130,9 @@ class Evidence:
         import torch
 
         from dqkernels.bench import demo
+        from dqkernels.environment import keep_freed_memory
 
+        keep_freed_memory()
         self.args = args
         torch.set_num_threads(args.threads)
         self.folder = demo.teacher_folder()

@@ -40,7 +40,6 @@ from demo_teacher_parts import (
     encode,
     encoder_spread,
     export,
-    keep_memory,
     load_state,
     logits_of,
     make_model,
@@ -55,6 +54,7 @@ from demo_teacher_parts import (
 from transformers import PreTrainedTokenizerFast
 
 from dqkernels.data.docstrings import DocPair, lead, packages_of
+from dqkernels.environment import keep_freed_memory
 from dqkernels.metrics.rouge import rouge
 
 HERE = Path(__file__).resolve().parent.parent
@@ -231,7 +231,7 @@ def train(args, tokenizer, pairs, validation, seen, counts) -> dict:
 
 def main() -> None:
     args = parse()
-    keep_memory()
+    keep_freed_memory()
     torch.set_num_threads(args.threads)
     tokenizer_folder = Path(args.checkpoints) / "tokenizer"
     kept = Path(args.checkpoints) / "corpus.json"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import re
 
@@ -44,3 +45,17 @@ def check() -> None:
     tiles = os.environ.get("DQKERNELS_TILES", "")
     if tiles not in ("", "off") and not os.path.isfile(tiles):
         raise ValueError(f"DQKERNELS_TILES must be off or a file that dqkernels tune wrote, got {tiles!r}")
+
+
+def keep_freed_memory() -> None:
+    """Asks glibc to keep what is freed, for this process; training on a CPU calls it.
+
+    It hands every large block back to the system and takes it again zeroed, page by page, which costs a small model
+    more than its arithmetic. Another C library is left as it is.
+    """
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (AttributeError, OSError, TypeError):
+        return
+    mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
+    mallopt(-1, (1 << 31) - 1)  # M_TRIM_THRESHOLD

@@ -13,6 +13,7 @@ from typing import Any
 
 from dqkernels import serialize
 from dqkernels.data import mixing, prepare, sources
+from dqkernels.environment import keep_freed_memory
 from dqkernels.metrics import seq2seq
 from dqkernels.train import arguments as flags
 from dqkernels.train import checkpoints, qat, stages, student
@@ -47,6 +48,8 @@ def run(arguments: Arguments) -> dict[str, Any]:
     losses = [stage.arguments.kd() for stage in plan]
     for stage in plan:
         stage.arguments.training.label_smoothing_factor = 0.0  # it is in the loss now
+    if args.device.type == "cpu":
+        keep_freed_memory()
     transformers.set_seed(args.seed)
     teacher, tokenizer = _open(arguments.model.model_name_or_path, arguments.model.teacher_dtype)
     setup = _set_up(arguments, teacher, tokenizer)
