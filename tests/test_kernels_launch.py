@@ -115,7 +115,7 @@ def test_first_call_through_triton_then_direct(launcher):
 @pytest.mark.parametrize(
     "change",
     [{"x": ODD}, {"y": ALIGNED}, {"n": 16}, {"n": 1}, {"BLOCK": 64}, {"RELU": False}, {"num_warps": 8}, {"device": 1}],
-    ids=str,
+    ids=lambda change: next(iter(change)),
 )
 def test_what_changes_the_code_makes_another_variant(launcher, change):
     def run(x=ALIGNED, y=None, n=100, BLOCK=128, RELU=True, num_warps=4, device=0):

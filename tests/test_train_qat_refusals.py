@@ -213,3 +213,10 @@ def test_swapped_modules_are_noticed_at_export():
     layer.fc1 = nn.Linear(40, 56)
     with pytest.raises(ValueError, match="modules changed since prepare_qat: model.encoder.layers.0.fc1"):
         packed_copy(model)
+
+
+def test_a_master_that_a_tied_float_head_was_cast_with_is_refused():
+    model = prepare_qat(tiny_models.make("bart"), DQConfig(head="float")).eval()
+    tiny_models.logits(model)
+    with pytest.raises(RuntimeError, match="must be float32 and was cast to torch.bfloat16, by a float layer"):
+        tiny_models.logits(model.to(torch.bfloat16))

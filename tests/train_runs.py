@@ -112,8 +112,9 @@ def trainer(output, family="bart", kd=ALL_TERMS, dropout=0.0, data=None, log=Non
     options = {
         name: changes.pop(name) for name in ("eval_dataset", "resume_changes", "compute_metrics") if name in changes
     }
+    prepare = changes.pop("prepare", lambda student: student)
     made = DistillationTrainer(
-        model=model(family, dropout),
+        model=prepare(model(family, dropout)),
         teacher=model(family, noise=0.05) if kd.needs_teacher else None,
         kd=kd,
         args=arguments(output, **changes),
