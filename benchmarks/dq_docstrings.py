@@ -17,6 +17,7 @@ are a draw, by hash, of those that neither the teacher nor any student has seen.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import logging
 import math
@@ -54,7 +55,7 @@ class Row:
         kd: changes of the preset's KDConfig.
         learned_scale, learning_rate: other than the preset's.
         data: `gold`, `teacher`, or stages of them: `teacher,gold`.
-        steps: other than --steps.
+        arguments: changes of the preset's training arguments.
     """
 
     name: str
@@ -68,10 +69,12 @@ class Row:
     learned_scale: bool | None = None
     learning_rate: float | None = None
     data: str = "gold"
+    arguments: dict[str, Any] = field(default_factory=dict)
 
 
 #: Learning rates of runs this short; rows with "lr" in their name are the sweep, to be judged by validation.
 OURS = PAPERS = 1e-3
+SWEEP = (3e-5, 2e-4, 5e-4, 2e-3)
 
 # Headline rows first: a call that runs out of time has run the most telling ones.
 ROWS = (
@@ -86,13 +89,15 @@ ROWS = (
     Row("dq-4", "our recipe", "dq-bart-plus", 4, seeds=3, learning_rate=OURS),
     Row("dq-2 3-1", "our recipe, one decoder layer", "dq-bart-plus", 2, (3, 1), seeds=3, learning_rate=OURS),
     Row("distill-only 3-1", "a float student of one decoder layer", "distill-only", 16, (3, 1), seeds=3,
-        learning_rate=OURS),
-    Row("dq-paper-2 lr 3e-5", "the paper's learning rate", "dq-bart", 2, learning_rate=3e-5),
-    Row("dq-paper-2 lr 3e-4", "learning rate", "dq-bart", 2, learning_rate=3e-4),
-    Row("dq-2 lr 2e-4", "learning rate (the preset's)", "dq-bart-plus", 2, learning_rate=2e-4),
-    Row("dq-2 lr 5e-4", "learning rate", "dq-bart-plus", 2, learning_rate=5e-4),
-    Row("dq-2 lr 2e-3", "learning rate", "dq-bart-plus", 2, learning_rate=2e-3),
-    Row("dq-paper-2 lr 2e-3", "learning rate", "dq-bart", 2, learning_rate=2e-3),
+        learning_rate=OURS, arguments={"max_grad_norm": 1.0}),
+    *(Row(f"{name} lr {rate:g}", "learning rate", preset, 2, learning_rate=rate)
+      for rate in SWEEP for name, preset in (("dq-paper-2", "dq-bart"), ("dq-2", "dq-bart-plus"))),
+    Row("dq-paper-2 clipped", "the paper's, gradients clipped at 1", "dq-bart", 2, learning_rate=PAPERS,
+        arguments={"max_grad_norm": 1.0}),
+    Row("dq-2 per_tensor", "one scale per matrix instead of per channel", "dq-bart-plus", 2,
+        rules={"weight_granularity": "per_tensor"}, learning_rate=OURS),
+    Row("quant-only-paper-2", "the paper's rules, task loss alone", "dq-bart", 2, learning_rate=PAPERS,
+        kd={"logits": 0.0, "hidden": 0.0, "attention": 0.0, "encoder_last_hidden": 0.0}),
     Row("dq-paper-8", "the paper's rules and losses", "dq-bart", 8, learning_rate=PAPERS),
     Row("quant-only-8", "our rules, task loss alone", "quant-only", 8, learning_rate=OURS),
     Row("quant-only-4", "our rules, task loss alone", "quant-only", 4, learning_rate=OURS),
@@ -150,9 +155,14 @@ class Evidence:
         torch.set_num_threads(args.threads)
         self.folder = demo.teacher_folder()
         self.test, self.draw = demo.draw_pairs(self.folder, args.test_pairs, TEST_DRAW)
-        # The students' own: the teacher was tuned on these, which is the same for all rows.
-        mined = docstrings.mine(split="validation", packages=docstrings.packages_of())
-        self.validation = mined[:: max(len(mined) // VALIDATION_PAIRS, 1)][:VALIDATION_PAIRS]
+        # For choosing learning rates. The teacher was tuned on such pairs, which is the same for all rows.
+        packages = docstrings.packages_of()
+        self.train = docstrings.mine(split="train", packages=packages)
+        mined = docstrings.mine(split="validation", packages=packages)
+        unseen = docstrings.held_out(mined, docstrings.fingerprints(self.train))
+        self.validation = unseen[:: max(len(unseen) // VALIDATION_PAIRS, 1)][:VALIDATION_PAIRS]
+        self.data_sha256 = hashlib.sha256(repr([(p.body, p.head) for p in self.train]).encode()).hexdigest()
+        self.tokenized: dict[str, Any] = {}
 
     def teacher(self):
         from transformers import AutoModelForSeq2SeqLM
@@ -169,30 +179,25 @@ class Evidence:
         """Tokenized training pairs: `gold`, or the teacher's texts for the same sources."""
         from datasets import Dataset
 
-        from dqkernels.data import docstrings, prepare
+        from dqkernels.data import prepare
 
-        cache = Path(tempfile.gettempdir()) / f"dq_docstrings_pairs_{os.getuid()}.json"
-        if not cache.is_file():
-            mined = docstrings.mine(split="train", packages=docstrings.packages_of())
-            cache.write_text(json.dumps([[pair.body, pair.head] for pair in mined]))
-        pairs = json.loads(cache.read_text())
-        if kind == "teacher":
-            pairs = [[body, text] for (body, _), text in zip(pairs, self.teacher_texts(pairs), strict=True)]
-        # A word is a token or more: what is cut off here would be cut off as tokens.
-        first = [" ".join(body.split()[:SOURCE_TOKENS]) for body, _ in pairs]
-        columns = {"source": first, "target": [head for _, head in pairs]}
-        limits = {"max_source_length": SOURCE_TOKENS, "max_target_length": TARGET_TOKENS}
-        return prepare.prepare(Dataset.from_dict(columns), self.tokenizer, **limits)[0]
+        if kind not in self.tokenized:
+            targets = [pair.head for pair in self.train] if kind == "gold" else self.teacher_texts()
+            # A word is a token or more: what is cut off here would be cut off as tokens.
+            sources = [" ".join(pair.body.split()[:SOURCE_TOKENS]) for pair in self.train]
+            pairs = Dataset.from_dict({"source": sources, "target": targets})
+            limits = {"max_source_length": SOURCE_TOKENS, "max_target_length": TARGET_TOKENS}
+            self.tokenized[kind] = prepare.prepare(pairs, self.tokenizer, **limits)[0]
+        return self.tokenized[kind]
 
-    def teacher_texts(self, pairs) -> list[str]:
+    def teacher_texts(self) -> list[str]:
         """Greedy texts of the teacher, as QuillBot's recipe takes them; made once, resumable."""
         from dqkernels.train.distill_data import distill
 
-        out = Path(tempfile.gettempdir()) / f"dq_docstrings_teacher_{os.getuid()}.jsonl"
+        out = Path(tempfile.gettempdir()) / f"dq_docstrings_teacher_{os.getuid()}_{self.data_sha256[:12]}.jsonl"
         if not out.is_file():
-            model = self.teacher()
             options = {"num_beams": 1, "max_new_tokens": 40, "no_repeat_ngram_size": 3}
-            distill(model, self.tokenizer, [body for body, _ in pairs], out, batch_size=64, **options)
+            distill(self.teacher(), self.tokenizer, [p.body for p in self.train], out, batch_size=64, **options)
         return [json.loads(line)["target"] for line in out.read_text().splitlines()]
 
     def score(self, model, pairs) -> dict[str, float]:
@@ -253,6 +258,7 @@ def train(evidence: Evidence, row: Row, seed: int, folder: Path):
             "report_to": "none",
             "disable_tqdm": True,
             "train_sampling_strategy": "group_by_length",
+            **row.arguments,
         }
         trainer = DistillationTrainer(
             model=student,
@@ -309,6 +315,7 @@ def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
         "batch": evidence.args.batch if trained else 0,
         "score_seconds": round(time.monotonic() - started, 1),
         "test": evidence.draw,
+        "train": {"pairs": len(evidence.train), "sha256": evidence.data_sha256},
         **facts,
         "machine": record.environment(),
     }
@@ -338,7 +345,11 @@ def collect(args) -> dict[str, Any]:
         for seed in range(row.seeds):
             path = folder / f"{slug(row)}-s{seed}.json"
             if path.is_file():
-                runs.append({**json.loads(path.read_text()), "shows": row.shows})
+                found = json.loads(path.read_text())
+                wanted = {"steps": args.steps, "batch": args.batch} if row.preset != "float" else {}
+                if other := {key: found[key] for key in wanted if found[key] != wanted[key]}:
+                    raise SystemExit(f"{path.name} was run with {other}, not {wanted}: runs of one table must agree")
+                runs.append({**found, "shows": row.shows})
             else:
                 missing.append({"row": row.name, "seed": seed, "status": "not run"})
     return {"schema_version": VERSION, "runs": runs, "not_run": missing}

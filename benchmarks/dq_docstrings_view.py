@@ -39,7 +39,10 @@ def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         groups.setdefault(run["row"], []).append(run)
-    teacher = 4 * next(run for run in record["runs"] if run["row"] == "teacher")["bytes"] / 2  # stored in 16 bits
+    floats = [run for run in record["runs"] if run["row"] == "teacher"]
+    if not floats:
+        raise SystemExit("the teacher's row was not run, and ratios need it: dq_docstrings.py --only teacher")
+    teacher = 2 * floats[0]["bytes"]  # stored in 16 bits
     rows = []
     for name, runs in groups.items():
         first = runs[0]
@@ -81,6 +84,8 @@ def plot(record: dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), dpi=150)
     shown = set()
     for row in rows_of(record):
+        if " lr " in row["row"]:  # the sweep is in the table
+            continue
         key = family(row["row"])
         label, colour, marker = FAMILIES[key]
         axes.errorbar(

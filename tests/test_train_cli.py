@@ -90,12 +90,21 @@ def test_distill_train_in_stages_export_eval(teacher, pairs, tmp_path, capsys):
     assert {"eval_loss", "eval_rougeL", "steps"} <= set(results) and results["settings"]["layers"]["decoder"] == [1]
     for i, name in enumerate(("teacher", "gold", "both"), 1):
         marker = json.loads((out / f"stage-{i}-{name}" / "stage.json").read_text())
-        assert marker == {"stage": name, "steps": 1 if name == "both" else 2}
+        assert (marker["stage"], marker["steps"]) == (name, 1 if name == "both" else 2)
+    assert results["steps"] == 5
     before = (out / "model.safetensors").read_bytes()
     # A run that is there is not written over, and one that is finished is not run again.
     assert main(flags(teacher, pairs, out, *more)) == 2
     assert "--resume_from_checkpoint" in capsys.readouterr().err
     assert not main(flags(teacher, pairs, out, *more, "--resume_from_checkpoint", "true"))
+    assert (out / "model.safetensors").read_bytes() == before
+    assert json.loads((out / "all_results.json").read_text())["steps"] == 5
+    # Finished with other bits, and a checkpoint of nowhere: neither is taken for this run.
+    other = [*more[2:], "--weight_bits", "4"]
+    assert main(flags(teacher, pairs, out, *other, "--resume_from_checkpoint", "true")) == 2
+    assert "was finished with quantization" in capsys.readouterr().err
+    assert main(flags(teacher, pairs, out, *more, "--resume_from_checkpoint", str(tmp_path / "checkpoint-7"))) == 2
+    assert "--resume_from_checkpoint" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == before
     packed = tmp_path / "packed"
     assert not main(["export", str(out), str(packed), "--dtype", "float32"])
@@ -138,6 +147,11 @@ def test_a_float_student_and_a_pretrained_one(teacher, pairs, tmp_path, capsys):
         (("--train_file", "absent.jsonl"), "absent.jsonl"),
         (("--text_column", "body"), "body"),
         (("--stages", "absent.yaml"), "absent.yaml"),
+        (("--teacher_dtype", "int8"), "--teacher_dtype must be one of"),
+        (("--group_size", "64", "--weight_bits", "2"), "--learned_scale false"),
+        (("--preset", "sft", "--learned_scale", "true"), "preset sft does not quantize"),
+        (("--early_stopping_patience", "2"), "--metric_for_best_model"),
+        (("--resume_from_checkpoint", "nowhere/checkpoint-7"), "--resume_from_checkpoint nowhere/checkpoint-7"),
     ],
 )
 def test_wrong_usage_is_one_line_and_names_the_flag(teacher, pairs, tmp_path, capsys, more, words):
@@ -168,6 +182,7 @@ def test_preset_then_file_then_flags(tmp_path):
         ("stages: [{lr: 1}]", "no such key: 'lr'"),
         ("stages: [{output_dir: x}]", "no such key: 'output_dir'"),
         ("stages: [{weight_bits: 2}]", "no such key: 'weight_bits'"),
+        ("stages: [{bf16: true}]", "no such key: 'bf16'"),
         ("stages: [{kd: nothing}]", "knows the terms"),
         ("stages: [{name: ../up}]", "name must be"),
         ("stages: [{mix: [{train_file: a, weight: 0}]}]", "weight must be"),

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_models
 import torch
 from test_train_resume import environment
 from tiny_models import logits
@@ -15,7 +16,8 @@ from train_runs import KILLED, examples, trainer
 
 import dqkernels
 from dqkernels import DQConfig
-from dqkernels.train import export, load_trained, prepare_qat
+from dqkernels.train import export, load_trained, packed_copy, prepare_qat
+from dqkernels.train.checkpoints import CheckpointError
 
 CONFIG = DQConfig(weight_bits=2, embedding_bits=4, attention="int8")
 prepared = functools.partial(prepare_qat, config=CONFIG, learned_scale=True)
@@ -66,6 +68,20 @@ def test_resumed_in_the_middle_and_between_epochs(tmp_path, step):
     assert torch.equal(logits(run.model.eval()), logits(packed))
 
 
+def test_resuming_with_other_bits_or_data_is_refused(tmp_path):
+    """Learned steps of two bits have the shapes of those of four: nothing else would tell."""
+    run, _ = trainer(tmp_path, max_steps=2, save_strategy="steps", save_steps=2, prepare=prepared)
+    run.train()
+    wider = functools.partial(prepare_qat, config=DQConfig(weight_bits=4, embedding_bits=4), learned_scale=True)
+    again, _ = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, prepare=wider)
+    with pytest.raises(CheckpointError, match="dqkernels_qat.weight_bits: was 2, is now 4"):
+        again.train(resume_from_checkpoint=True)
+    again, _ = trainer(tmp_path, max_steps=4, save_strategy="steps", save_steps=2, prepare=prepared)
+    again.run_arguments = {"sources": "others"}
+    with pytest.raises(CheckpointError, match="run.sources: was None, is now 'others'"):
+        again.train(resume_from_checkpoint=True)
+
+
 def test_the_best_checkpoint_brings_its_steps_back(tmp_path):
     """load_best_model_at_end: weights and learned steps of that evaluation, not of the last."""
     scores = iter([0.9, 0.1])
@@ -93,6 +109,15 @@ def test_learned_steps_move_and_do_not_decay(tmp_path):
     made.train()
     after = parameters(made)
     assert all(not torch.equal(before[name], after[name]) for name in steps)
+
+
+def test_accelerates_wrapper_is_not_exported():
+    """After bf16 training the student's `forward` is accelerate's, an attribute of the instance."""
+    model = prepared(tiny_models.make("bart")).eval()
+    wanted = logits(packed_copy(model, torch.float32))
+    model._original_forward, model.forward = model.forward, lambda *args, **kwargs: None
+    packed = packed_copy(model, torch.float32)
+    assert "forward" not in packed.__dict__ and torch.equal(logits(packed), wanted)
 
 
 def test_two_processes_train_a_quantized_student(tmp_path):

@@ -17,6 +17,7 @@ from typing import Any
 
 from dqkernels.config import DQConfig
 
+_DTYPES = ("float32", "bfloat16", "float16")
 #: Fields of QuantizationArguments that are fields of DQConfig, by the same name.
 _RULES = (
     "weight_bits", "embedding_bits", "weight_quantizer", "embedding_quantizer", "weight_granularity", "group_size",
@@ -43,7 +44,9 @@ class ModelArguments:
     student_keep: str | None = _flag(None, "Layer that a one-layer student gets: last (the paper) or first.")
     freeze_encoder: bool | None = _flag(None, "Train the decoder alone.")
     freeze_embeddings: bool | None = _flag(None, "Leave token and position embeddings as they are.")
-    teacher_dtype: str = _flag("float32", "Float type of the teacher: float32, bfloat16 or float16.")
+    teacher_dtype: str | None = _flag(
+        None, "Float type the teacher runs in: float32, bfloat16 or float16. Default: bfloat16 with --bf16 on a GPU."
+    )
 
 
 @dataclass
@@ -137,7 +140,8 @@ class Arguments:
         bits = {name: getattr(given, name) for name in ("weight_bits", "embedding_bits")}
         preset = self.preset()
         if preset.quantize is None:
-            rules = {name: getattr(given, name) for name in _RULES if getattr(given, name) is not None}
+            rules = {name: getattr(given, name) for name in (*_RULES, "learned_scale")}
+            rules = {name: value for name, value in rules.items() if value is not None}
             if rules:
                 raise ArgumentsError(
                     f"preset {preset.name} does not quantize, so --{next(iter(rules))} has nothing to say: "
@@ -150,7 +154,13 @@ class Arguments:
         config = preset.quantize(weight_bits, bits["embedding_bits"] or weight_bits)
         changes: dict[str, Any] = {name: getattr(given, name) for name in _RULES if getattr(given, name) is not None}
         changes |= {name: None for name in ("act_clip", "weight_clip") if changes.get(name) == 0}
-        return dataclasses.replace(config, **changes)
+        config = dataclasses.replace(config, **changes)
+        if config.group_size != -1 and self.learned_scale():
+            raise ArgumentsError(
+                f"--group_size {config.group_size} has no learned steps, and preset {preset.name} learns them: give "
+                "--learned_scale false"
+            )
+        return config
 
     def learned_scale(self) -> bool:
         """Whether the steps are learned."""
@@ -200,9 +210,20 @@ def parse(argv: Sequence[str]) -> Arguments:
         raise ArgumentsError(f"no such option: {rest[0]}; --help lists ours, --help_all transformers' as well")
     model, data, quantization, training = groups
     quantization.preset = name
+    _check(model, data, training)
     if not model.model_name_or_path:
         raise ArgumentsError("--model_name_or_path is missing: the fine-tuned float teacher, a folder or a hub id")
     return Arguments(model, data, quantization, training)
+
+
+def _check(model: ModelArguments, data: DataArguments, training: Any) -> None:
+    """What argparse cannot know."""
+    if model.teacher_dtype not in (None, *_DTYPES):
+        raise ArgumentsError(f"--teacher_dtype must be one of {', '.join(_DTYPES)}, got {model.teacher_dtype!r}")
+    if data.early_stopping_patience is not None and not training.metric_for_best_model:
+        raise ArgumentsError(
+            "--early_stopping_patience needs --metric_for_best_model (rougeL, bleu, loss), and an --eval_strategy"
+        )
 
 
 def layers(flag: str, text: str | None) -> int | list[int] | None:

@@ -12,7 +12,7 @@ one optimizer step, and only then divided: gradient accumulation gives the loss 
 | encoder_hidden | source token | squared errors averaged over d_model; embedding output and every layer |
 | decoder_hidden | target token | the same |
 | encoder_, decoder_, cross_attention | (query, key) pair | squared errors averaged over heads; every layer |
-| encoder_last_hidden | 1, for any batch | squared errors averaged over tokens and d_model; every example |
+| encoder_last_hidden | example | 8 times the squared errors averaged over tokens and d_model |
 
 A target token is a place where labels != -100, a source token one where attention_mask is set. With masked=False (the
 DQ-BART code) every place counts, padding too, in all terms but the task's. Sources: the DQ-BART code (squared errors,
@@ -60,8 +60,8 @@ TERMS = {
     "cross_attention": "attention",
     "encoder_last_hidden": "encoder_last_hidden",
 }
-#: Terms that are never divided (their count is 1 however many counts were added up).
-UNDIVIDED = ("encoder_last_hidden",)
+#: The authors add encoder_last_hidden over the examples of a device's batch, of which they have so many.
+AUTHORS_BATCH = 8
 
 
 @dataclass(frozen=True)
@@ -77,8 +77,9 @@ class KDConfig:
         logits_loss: "kl" or "mse" (DQ-BART).
         temperature: divides both logits of "kl", which is scaled by its square. Above 0.
         masked: False counts padding like any other place (DQ-BART).
-        encoder_last_hidden: weight of the DQ-BART code's extra term on the encoder's output. It is added over the
-            examples of a step, not averaged, so it grows with the batch.
+        encoder_last_hidden: weight of the DQ-BART code's extra term on the encoder's output. That code adds it
+            over the examples of a device's batch of 8 and averages over batches; here it is 8 times the mean, whatever
+            the batch.
         label_smoothing: of the task term, from 0 to below 1.
         encoder_targets: the teacher layer that each student encoder layer is compared with; None: the one it was
             copied from; "supervised": `student.supervised_layers`.
@@ -212,7 +213,7 @@ def counts(batch: Mapping[str, Tensor], kd: KDConfig) -> dict[str, Tensor]:
         "encoder_attention": lambda: (s * s).sum(),
         "decoder_attention": lambda: (t * t).sum(),
         "cross_attention": lambda: (t * s).sum(),
-        "encoder_last_hidden": lambda: torch.ones((), dtype=torch.float64, device=valid.device),
+        "encoder_last_hidden": lambda: torch.tensor(float(len(valid)), dtype=torch.float64, device=valid.device),
     }
     return {term: units[term]() for term in kd.terms}
 
@@ -274,19 +275,19 @@ def sums(
     if kd.encoder_last_hidden > 0:
         pair = _pair(student, teacher, "encoder_last_hidden_state")
         _check_places("encoder_last_hidden_state", pair[0].shape[:2], source.shape)
-        found["encoder_last_hidden"] = by_chunks(Squares(example_mean), *pair, source)
+        found["encoder_last_hidden"] = AUTHORS_BATCH * by_chunks(Squares(example_mean), *pair, source)
     return found
 
 
 def means(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Each term, unweighted: `sums` / `counts`, both of one step or both added up over several.
 
-    A count of 0 (no target token at all) gives 0. encoder_last_hidden is not divided.
+    A count of 0 (no target token at all) gives 0.
 
     Returns:
         term -> fp64 scalar.
     """
-    return {t: value if t in UNDIVIDED else value / counts[t].clamp(min=1) for t, value in sums.items()}
+    return {term: value / counts[term].clamp(min=1) for term, value in sums.items()}
 
 
 def total(sums: Mapping[str, Tensor], counts: Mapping[str, Tensor], kd: KDConfig) -> Tensor:

@@ -123,6 +123,10 @@ def packed_copy(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
         if isinstance(module, QATModule) and not bool(torch.isfinite(module.packed()[1]).all()):
             raise ValueError(f"{name}: weight has NaN or Inf values: the training diverged")
     new = copy.deepcopy(model)
+    for module in new.modules():
+        if "_original_forward" in module.__dict__:  # accelerate's autocast around a model that it trained
+            for name in ("forward", "_original_forward"):
+                module.__dict__.pop(name, None)
     trained = {n: m for n, m in new.named_modules(remove_duplicate=False) if isinstance(m, QATModule)}
     floats: dict[int, nn.Module] = {}
     for name, module in trained.items():

@@ -6,6 +6,7 @@ leaves a marker, a step that is done a checkpoint, so that a killed run goes on 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 from pathlib import Path
@@ -51,43 +52,44 @@ def run(arguments: Arguments) -> dict[str, Any]:
     if args.device.type == "cpu":
         keep_freed_memory()
     transformers.set_seed(args.seed)
-    teacher, tokenizer = _open(arguments.model.model_name_or_path, arguments.model.teacher_dtype)
+    teacher, tokenizer = _open(arguments.model.model_name_or_path)
     setup = _set_up(arguments, teacher, tokenizer)
-    data = _pairs(arguments, plan, tokenizer, setup)
     model = _student(arguments, teacher)
     _set_up(arguments, model, tokenizer)
     if config is not None:
         qat.prepare_qat(model, config, learned)
+    described = [_described(arguments, stage, kd, model) for stage, kd in zip(plan, losses, strict=True)]
+    folders = _folders(arguments, plan)
+    _check_resume(resume, folders, described)
+    data = _pairs(arguments, plan, tokenizer, setup, teacher)
     needs_teacher = any(kd.needs_teacher for kd in losses)
+    teacher.to(_teacher_dtype(arguments))  # after the student was made of it
     results: dict[str, Any] = {}
     trainer = None
-    for number, stage in enumerate(plan, 1):
-        folder = output if arguments.data.stages is None else output / f"stage-{number}-{stage.name}"
-        if (folder / STAGE_FILE).is_file() and resume:
+    steps = 0
+    for stage, kd, folder, facts, rows in zip(plan, losses, folders, described, data["train"], strict=True):
+        marker = _marker(folder) if resume else None
+        if marker is not None:
             logger.info("stage %s is finished already: %s", stage.name, folder)
             _take_weights(model, folder)
+            steps += marker["steps"]
             continue
-        stage_args = stage.arguments.training
-        stage_args.output_dir = str(folder)
-        trainer = _trainer(
-            stage,
-            losses[number - 1],
-            model,
-            teacher if needs_teacher else None,
-            tokenizer,
-            data,
-            data["train"][number - 1],
-        )
-        trainer.train(resume_from_checkpoint=(resume if resume and _has_checkpoint(folder) else None))
+        stage.arguments.training.output_dir = str(folder)
+        trainer = _trainer(stage, kd, model, teacher if needs_teacher else None, tokenizer, data, rows)
+        trainer.run_arguments = facts
+        start = _has_checkpoint(folder) if resume is True else Path(str(resume)).resolve().parent == folder.resolve()
+        trainer.train(resume_from_checkpoint=resume if resume and start else None)
         trainer.save_model(str(folder))
+        steps += trainer.state.global_step
         if trainer.is_world_process_zero():
-            marker = {"stage": stage.name, "steps": trainer.state.global_step}
-            serialize.atomic_write(folder / STAGE_FILE, json.dumps(marker).encode())
+            done = {"stage": stage.name, "steps": trainer.state.global_step, "run": facts}
+            serialize.atomic_write(folder / STAGE_FILE, json.dumps(done).encode())
     if trainer is None:  # everything was finished; the figures below are still asked for
+        plan[-1].arguments.training.output_dir = str(folders[-1])
         trainer = _trainer(
             plan[-1], losses[-1], model, teacher if needs_teacher else None, tokenizer, data, data["train"][-1]
         )
-    results |= {"steps": trainer.state.global_step}
+    results |= {"steps": steps}
     if data["validation"] is not None:
         results |= trainer.evaluate(metric_key_prefix="eval")
     if args.do_predict:
@@ -134,14 +136,88 @@ def _resume(args, output: Path, plan) -> str | bool | None:
     return None
 
 
+def _folders(arguments: Arguments, plan) -> list[Path]:
+    output = Path(arguments.training.output_dir)
+    if arguments.data.stages is None:
+        return [output]
+    return [output / f"stage-{number}-{stage.name}" for number, stage in enumerate(plan, 1)]
+
+
+def _described(arguments: Arguments, stage, kd, model) -> dict[str, Any]:
+    """What makes a stage this stage, in plain JSON: compared when it is resumed or was finished before."""
+    training = stage.arguments.training
+    config, data = arguments.config(), stage.arguments.data
+    facts = {
+        "teacher": arguments.model.model_name_or_path,
+        "quantization": None if config is None else config.to_dict(),
+        "learned_scale": config is not None and arguments.learned_scale(),
+        "layers": getattr(model.config, "dqkernels_student", None),
+        "student": arguments.model.student_model_name_or_path,
+        "frozen": [arguments.model.freeze_encoder, arguments.model.freeze_embeddings],
+        "kd": dataclasses.asdict(kd),
+        "sources": [[dict(source.arguments), source.weight] for source in stage.sources],
+        "source_prefix": data.source_prefix,
+        "lengths": [data.max_source_length, data.max_target_length],
+        "learning_rate": training.learning_rate,
+        "seed": training.seed,
+    }
+    return json.loads(json.dumps(facts))  # tuples as they come back from a file
+
+
+def _marker(folder: Path) -> dict[str, Any] | None:
+    """What a finished stage left; None where it is not finished."""
+    try:
+        return json.loads((folder / STAGE_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+
+
+def _check_resume(resume: str | bool | None, folders: list[Path], described: list[dict[str, Any]]) -> None:
+    """Refuses to go on with another run than the one that is there, or from a folder that is no part of it."""
+    if not resume:
+        return
+    finished = 0
+    for folder, facts in zip(folders, described, strict=True):
+        marker = _marker(folder)
+        if marker is None:
+            break
+        finished += 1
+        stored = marker.get("run", {})
+        if changed := [name for name in facts if facts[name] != stored.get(name)]:
+            name = changed[0]
+            raise ArgumentsError(
+                f"{folder} was finished with {name} = {stored.get(name)!r}, this run has {facts[name]!r}: give the "
+                "same flags, or another --output_dir"
+            )
+    if resume is True:
+        return
+    path = Path(resume)
+    reason = checkpoints.why_not(path) if path.is_dir() else "is no folder"
+    if reason is None and (finished == len(folders) or path.resolve().parent != folders[finished].resolve()):
+        here = "none, for it is finished" if finished == len(folders) else f"one in {folders[finished]}"
+        reason = f"is no checkpoint that this run could go on from ({here})"
+    if reason is not None:
+        raise ArgumentsError(f"--resume_from_checkpoint {path} {reason}")
+
+
 def _has_checkpoint(folder: Path) -> bool:
     return folder.is_dir() and checkpoints.newest(folder)[0] is not None
 
 
-def _open(name: str, dtype: str = "float32"):
+def _teacher_dtype(arguments: Arguments):
+    """What is asked for; else float32, and bfloat16 on a GPU that trains in it (it runs outside autocast)."""
+    import torch
+
+    name, args = arguments.model.teacher_dtype, arguments.training
+    if name is None:
+        name = "bfloat16" if args.bf16 and args.device.type != "cpu" else "float32"
+    return getattr(torch, name)
+
+
+def _open(name: str):
     from dqkernels import text
 
-    model, tokenizer = text.open_model(name, dtype=dtype, device="cpu")
+    model, tokenizer = text.open_model(name, dtype="float32", device="cpu")
     if getattr(model.config, "quantization_config", None) is not None:
         raise ArgumentsError(f"{name!r} is quantized: training starts from a float model")
     return model, tokenizer
@@ -176,9 +252,16 @@ def _student(arguments: Arguments, teacher):
     return student.freeze_(model, **{name: usual[name] if said is None else said for name, said in frozen.items()})
 
 
-def _pairs(arguments: Arguments, plan, tokenizer, setup) -> dict[str, Any]:
+def _pairs(arguments: Arguments, plan, tokenizer, setup, model) -> dict[str, Any]:
     """Tokenized pairs: `train` a list with one set per stage, `validation` and `test` one each, or None."""
+    from dqkernels import text
+
     data, args = arguments.data, arguments.training
+    places = text.source_limit(model, tokenizer)
+    for name in ("max_source_length", "max_target_length"):
+        if getattr(data, name) > places:
+            logger.warning("--%s is %d and the model has %d positions: cut there", name, getattr(data, name), places)
+            setattr(data, name, places)
     tokens = {
         "source_prefix": setup.source_prefix,
         "max_source_length": data.max_source_length,
@@ -201,6 +284,7 @@ def _pairs(arguments: Arguments, plan, tokenizer, setup) -> dict[str, Any]:
         mixed = parts[0][0] if len(parts) == 1 else mixing.mix(parts, args.seed)
         found["train"].append(tokenized(mixed, f"stage {stage.name}"))
     wanted = {"validation": str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") or args.do_eval}
+    wanted["validation"] |= data.validation_file is not None
     wanted["test"] = args.do_predict
     common = {
         key: getattr(data, key)
@@ -225,8 +309,9 @@ def _pairs(arguments: Arguments, plan, tokenizer, setup) -> dict[str, Any]:
 
 def _trainer(stage, kd, model, teacher, tokenizer, data: dict[str, Any], train_rows) -> DistillationTrainer:
     arguments, args = stage.arguments, stage.arguments.training
-    args.generation_max_length = arguments.data.val_max_target_length or arguments.data.max_target_length
-    args.generation_num_beams = arguments.data.num_beams
+    longest = arguments.data.val_max_target_length or args.generation_max_length or arguments.data.max_target_length
+    args.generation_max_length = longest
+    args.generation_num_beams = arguments.data.num_beams or args.generation_num_beams
     args.remove_unused_columns = True
     kind = "bleu" if arguments.data.task == "translation" or arguments.data.source_lang else "rouge"
     return DistillationTrainer(

@@ -18,7 +18,6 @@ What a stage does not say is as on the command line. A stage that is finished is
 from __future__ import annotations
 
 import copy
-import dataclasses
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -31,8 +30,13 @@ from dqkernels.train.arguments import Arguments, ArgumentsError, DataArguments, 
 SOURCE_KEYS = ("dataset_name", "dataset_config_name", "train_file", "text_column", "summary_column",
                "max_train_samples", "source_lang", "target_lang")  # fmt: skip
 _ORIGINS = ("dataset_name", "train_file")
-#: What belongs to the whole run.
-_OF_THE_RUN = ("output_dir", "resume_from_checkpoint", "do_predict", "do_train", "do_eval")
+#: Training arguments that a stage may set; the others belong to the whole run.
+TRAINING_KEYS = (
+    "num_train_epochs", "max_steps", "learning_rate", "warmup_steps", "lr_scheduler_type", "weight_decay",
+    "max_grad_norm", "label_smoothing_factor", "per_device_train_batch_size", "gradient_accumulation_steps", "seed",
+    "eval_strategy", "eval_steps", "save_strategy", "save_steps", "logging_steps",
+)  # fmt: skip
+KD_KEYS = ("kd", "kd_logits", "kd_temperature", "kd_masked")
 
 
 @dataclass(frozen=True)
@@ -97,16 +101,13 @@ def _stage(entry: Any, number: int, arguments: Arguments, path: str) -> Stage:
         sources = (_source(own, arguments.data, where),)
     changed = copy.deepcopy(arguments)
     groups = {"training": changed.training, "quantization": changed.quantization}
-    fields = {one.name: group for group, held in groups.items() for one in dataclasses.fields(held)}
+    fields = {**dict.fromkeys(TRAINING_KEYS, "training"), **dict.fromkeys(KD_KEYS, "quantization")}
     updates: dict[str, dict[str, Any]] = {group: {} for group in groups}
     for key, value in entry.items():
         group = fields.get(key)
-        if group is None or key in _OF_THE_RUN or (group == "quantization" and not key.startswith("kd")):
-            known = [*SOURCE_KEYS, "mix", "name", "kd", "kd_logits", "kd_temperature", "kd_masked"]
-            raise ArgumentsError(
-                f"{where}: no such key: {key!r}; a stage may set {', '.join(known)}, and training arguments "
-                "such as num_train_epochs, max_steps, learning_rate, warmup_steps, seed"
-            )
+        if group is None:
+            known = ["name", "mix", *SOURCE_KEYS, *KD_KEYS, *TRAINING_KEYS]
+            raise ArgumentsError(f"{where}: no such key: {key!r}; a stage may set {', '.join(known)}")
         updates[group][key] = value
     for group, values in updates.items():
         for key, value in values.items():

@@ -67,6 +67,8 @@ class DistillationTrainer(ResumableTrainer):
         **kwargs: Any,
     ):
         self.kd = KDConfig() if kd is None else kd
+        #: What else must be the same in a resumed run, plain JSON; `dqkernels train` puts its models and data here.
+        self.run_arguments: dict[str, Any] = {}
         _check_arguments(args, kwargs)
         if model is not None:
             _check_student(model)
@@ -219,8 +221,10 @@ class DistillationTrainer(ResumableTrainer):
         self._window_start = state["start"]
 
     def extra_arguments(self) -> dict[str, Any]:
-        """The weights of the loss."""
-        return {"kd": dataclasses.asdict(self.kd)}
+        """The weights of the loss, how the student computes and what it was made of, and `run_arguments`."""
+        config = self.model.config
+        made = {name: getattr(config, name, None) or {} for name in ("dqkernels_qat", "dqkernels_student")}
+        return {"kd": dataclasses.asdict(self.kd), **made, "run": self.run_arguments}
 
     def get_decay_parameter_names(self, model: nn.Module) -> list[str]:
         """As of Trainer, without learned steps: they are logarithms, and a smaller one is no simpler one."""
@@ -245,8 +249,7 @@ class DistillationTrainer(ResumableTrainer):
         if self._eval_sums:
             sums = self._over_processes(self._eval_sums, "sum")
             counts = self._over_processes(self._eval_counts, "sum")
-            # An undivided term has a count of 1 per batch: here it is the mean over the batches.
-            terms = {term: value / counts[term].clamp(min=1) for term, value in sums.items()}
+            terms = losses.means(sums, counts)
             output.metrics[f"{metric_key_prefix}_loss"] = float(self._weighted(terms))
             output.metrics.update({f"{metric_key_prefix}_loss_{t}": float(v) for t, v in sorted(terms.items())})
         return output
