@@ -157,7 +157,7 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> QuantizedWeight
     return QuantizedWeight(codes, _level_scale(step, layer))
 
 
-def quantize_weight_by_step(
+def quantize_by_step(
     weight: torch.Tensor, step: torch.Tensor, bits: int, quantizer: str, clip: float | None = None
 ) -> QuantizedWeight:
     """Quantizes a float matrix by steps that were learned (LSQ, Esser et al. 2020) rather than found.

@@ -1,7 +1,7 @@
 """The ops of training: `qlinear_train`, `qembedding_train`, and the quantizer with learned steps.
 
 Their forward pass is the one that serves: codes of the float master weight (`ops.quantize_weight`, or
-`quantize_weight_by_step`), then the same integer GEMM or gather. Their backward pass is the straight-through
+`quantize_by_step`), then the same integer GEMM or gather. Their backward pass is the straight-through
 estimator (DQ-BART, section 3; paper.md section 1.5): the gradient of the float layer whose weight and input are the
 dequantized ones, and zero where a clip saturated. What is kept for it are int8 activations, the packed codes and, with
 an activation clip, one bit per element. Calls, refusals, and the two formulas that touch weights only.
@@ -19,7 +19,7 @@ _WHERE = 'str backend="auto", bool strict=False'
 _PACKED = "Tensor qweight, Tensor weight_scale, Tensor? group_mult, int bits, bool four_level, int group_size"
 
 SCHEMAS = {
-    "quantize_weight_by_step": "(Tensor weight, Tensor step, int bits, str quantizer, float? clip=None, "
+    "quantize_by_step": "(Tensor weight, Tensor step, int bits, str quantizer, float? clip=None, "
     f"{_WHERE}) -> (Tensor, Tensor)",
     "qlinear_train": "(Tensor x, Tensor weight, Tensor? log_step, Tensor? bias, Tensor q, Tensor act_scale, "
     f"Tensor? row_sum, Tensor? passed, {_PACKED}, float? weight_clip, ScalarType out_dtype, {_WHERE}) -> Tensor",
@@ -33,8 +33,8 @@ for _name, _schema in SCHEMAS.items():
 def _by_step(weight, step, bits, quantizer, clip=None, backend="auto", strict=False):
     checks.check_weight(weight, bits, quantizer, "per_channel", -1, clip)
     checks.check_step(step, weight)
-    choice = backends.choose("quantize_weight_by_step", weight.device.type, backend, strict, bits=bits)
-    return choice.module.quantize_weight_by_step(weight, step, bits, quantizer, clip)
+    choice = backends.choose("quantize_by_step", weight.device.type, backend, strict, bits=bits)
+    return choice.module.quantize_by_step(weight, step, bits, quantizer, clip)
 
 
 def _linear(
@@ -62,12 +62,12 @@ def _embedding(
     )  # fmt: skip
 
 
-_LIB.impl("quantize_weight_by_step", _by_step, "CompositeExplicitAutograd")
+_LIB.impl("quantize_by_step", _by_step, "CompositeExplicitAutograd")
 _LIB.impl("qlinear_train", _linear, "CompositeExplicitAutograd")
 _LIB.impl("qembedding_train", _embedding, "CompositeExplicitAutograd")
 
 
-@torch.library.register_fake("dqkernels::quantize_weight_by_step", lib=_LIB)
+@torch.library.register_fake("dqkernels::quantize_by_step", lib=_LIB)
 def _(weight, step, bits, quantizer, clip=None, backend="auto", strict=False):
     return weight.new_empty(packing.packed_shape(*weight.shape, bits), dtype=torch.uint8), step.new_empty(step.shape)
 
@@ -174,16 +174,16 @@ torch.library.register_autograd(
 
 def _no_gradient(ctx, *grads):
     raise RuntimeError(
-        "dqkernels::quantize_weight_by_step has no gradient of its own: qlinear_train and qembedding_train carry it"
+        "dqkernels::quantize_by_step has no gradient of its own: qlinear_train and qembedding_train carry it"
     )
 
 
-torch.library.register_autograd("dqkernels::quantize_weight_by_step", _no_gradient, lib=_LIB)
+torch.library.register_autograd("dqkernels::quantize_by_step", _no_gradient, lib=_LIB)
 autocast.shield(_LIB, SCHEMAS)
 
 #: Float master weight [N, K] and learned steps fp32 [N] or [1] -> qweight (packed v1), scale of step's shape; see
-#: `qmath.quantize_weight_by_step`.
-quantize_weight_by_step = torch.ops.dqkernels.quantize_weight_by_step.default
+#: `qmath.quantize_by_step`.
+quantize_by_step = torch.ops.dqkernels.quantize_by_step.default
 #: x float [..., K] and its codes q int8, act_scale, row_sum (for four_level without groups; None: summed again), passed
 #: (`pack_bits(|x| < clip)` or None); master weight float [N, K], log of the learned steps fp32 [N] or [1] or None, and
 #: the codes of both; bias [N] -> y [..., N] in out_dtype, `qlinear`'s bits. Gradients of x, weight, log_step, bias.

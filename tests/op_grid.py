@@ -150,7 +150,7 @@ def train_samples(g, m, n, k, dtype):
         operands = {"weight": normal(g, dtype, n, k), "step": torch.rand(count, generator=g) * 4 / 2**bits + 1e-3}
         facts = {"bits": bits, "quantizer": quantizer, "clip": 1.5}
         rows = "per_tensor" if bits == 4 else "per_channel"
-        yield Sample(f"quantize_weight_by_step W{bits} {quantizer} {rows}", "quantize_weight_by_step", operands, facts)
+        yield Sample(f"quantize_by_step W{bits} {quantizer} {rows}", "quantize_by_step", operands, facts)
     for form in ((4, False, -1), (2, True, 64)):
         packed_, facts = packed(g, n, k, form)
         master = {"weight": normal(g, dtype, n, k), "log_step": None} | packed_

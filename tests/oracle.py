@@ -333,7 +333,7 @@ def quantize_weight(
     return codes, scale, mult
 
 
-def quantize_weight_by_step(
+def quantize_by_step(
     w: np.ndarray, step: np.ndarray, bits: int, quantizer: str, clip: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """codes int64 [N, K] and scale float32 as step ([N] or [1]): levels at a distance that is given (LSQ)."""

@@ -30,7 +30,7 @@ TINY = [
     ("qlinear_multi", (17, 16, 48), "W2"),
     ("quantize_weight", (20, 48), "W8"),
     ("quantize_weight", (20, 48), "W2"),
-    ("quantize_weight_by_step", (20, 48), "W4"),
+    ("quantize_by_step", (20, 48), "W4"),
     ("dequantize_weight", (20, 48), "W4"),
     ("qembedding", (7, 50, 48), "W2"),
     ("qattention", (2, 3, 9, 17, 16), ""),
@@ -50,7 +50,7 @@ PEERS = {
     "gelu_quantize": ["torch gelu", COPY],
     "qlinear_multi": ["torch unfused"],
     "quantize_weight": [COPY],
-    "quantize_weight_by_step": [COPY],
+    "quantize_by_step": [COPY],
     "dequantize_weight": [COPY],
     "qembedding": ["torch embedding", COPY],
     "qattention": ["torch sdpa"],
@@ -124,13 +124,7 @@ def test_the_plans_are_sound_and_cover_the_ops():
         plan = kernels.default_groups(torch.device(place))
         assert {op for op, _, _ in plan} == set(kernels.OPS) and len(plan) == len(set(plan))
         assert [kernels._checked(*group) for group in plan] == plan
-        for op in (
-            "quantize_weight",
-            "quantize_weight_by_step",
-            "dequantize_weight",
-            "qembedding",
-            "qlinear_grad_input",
-        ):
+        for op in ("quantize_weight", "quantize_by_step", "dequantize_weight", "qembedding", "qlinear_grad_input"):
             assert {variant for name, _, variant in plan if name == op} == set(kernels.WIDTHS)
     large = kernels.default_groups(torch.device("cuda"), ["qattention", "quantize_weight"], [4])
     assert ("qattention", (8, 16, 1024, 1024, 64), "") in large and ("quantize_weight", (4096, 1024), "W4") in large
@@ -271,7 +265,7 @@ def test_a_device_proves_a_part_against_the_cpu_as_well(group, monkeypatch):
     case = a_case(group)
     way = case.ways[-1]
     # In the codes that follow from y, in the scales of a weight (its codes end in padding), else in the one output.
-    index = 1 if op in ("layernorm_quantize", "quantize_weight", "quantize_weight_by_step", "qlinear_multi") else 0
+    index = 1 if op in ("layernorm_quantize", "quantize_weight", "quantize_by_step", "qlinear_multi") else 0
     bad = broken(way.call, index, last_changed)(*way.inputs)
     name = "attention" if "attention" in op else "all_bits"
     first_look, looks, real = shape[0] if name == "attention" else 1, [], getattr(proofs, name)

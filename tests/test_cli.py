@@ -66,7 +66,19 @@ def records(text: str) -> list[dict]:
 
 # ---- help, version, usage -----------------------------------------------------------------
 
-VERBS = ["info", "demo", "quantize", "generate", "summarize", "translate", "tune", "warmup"]
+VERBS = [
+    "info",
+    "demo",
+    "quantize",
+    "generate",
+    "summarize",
+    "translate",
+    "tune",
+    "warmup",
+    "export",
+    "distill-data",
+    "eval",
+]
 
 
 def test_help_is_quick_complete_and_fits_80_columns():
@@ -79,7 +91,7 @@ def test_help_is_quick_complete_and_fits_80_columns():
     assert "\x1b" not in done.stdout, "no colour in a pipe"
     for verb in [*VERBS, "bench"]:
         assert f"\n  {verb} " in done.stdout
-    for later in ("train", "distill", "export", "eval", "plot"):
+    for later in ("distill", "plot", "doctor"):
         assert f"\n  {later} " not in done.stdout, "only verbs that work are listed"
 
 

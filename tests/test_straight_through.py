@@ -73,7 +73,7 @@ class Linear:
             reach = REACH[self.quantizer]
             self.edge = (reach if isinstance(reach, int) else reach[self.bits]) * step
             weight[:, 3], weight[:, 4] = self.edge, -self.edge
-            self.codes, self.scale = oracle.quantize_weight_by_step(
+            self.codes, self.scale = oracle.quantize_by_step(
                 weight.numpy(), step.numpy(), self.bits, self.quantizer, self.weight_clip
             )
             self.mult = None
@@ -198,7 +198,7 @@ def test_a_step_that_clip_and_levels_both_bound():
     for name in ("w8", "w2f", "w4"):
         case = Linear(name, learned=True, clipped=True)
         case.weight[:, 5] = 1.0
-        case.codes, case.scale = oracle.quantize_weight_by_step(
+        case.codes, case.scale = oracle.quantize_by_step(
             case.weight.numpy(), case.log_step.exp().numpy(), case.bits, case.quantizer, WEIGHT_CLIP
         )
         leaves = case.leaves()
@@ -304,15 +304,13 @@ def test_quantizing_by_steps_is_the_oracle(bits, quantizer, backend):
     for dtype, clip in itertools.product((torch.float32, torch.bfloat16), (None, 0.7)):
         w = weight.to(dtype)
         for rows, step in ((slice(None), steps), (slice(0, 8), steps[1:2]), (slice(None), steps[:1])):
-            got = st.quantize_weight_by_step(w[rows], step, bits, quantizer, clip, backend)
+            got = st.quantize_by_step(w[rows], step, bits, quantizer, clip, backend)
             with np.errstate(all="ignore"):
-                codes, scale = oracle.quantize_weight_by_step(
-                    w[rows].float().numpy(), step.numpy(), bits, quantizer, clip
-                )
+                codes, scale = oracle.quantize_by_step(w[rows].float().numpy(), step.numpy(), bits, quantizer, clip)
             assert_equal(got[1], scale, "scale")
             assert_equal(got[0], oracle.pack(codes, bits), "codes", may_be_zero=bool(np.isnan(scale).all()))
     assert np.isnan(scale).all() and not codes.any()  # one broken row breaks the step of the whole matrix
-    empty = st.quantize_weight_by_step(torch.randn(0, 5), torch.ones(0), bits, quantizer, backend=backend)
+    empty = st.quantize_by_step(torch.randn(0, 5), torch.ones(0), bits, quantizer, backend=backend)
     assert empty[0].shape == (0, 128 * bits // 8) and empty[1].shape == (0,)
 
 
@@ -322,7 +320,7 @@ def test_steps_of_the_fixed_rule_give_its_codes(bits, quantizer):
     weight = torch.randn(16, 256)
     qweight, scale, _ = ops.quantize_weight(weight, bits, quantizer, "per_channel", -1)
     step = scale * 2 if quantizer == "four_level" else scale
-    got, again = st.quantize_weight_by_step(weight, step, bits, quantizer)
+    got, again = st.quantize_by_step(weight, step, bits, quantizer)
     differ = packing.unpack(got, 16, 256, bits) != packing.unpack(qweight, 16, 256, bits)
     assert torch.equal(again, scale) and differ.float().mean() < 2e-3
 
@@ -342,7 +340,7 @@ def call_embedding(weight=None, log_step=None, name="w4"):
 
 def by_step(weight=None, step=None, bits=4, quantizer="absmax", **more):
     weight = torch.randn(5, 7) if weight is None else weight
-    return st.quantize_weight_by_step(weight, torch.ones(5) if step is None else step, bits, quantizer, **more)
+    return st.quantize_by_step(weight, torch.ones(5) if step is None else step, bits, quantizer, **more)
 
 
 REFUSED = {
@@ -403,7 +401,7 @@ def test_wrong_arguments_are_refused_in_words(name):
 def test_the_quantizer_has_no_gradient_of_its_own():
     weight = torch.randn(5, 7, requires_grad=True)
     _, scale = by_step(weight, torch.ones(5, requires_grad=True))
-    with pytest.raises(RuntimeError, match="quantize_weight_by_step has no gradient of its own: qlinear_train and"):
+    with pytest.raises(RuntimeError, match="quantize_by_step has no gradient of its own: qlinear_train and"):
         scale.sum().backward()
 
 
@@ -412,7 +410,7 @@ def test_the_quantizer_has_no_gradient_of_its_own():
 
 def samples(op):
     """Calls as keyword arguments: every kind of codes, with and without steps, clips, bias, sums."""
-    if op == "quantize_weight_by_step":
+    if op == "quantize_by_step":
         for bits, quantizer in RULES:
             for step in (torch.rand(N) * 0.1, torch.rand(1)):
                 yield {"weight": torch.randn(N, K), "step": step, "bits": bits, "quantizer": quantizer, "clip": 1.5}

@@ -85,7 +85,7 @@ def counted(monkeypatch):
         monkeypatch.setattr(module, name, lambda *a, **k: calls.append(name) or op(*a, **k))
 
     count(ops, "quantize_weight")
-    count(straight_through, "quantize_weight_by_step")
+    count(straight_through, "quantize_by_step")
     return calls
 
 
@@ -266,7 +266,7 @@ def test_codes_are_dropped_when_weights_come_from_elsewhere():
 @pytest.mark.parametrize("family, learned", [("bart", True), ("t5", False), ("t5_v1_1", True)])
 def test_each_table_is_quantized_once_a_step_and_once_for_eval(family, learned, counted):
     model = prepare_qat(tiny_models.make(family), DQConfig(weight_bits=4), learned)
-    name = "quantize_weight_by_step" if learned else "quantize_weight"
+    name = "quantize_by_step" if learned else "quantize_weight"
     tables = len({module.weight.data_ptr() for module in quantized(model)})
     assert len(quantized(model)) > tables or family == "t5_v1_1"
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)

@@ -115,8 +115,8 @@ def weight_by_step_grid(device):
         w = w.to(DTYPES[i % 3])
         for step in (steps, steps[-1:]):
             clip = (None, 0.7)[i // 3 % 2]
-            got = backend.quantize_weight_by_step(w.to(device), step.to(device), bits, quantizer, clip)
-            want = eager.quantize_weight_by_step(w, step, bits, quantizer, clip)
+            got = backend.quantize_by_step(w.to(device), step.to(device), bits, quantizer, clip)
+            want = eager.quantize_by_step(w, step, bits, quantizer, clip)
             for name, mine, theirs in zip(("qweight", "scale"), got, want, strict=True):
                 assert_same(mine, theirs, f"W{bits} {quantizer} {list(step.shape)} {clip} {w.dtype} {shape}: {name}")
     assert want[0].any()

@@ -22,7 +22,7 @@ from dqkernels.kernels import plans
 #: The ops a backend may offer; `eager` offers all of them.
 OPS = (
     "quantize_weight",
-    "quantize_weight_by_step",
+    "quantize_by_step",
     "dequantize_weight",
     "quantize_activation",
     "qgemm",

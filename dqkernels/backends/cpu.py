@@ -42,9 +42,9 @@ def dequantize_weight(qweight, weight_scale, group_mult, *, bits, four_level, gr
     return qmath.dequantize_codes(codes, weight_scale, group_mult, four_level, group_size)
 
 
-def quantize_weight_by_step(
+def quantize_by_step(
     weight: torch.Tensor, step: torch.Tensor, bits: int, quantizer: str, clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes by `qmath`, packed by the core."""
-    quantized = qmath.quantize_weight_by_step(weight, step, bits, quantizer, clip)
+    quantized = qmath.quantize_by_step(weight, step, bits, quantizer, clip)
     return native.pack(quantized.codes, bits), quantized.scale

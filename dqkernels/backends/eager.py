@@ -36,9 +36,9 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Ten
     return packing.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult
 
 
-def quantize_weight_by_step(
+def quantize_by_step(
     weight: torch.Tensor, step: torch.Tensor, bits: int, quantizer: str, clip: float | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Float [N, K] by given steps [N] or [1] -> packed codes, scale."""
-    quantized = qmath.quantize_weight_by_step(weight, step, bits, quantizer, clip)
+    quantized = qmath.quantize_by_step(weight, step, bits, quantizer, clip)
     return packing.pack(quantized.codes, bits), quantized.scale

@@ -238,11 +238,11 @@ def quantize_weight(weight, layer):
     return _row_kernels()[2].quantize_weight(weight, layer)
 
 
-def quantize_weight_by_step(weight, step, bits, quantizer, clip):
+def quantize_by_step(weight, step, bits, quantizer, clip):
     """Float [N, K] by given steps [N] or [1] -> packed codes, scale."""
     from dqkernels.kernels import weight_step
 
-    return weight_step.quantize_weight_by_step(weight, step, bits, quantizer, clip)
+    return weight_step.quantize_by_step(weight, step, bits, quantizer, clip)
 
 
 @functools.cache

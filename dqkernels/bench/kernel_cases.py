@@ -321,16 +321,16 @@ def quantize_weight(case: Case) -> None:
     _add_quantizer(case, "quantize_weight", facts, call, (weight,))
 
 
-def quantize_weight_by_step(case: Case) -> None:
+def quantize_by_step(case: Case) -> None:
     """The same by a learned step per row: one pass over the weights, and no search."""
     (n, k), bits, rule = case.shape, case.bits, DEFAULT_QUANTIZER[case.bits]
     weight = case.draw(n, k, seed=1, scale=k**-0.5)
     step = weight.float().abs().mean(dim=1) * {8: 0.04, 4: 0.5, 2: 1.3}[bits]
 
     def call(weight, step, name):
-        return straight_through.quantize_weight_by_step(weight, step, bits, rule, None, name)
+        return straight_through.quantize_by_step(weight, step, bits, rule, None, name)
 
-    _add_quantizer(case, "quantize_weight_by_step", {"bits": bits}, call, (weight, step))
+    _add_quantizer(case, "quantize_by_step", {"bits": bits}, call, (weight, step))
 
 
 def _add_quantizer(case: Case, op: str, facts: dict, call, inputs: Tensors) -> None:

@@ -27,8 +27,8 @@ from dqkernels.bench.kernel_cases import (
     qlinear_grad_input,
     qlinear_grad_weight,
     quantize_activation,
+    quantize_by_step,
     quantize_weight,
-    quantize_weight_by_step,
 )
 from dqkernels.bench.kernel_fused import qlinear_multi
 
@@ -41,7 +41,7 @@ OPS: dict[str, tuple[Callable[[Case], None], tuple[str, ...], tuple[str, ...]]] 
     "gelu_quantize": (gelu_quantize, ("tokens", "features"), ("",)),
     "qlinear_multi": (qlinear_multi, ("tokens", "out_features", "in_features"), WIDTHS),
     "quantize_weight": (quantize_weight, ("out_features", "in_features"), WIDTHS),
-    "quantize_weight_by_step": (quantize_weight_by_step, ("out_features", "in_features"), WIDTHS),
+    "quantize_by_step": (quantize_by_step, ("out_features", "in_features"), WIDTHS),
     "dequantize_weight": (dequantize_weight, ("out_features", "in_features"), WIDTHS),
     "qembedding": (qembedding, ("tokens", "num_embeddings", "embedding_dim"), WIDTHS),
     "qattention": (qattention, ("batch", "heads", "queries", "keys", "head_dim"), ("", "causal")),
@@ -64,7 +64,7 @@ _GPU: dict[str, tuple] = {
     "gelu_quantize": (((4096, 3072), ""), ((4096, 4096), ""), ((16, 4096), "")),
     "qlinear_multi": ((1, 768, 768), (16, 1024, 1024)),
     "quantize_weight": ((4096, 1024),),
-    "quantize_weight_by_step": ((4096, 1024),),
+    "quantize_by_step": ((4096, 1024),),
     "dequantize_weight": ((4096, 1024),),
     "qembedding": ((8192, 50265, 1024),),
     "qattention": (
@@ -84,7 +84,7 @@ _CPU: dict[str, tuple] = {
     "gelu_quantize": (((128, 3072), ""),),
     "qlinear_multi": ((1, 768, 768),),
     "quantize_weight": ((64, 768),),
-    "quantize_weight_by_step": ((64, 768),),
+    "quantize_by_step": ((64, 768),),
     "dequantize_weight": ((768, 768),),
     "qembedding": ((128, 4096, 768),),
     "qattention": (((1, 12, 64, 64, 64), ""), ((1, 12, 64, 64, 64), "causal")),

@@ -1,6 +1,6 @@
 """Weight quantizer with learned steps (LSQ) in Triton: float master matrix and steps to packed codes and scales.
 
-The bits are those of `qmath.quantize_weight_by_step`. One launch, or two with one step for the whole matrix.
+The bits are those of `qmath.quantize_by_step`. One launch, or two with one step for the whole matrix.
 Importing this file imports Triton; nothing imports it when the package is imported.
 """
 
@@ -62,10 +62,10 @@ def _by_step_kernel(
 _by_step = Launcher(_by_step_kernel)
 
 
-def quantize_weight_by_step(
+def quantize_by_step(
     weight: torch.Tensor, step: torch.Tensor, bits: int, quantizer: str, clip: float | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Packs a matrix by learned steps, as `qmath.quantize_weight_by_step`.
+    """Packs a matrix by learned steps, as `qmath.quantize_by_step`.
 
     Args:
         weight: float [N, K], any float dtype, any strides.
@@ -75,7 +75,7 @@ def quantize_weight_by_step(
         qweight uint8 [ceil16(N), ceil128(K) * bits / 8], scale fp32 of step's shape.
 
     Raises:
-        ValueError: where `qmath.quantize_weight_by_step` does.
+        ValueError: where `qmath.quantize_by_step` does.
     """
     n, k = qmath.weight_shape(weight)
     if weight.dtype not in _DTYPES:

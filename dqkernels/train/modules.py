@@ -101,7 +101,7 @@ class QATModule(nn.Module):
             )
         if self.weight_log_step is not None:
             step = self.weight_log_step.detach().exp()
-            packed = straight_through.quantize_weight_by_step(
+            packed = straight_through.quantize_by_step(
                 weight, step, layer.bits, layer.quantizer, layer.weight_clip, self.backend, self.strict
             )
             return *packed, None
