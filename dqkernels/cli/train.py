@@ -38,8 +38,9 @@ The packed model computes what the training's forward pass did: equal logits, bi
 float type. A folder that was trained in float is refused: `dqkernels quantize` packs those.
 
 \b
-Example:
+Examples:
   dqkernels export out bart-2-2-8
+  dqkernels export out/checkpoint-500 bart-2-2-8 --dtype float16
 """
 
 
