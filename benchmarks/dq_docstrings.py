@@ -92,7 +92,7 @@ ROWS = (
         learning_rate=OURS, arguments={"max_grad_norm": 1.0}),
     *(Row(f"{name} lr {rate:g}", "learning rate", preset, 2, learning_rate=rate)
       for rate in SWEEP for name, preset in (("dq-paper-2", "dq-bart"), ("dq-2", "dq-bart-plus"))),
-    Row("distill-only", "a float student, all layers: what the same steps give without quantization", "distill-only", 16,
+    Row("distill-only", "a float student of all layers", "distill-only", 16,
         seeds=3, learning_rate=OURS, arguments={"max_grad_norm": 1.0}),
     Row("dq-paper-2 clipped", "the paper's, gradients clipped at 1", "dq-bart", 2, learning_rate=PAPERS,
         arguments={"max_grad_norm": 1.0}),
