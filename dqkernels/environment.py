@@ -1,4 +1,5 @@
-"""Environment variables that the package honours, and the check that they hold what they may. Imports no torch."""
+"""Environment variables that the package honours, the check that they hold what they may, and the C library's
+allocator. Imports no torch."""
 
 from __future__ import annotations
 

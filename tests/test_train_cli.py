@@ -103,6 +103,10 @@ def test_distill_train_in_stages_export_eval(teacher, pairs, tmp_path, capsys):
     other = [*more[2:], "--weight_bits", "4"]
     assert main(flags(teacher, pairs, out, *other, "--resume_from_checkpoint", "true")) == 2
     assert "was finished with quantization" in capsys.readouterr().err
+    plan.write_text(plan.read_text().replace("name: both, max_steps: 1", "name: both, max_steps: 9"))
+    assert main(flags(teacher, pairs, out, *more, "--resume_from_checkpoint", "true")) == 2
+    assert "stage-3-both was finished with max_steps = 1, this run has 9" in capsys.readouterr().err
+    plan.write_text(plan.read_text().replace("name: both, max_steps: 9", "name: both, max_steps: 1"))
     assert main(flags(teacher, pairs, out, *more, "--resume_from_checkpoint", str(tmp_path / "checkpoint-7"))) == 2
     assert "--resume_from_checkpoint" in capsys.readouterr().err
     assert (out / "model.safetensors").read_bytes() == before

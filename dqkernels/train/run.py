@@ -60,7 +60,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         qat.prepare_qat(model, config, learned)
     described = [_described(arguments, stage, kd, model) for stage, kd in zip(plan, losses, strict=True)]
     folders = _folders(arguments, plan)
-    _check_resume(resume, folders, described)
+    _check_resume(resume, folders, described, [_length(stage) for stage in plan])
     data = _pairs(arguments, plan, tokenizer, setup, teacher)
     needs_teacher = any(kd.needs_teacher for kd in losses)
     teacher.to(_teacher_dtype(arguments))  # after the student was made of it
@@ -71,7 +71,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         marker = _marker(folder) if resume else None
         if marker is not None:
             logger.info("stage %s is finished already: %s", stage.name, folder)
-            _take_weights(model, folder)
+            checkpoints.load_weights(model, folder)
             steps += marker["steps"]
             continue
         stage.arguments.training.output_dir = str(folder)
@@ -82,7 +82,7 @@ def run(arguments: Arguments) -> dict[str, Any]:
         trainer.save_model(str(folder))
         steps += trainer.state.global_step
         if trainer.is_world_process_zero():
-            done = {"stage": stage.name, "steps": trainer.state.global_step, "run": facts}
+            done = {"stage": stage.name, "steps": trainer.state.global_step, "run": facts, "length": _length(stage)}
             serialize.atomic_write(folder / STAGE_FILE, json.dumps(done).encode())
     if trainer is None:  # everything was finished; the figures below are still asked for
         plan[-1].arguments.training.output_dir = str(folders[-1])
@@ -172,17 +172,24 @@ def _marker(folder: Path) -> dict[str, Any] | None:
         return None
 
 
-def _check_resume(resume: str | bool | None, folders: list[Path], described: list[dict[str, Any]]) -> None:
+def _length(stage) -> dict[str, Any]:
+    """How long a stage is. A run that was not finished may go on with another length, and says so."""
+    return {name: getattr(stage.arguments.training, name) for name in ("num_train_epochs", "max_steps")}
+
+
+def _check_resume(
+    resume: str | bool | None, folders: list[Path], described: list[dict[str, Any]], lengths: list[dict[str, Any]]
+) -> None:
     """Refuses to go on with another run than the one that is there, or from a folder that is no part of it."""
     if not resume:
         return
     finished = 0
-    for folder, facts in zip(folders, described, strict=True):
+    for folder, facts, length in zip(folders, described, lengths, strict=True):
         marker = _marker(folder)
         if marker is None:
             break
         finished += 1
-        stored = marker.get("run", {})
+        stored, facts = {**marker.get("run", {}), **marker.get("length", {})}, {**facts, **length}
         if changed := [name for name in facts if facts[name] != stored.get(name)]:
             name = changed[0]
             raise ArgumentsError(
@@ -254,14 +261,13 @@ def _student(arguments: Arguments, teacher):
 
 def _pairs(arguments: Arguments, plan, tokenizer, setup, model) -> dict[str, Any]:
     """Tokenized pairs: `train` a list with one set per stage, `validation` and `test` one each, or None."""
-    from dqkernels import text
-
     data, args = arguments.data, arguments.training
-    places = text.source_limit(model, tokenizer)
+    places = getattr(model.config, "max_position_embeddings", None)  # T5 has none: any length will do
     for name in ("max_source_length", "max_target_length"):
-        if getattr(data, name) > places:
+        if places is not None and getattr(data, name) > places:
             logger.warning("--%s is %d and the model has %d positions: cut there", name, getattr(data, name), places)
-            setattr(data, name, places)
+            for each in (data, *(stage.arguments.data for stage in plan)):
+                setattr(each, name, places)
     tokens = {
         "source_prefix": setup.source_prefix,
         "max_source_length": data.max_source_length,
@@ -283,9 +289,8 @@ def _pairs(arguments: Arguments, plan, tokenizer, setup, model) -> dict[str, Any
             parts.append((pairs, source.weight))
         mixed = parts[0][0] if len(parts) == 1 else mixing.mix(parts, args.seed)
         found["train"].append(tokenized(mixed, f"stage {stage.name}"))
-    wanted = {"validation": str(args.eval_strategy) not in ("no", "IntervalStrategy.NO") or args.do_eval}
-    wanted["validation"] |= data.validation_file is not None
-    wanted["test"] = args.do_predict
+    scored = args.eval_strategy != "no" or args.do_eval or data.validation_file is not None
+    wanted = {"validation": scored, "test": args.do_predict}
     common = {
         key: getattr(data, key)
         for key in ("dataset_name", "dataset_config_name", "text_column", "summary_column", "source_lang",
@@ -303,7 +308,6 @@ def _pairs(arguments: Arguments, plan, tokenizer, setup, model) -> dict[str, Any
             origin |= {"dataset_name": None, "dataset_config_name": None, f"{split}_file": file, "held_out_from": None}
         pairs = sources.load_pairs(**origin, splits=(split,), shuffle_seed=args.seed)[split]
         found[split] = tokenized(pairs, split)
-        found[f"{split}_pairs"] = pairs
     return found
 
 
@@ -349,13 +353,6 @@ def _predict(trainer, tokenizer, data: dict[str, Any], output: Path) -> dict[str
         output.mkdir(parents=True, exist_ok=True)
         serialize.atomic_write(output / PREDICTIONS_FILE, "".join(lines).encode())
     return dict(found.metrics)
-
-
-def _take_weights(model, folder: Path) -> None:
-    """The weights of a finished stage."""
-    done = qat.load_trained(folder)
-    missing = model.load_state_dict(done.state_dict(), strict=True)
-    assert not missing.missing_keys
 
 
 def describe(arguments: Arguments) -> list[str]:
