@@ -111,6 +111,18 @@ def test_learned_steps_move_and_do_not_decay(tmp_path):
     assert all(not torch.equal(before[name], after[name]) for name in steps)
 
 
+def test_bf16_training_exports_what_it_trained(tmp_path):
+    """A step under autocast, finite and not nothing; the export is that of the checkpoint, without the autocast."""
+    made, log = trainer(tmp_path, max_steps=2, bf16=True, prepare=prepared)
+    before = parameters(made)
+    made.train()
+    assert all(torch.isfinite(p).all() and p.dtype == torch.float32 for p in parameters(made).values())
+    assert any(not torch.equal(p, before[name]) for name, p in parameters(made).items()) and len(log.steps) == 2
+    made.save_model(str(tmp_path / "saved"))
+    wanted = logits(load_trained(tmp_path / "saved"))
+    assert wanted.dtype == torch.float32 and torch.equal(logits(packed_copy(made.model, torch.float32)), wanted)
+
+
 def test_accelerates_wrapper_is_not_exported():
     """After bf16 training the student's `forward` is accelerate's, an attribute of the instance."""
     model = prepared(tiny_models.make("bart")).eval()

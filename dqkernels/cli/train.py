@@ -68,15 +68,16 @@ def train(context: typer.Context) -> None:
     common.show_log()
     with common.checking_input():
         arguments = parse(words)
-    for line in run.describe(arguments):
-        common.say(line)
+    first = os.environ.get("RANK", "0") == "0"
+    if first:
+        common.say(*run.describe(arguments))
     try:
         results = run.run(arguments)
     except ArgumentsError as error:
         raise common.WrongUsage(str(error)) from error
     except (ValueError, OSError) as error:
         raise common.Failed(str(error)) from error
-    if int(os.environ.get("RANK", "0")):
+    if not first:
         return
     if json_output:
         common.print_json(results)
