@@ -1,23 +1,20 @@
 """The paper's experiment on data that every machine has: distil and quantize the demo's teacher, and score it.
 
-Sources are docstring bodies, targets their first sentences (dqkernels.data.docstrings); the teacher is the shipped
-demo model. Each row is a recipe, each run a seed of it. A run writes one JSON into `--runs`, and what is there is not
-run again, so that the table grows over several calls; rows that were not reached are listed as `not run`. At the end
-(and with --collect alone) all runs become `benchmarks/results/dq_docstrings.json`.
+Docstrings: the body is the source, its first sentence the target, the teacher is the shipped demo model. Rows that
+begin with `en-ro` translate program messages, with a teacher trained here (dq_docstrings_tasks.py). Each row is a
+recipe, each run a seed of it. A run writes one JSON into `--runs`, and what is there is not run again, so that the
+table grows over several calls; rows that were not reached are listed as `not run`. At the end (and with --collect
+alone) all runs become `benchmarks/results/dq_docstrings.json`.
 
     python benchmarks/dq_docstrings.py --list
     python benchmarks/dq_docstrings.py --minutes 60
     python benchmarks/dq_docstrings.py --only dq-2,dq-paper-2 --seeds 0
     python benchmarks/dq_docstrings.py --collect
-
-Training and test pairs come from the standard library, torch, transformers and what dqkernels requires. The test pairs
-are a draw, by hash, of those that neither the teacher nor any student has seen.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import logging
 import math
@@ -26,17 +23,18 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
+
+import dq_docstrings_tasks as tasks
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "results" / "dq_docstrings"
 RESULT = HERE / "results" / "dq_docstrings.json"
-TEST_PAIRS, TEST_DRAW = 480, 1
-VALIDATION_PAIRS = 240
-SOURCE_TOKENS, TARGET_TOKENS = 96, 48
+TEACHERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqkernels" / "evidence"
 VERSION = 1
 
 
@@ -56,6 +54,8 @@ class Row:
         learned_scale, learning_rate: other than the preset's.
         data: `gold`, `teacher`, or stages of them: `teacher,gold`.
         arguments: changes of the preset's training arguments.
+        task: `docstrings` or `en-ro`.
+        steps: times `--steps` that it trains.
     """
 
     name: str
@@ -70,6 +70,8 @@ class Row:
     learning_rate: float | None = None
     data: str = "gold"
     arguments: dict[str, Any] = field(default_factory=dict)
+    task: str = "docstrings"
+    steps: int = 1
 
 
 #: Learning rates of runs this short; rows with "lr" in their name are the sweep, to be judged by validation.
@@ -87,13 +89,22 @@ ROWS = (
     Row("quant-only-2", "our rules, task loss alone", "quant-only", 2, seeds=3, learning_rate=OURS),
     Row("dq-8", "our recipe", "dq-bart-plus", 8, seeds=3, learning_rate=OURS),
     Row("dq-4", "our recipe", "dq-bart-plus", 4, seeds=3, learning_rate=OURS),
+    Row("distill-only", "a float student of all layers", "distill-only", 16,
+        seeds=3, learning_rate=OURS, arguments={"max_grad_norm": 1.0}),
     Row("dq-2 3-1", "our recipe, one decoder layer", "dq-bart-plus", 2, (3, 1), seeds=3, learning_rate=OURS),
     Row("distill-only 3-1", "a float student of one decoder layer", "distill-only", 16, (3, 1), seeds=3,
         learning_rate=OURS, arguments={"max_grad_norm": 1.0}),
+    Row("en-ro teacher", "a float model of program messages", "sft", 16, learning_rate=1e-3, task="en-ro", steps=8,
+        arguments={"warmup_steps": 0.05, "weight_decay": 0.01}),
+    Row("en-ro ptq-2", "rounding alone", "float", 2, task="en-ro"),
+    Row("en-ro dq-2", "our recipe", "dq-bart-plus", 2, learning_rate=OURS, task="en-ro"),
+    Row("en-ro dq-paper-2", "the paper's rules and losses, head quantized", "dq-bart", 2, learning_rate=PAPERS,
+        task="en-ro"),
+    Row("en-ro quant-only-2", "our rules, task loss alone", "quant-only", 2, learning_rate=OURS, task="en-ro"),
+    Row("en-ro dq-8", "our recipe", "dq-bart-plus", 8, learning_rate=OURS, task="en-ro"),
     *(Row(f"{name} lr {rate:g}", "learning rate", preset, 2, learning_rate=rate)
       for rate in SWEEP for name, preset in (("dq-paper-2", "dq-bart"), ("dq-2", "dq-bart-plus"))),
-    Row("distill-only", "a float student of all layers", "distill-only", 16,
-        seeds=3, learning_rate=OURS, arguments={"max_grad_norm": 1.0}),
+    Row("dq-2 4x", "our recipe, four times the steps", "dq-bart-plus", 2, learning_rate=OURS, steps=4),
     Row("dq-paper-2 clipped", "the paper's, gradients clipped at 1", "dq-bart", 2, learning_rate=PAPERS,
         arguments={"max_grad_norm": 1.0}),
     Row("dq-2 per_tensor", "one scale per matrix instead of per channel", "dq-bart-plus", 2,
@@ -134,8 +145,9 @@ def parse() -> argparse.Namespace:
     add("--runs", default=str(RUNS), help="folder of one JSON per run")
     add("--out", default=str(RESULT), help="file of all runs")
     add("--keep", default=None, metavar="DIR", help="also keep the packed model of every run there")
+    add("--teachers", default=str(TEACHERS), metavar="DIR", help="where the en-ro teacher is kept once it is trained")
     add("--threads", type=int, default=2)
-    add("--test_pairs", type=int, default=TEST_PAIRS)
+    add("--test_pairs", type=int, default=tasks.TEST_PAIRS)
     return parser.parse_args()
 
 
@@ -143,96 +155,63 @@ def parse() -> argparse.Namespace:
 
 
 class Evidence:
-    """What all runs share: the teacher, its tokenizer, the pairs, and the teacher's own texts once they are needed."""
+    """What all runs share: the tasks, each made when a row first needs it."""
 
     def __init__(self, args):
         import torch
 
-        from dqkernels.bench import demo
-        from dqkernels.data import docstrings
         from dqkernels.environment import keep_freed_memory
 
         keep_freed_memory()
         self.args = args
         torch.set_num_threads(args.threads)
-        self.folder = demo.teacher_folder()
-        self.test, self.draw = demo.draw_pairs(self.folder, args.test_pairs, TEST_DRAW)
-        # For choosing learning rates. The teacher was tuned on such pairs, which is the same for all rows.
-        packages = docstrings.packages_of()
-        self.train = docstrings.mine(split="train", packages=packages)
-        mined = docstrings.mine(split="validation", packages=packages)
-        unseen = docstrings.held_out(mined, docstrings.fingerprints(self.train))
-        self.validation = unseen[:: max(len(unseen) // VALIDATION_PAIRS, 1)][:VALIDATION_PAIRS]
-        self.data_sha256 = hashlib.sha256(repr([(p.body, p.head) for p in self.train]).encode()).hexdigest()
-        self.tokenized: dict[str, Any] = {}
 
-    def teacher(self):
-        from transformers import AutoModelForSeq2SeqLM
+    @cached_property
+    def docstrings(self) -> tasks.Docstrings:
+        return tasks.Docstrings(self.args.test_pairs)
 
-        return AutoModelForSeq2SeqLM.from_pretrained(self.folder, dtype="float32").eval()
+    @cached_property
+    def catalogues(self) -> tasks.Catalogues:
+        """English-Romanian, with its teacher: the row `en-ro teacher` is trained first where it is not here."""
+        task = tasks.Catalogues(Path(self.args.teachers), self.args.test_pairs)
+        if not (task.folder / "model.safetensors").is_file():
+            row = next(row for row in ROWS if row.name == "en-ro teacher")
+            print(f"{row.name}: training it in {task.folder}", flush=True)
+            task.folder.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=task.folder.parent) as temporary:
+                student, facts = fit(self.args, task, row, 0, Path(temporary), None, task.start())
+                done = Path(temporary, "teacher")
+                student.eval().half().save_pretrained(done)
+                task.tokenizer.save_pretrained(done)
+                (done / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
+                done.rename(task.folder)
+            del task.tokenizer  # from the folder from now on, as every later call has it
+        return task
 
-    @property
-    def tokenizer(self):
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(self.folder)
-
-    def rows(self, kind: str):
-        """Tokenized training pairs: `gold`, or the teacher's texts for the same sources."""
-        from datasets import Dataset
-
-        from dqkernels.data import prepare
-
-        if kind not in self.tokenized:
-            targets = [pair.head for pair in self.train] if kind == "gold" else self.teacher_texts()
-            # A word is a token or more: what is cut off here would be cut off as tokens.
-            sources = [" ".join(pair.body.split()[:SOURCE_TOKENS]) for pair in self.train]
-            pairs = Dataset.from_dict({"source": sources, "target": targets})
-            limits = {"max_source_length": SOURCE_TOKENS, "max_target_length": TARGET_TOKENS}
-            self.tokenized[kind] = prepare.prepare(pairs, self.tokenizer, **limits)[0]
-        return self.tokenized[kind]
-
-    def teacher_texts(self) -> list[str]:
-        """Greedy texts of the teacher, as QuillBot's recipe takes them; made once, resumable."""
-        from dqkernels.train.distill_data import distill
-
-        out = Path(tempfile.gettempdir()) / f"dq_docstrings_teacher_{os.getuid()}_{self.data_sha256[:12]}.jsonl"
-        if not out.is_file():
-            options = {"num_beams": 1, "max_new_tokens": 40, "no_repeat_ngram_size": 3}
-            distill(self.teacher(), self.tokenizer, [p.body for p in self.train], out, batch_size=64, **options)
-        return [json.loads(line)["target"] for line in out.read_text().splitlines()]
-
-    def score(self, model, pairs) -> dict[str, float]:
-        """ROUGE of `pairs`, decoded as the teacher's generation_config says."""
-        from dqkernels.metrics.rouge import rouge
-        from dqkernels.text import generate_texts
-
-        texts = generate_texts(model, self.tokenizer, [p.body for p in pairs], batch_size=64, warn_cut=False)
-        found = rouge(texts, [p.head for p in pairs])
-        words = sum(len(text.split()) for text in texts) / len(texts)
-        return {name: round(value, 3) for name, value in found.items()} | {"words": round(words, 2)}
+    def task(self, row: Row) -> tasks.Task:
+        return self.catalogues if row.task == "en-ro" else self.docstrings
 
 
 def train(evidence: Evidence, row: Row, seed: int, folder: Path):
-    """Trains one student; returns (packed or float model, bytes of its weight file, facts)."""
+    """Trains one student; returns (packed or float model, facts) and leaves its files in `folder`."""
     import dataclasses
 
     import torch
-    from transformers import Seq2SeqTrainingArguments, set_seed
+    from transformers import set_seed
 
     import dqkernels
-    from dqkernels.data import prepare
-    from dqkernels.train import PRESETS, DistillationTrainer, export, make_student, prepare_qat
+    from dqkernels.train import PRESETS, export, make_student, prepare_qat
 
-    args = evidence.args
-    teacher = evidence.teacher()
+    task = evidence.task(row)
+    teacher = task.teacher()
+    if row.bits == 16 and row.layers == (3, 2) and row.preset in ("float", "sft"):  # a teacher, trained already
+        teacher.half().save_pretrained(folder / "model")
+        note = task.folder / "training.json"
+        return teacher.float(), json.loads(note.read_text()) if note.is_file() else {}
     if row.preset == "float":
-        if row.bits == 16:
-            teacher.half().save_pretrained(folder)
-            return teacher.float(), {}
         config = dqkernels.DQConfig(weight_bits=row.bits, embedding_bits=row.bits, attention="int8")
-        dqkernels.quantize_(teacher.half(), config).save_pretrained(folder)
-        return dqkernels.load(folder, dtype="float32"), {"quantization": config.to_dict()}
+        dqkernels.quantize_(teacher.half(), config).save_pretrained(folder / "model")
+        return dqkernels.load(folder / "model", dtype="float32"), {"quantization": config.to_dict()}
     preset = PRESETS[row.preset]
     set_seed(seed)
     student = make_student(teacher, *row.layers)
@@ -241,16 +220,39 @@ def train(evidence: Evidence, row: Row, seed: int, folder: Path):
         config = dataclasses.replace(preset.quantize(row.bits, row.bits), **row.rules)
         learned = preset.learned_scale if row.learned_scale is None else row.learned_scale
         prepare_qat(student, config, learned)
+    student, facts = fit(evidence.args, task, row, seed, folder, teacher, student)
+    facts["learned_scale"] = learned
+    student.eval()
+    if preset.quantize is not None:
+        export(student, folder / "model", dtype=torch.float16)
+        model = dqkernels.load(folder / "model", dtype="float32")
+        facts["quantization"] = model.config.quantization_config.to_dict()
+        return model, facts
+    student.half().save_pretrained(folder / "model")
+    return student.float(), facts
+
+
+def fit(args, task: tasks.Task, row: Row, seed: int, folder: Path, teacher, student):
+    """The steps of one row on `student`, in the stages of `row.data`; returns it with what the record says of them."""
+    import dataclasses
+
+    import torch
+    from transformers import Seq2SeqTrainingArguments
+
+    from dqkernels.data import prepare
+    from dqkernels.train import PRESETS, DistillationTrainer
+
+    preset = PRESETS[row.preset]
     kd = dataclasses.replace(preset.kd, **row.kd)
     rate = row.learning_rate or preset.arguments["learning_rate"]
     kinds = row.data.split(",")
-    facts: dict[str, Any] = {"kd": str(kd), "learning_rate": rate, "learned_scale": learned, "losses": []}
+    facts: dict[str, Any] = {"kd": str(kd), "learning_rate": rate, "losses": []}
     started = time.monotonic()
     for number, kind in enumerate(kinds):
         settings = {name: value for name, value in preset.arguments.items() if name != "num_train_epochs"}
         settings |= {
             "learning_rate": rate,
-            "max_steps": args.steps // len(kinds),
+            "max_steps": args.steps * row.steps // len(kinds),
             "per_device_train_batch_size": args.batch,
             "gradient_accumulation_steps": 1,
             "seed": seed,
@@ -267,43 +269,37 @@ def train(evidence: Evidence, row: Row, seed: int, folder: Path):
             teacher=teacher if kd.needs_teacher else None,
             kd=kd,
             args=Seq2SeqTrainingArguments(output_dir=str(folder / f"stage-{number}"), **settings),
-            train_dataset=evidence.rows(kind),
-            data_collator=prepare.collator(evidence.tokenizer, model=student, pad_to_multiple_of=8),
-            processing_class=evidence.tokenizer,
+            train_dataset=task.rows(kind),
+            data_collator=prepare.collator(task.tokenizer, model=student, pad_to_multiple_of=8),
+            processing_class=task.tokenizer,
         )
         trainer.train()
         facts["losses"] += [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
     facts["train_seconds"] = round(time.monotonic() - started, 1)
-    student.eval()
-    if preset.quantize is not None:
-        export(student, folder / "model", dtype=torch.float16)
-        model = dqkernels.load(folder / "model", dtype="float32")
-        facts["quantization"] = model.config.quantization_config.to_dict()
-        return model, facts
-    student.half().save_pretrained(folder / "model")
-    return student.float(), facts
+    return student, facts
 
 
 def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
     """One run as it stands in the result file."""
     from dqkernels.bench import record
 
+    task = evidence.task(row)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         model, facts = train(evidence, row, seed, folder)
-        files = [*folder.glob("*.safetensors"), *folder.glob("model/*.safetensors")]
-        size = sum(path.stat().st_size for path in files)
-        if evidence.args.keep and (folder / "model").is_dir():
+        size = sum(path.stat().st_size for path in folder.glob("model/*.safetensors"))
+        if evidence.args.keep:
             import shutil
 
             shutil.copytree(folder / "model", Path(evidence.args.keep) / f"{slug(row)}-s{seed}", dirs_exist_ok=True)
     started = time.monotonic()
-    scores = evidence.score(model, evidence.test)
-    validation = evidence.score(model, evidence.validation)["rougeL"]
+    scores = task.score(model, task.test)
+    validation = task.score(model, task.validation)[task.score_name]
     trained = row.preset != "float"
     return {
         "schema_version": VERSION,
         "row": row.name,
+        "task": row.task,
         "recipe": {key: value for key, value in asdict(row).items() if key not in ("name", "seeds", "shows")},
         "weight_bits": row.bits,
         "embedding_bits": row.bits,
@@ -311,13 +307,13 @@ def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
         "decoder_layers": row.layers[1],
         "seed": seed,
         **scores,
-        "validation_rougeL": validation,
+        f"validation_{task.score_name}": validation,
         "bytes": size,
-        "steps": evidence.args.steps if trained else 0,
+        "steps": evidence.args.steps * row.steps if trained else 0,
         "batch": evidence.args.batch if trained else 0,
         "score_seconds": round(time.monotonic() - started, 1),
-        "test": evidence.draw,
-        "train": {"pairs": len(evidence.train), "sha256": evidence.data_sha256},
+        "test": task.facts,
+        "train": {"pairs": len(task.train), "sha256": task.data_sha256},
         **facts,
         "machine": record.environment(),
     }
@@ -348,12 +344,12 @@ def collect(args) -> dict[str, Any]:
             path = folder / f"{slug(row)}-s{seed}.json"
             if path.is_file():
                 found = json.loads(path.read_text())
-                wanted = {"steps": args.steps, "batch": args.batch} if row.preset != "float" else {}
+                wanted = {"steps": args.steps * row.steps, "batch": args.batch} if row.preset != "float" else {}
                 if other := {key: found[key] for key in wanted if found[key] != wanted[key]}:
                     raise SystemExit(f"{path.name} was run with {other}, not {wanted}: runs of one table must agree")
-                runs.append({**found, "shows": row.shows})
+                runs.append({"task": "docstrings", **found, "shows": row.shows})
             else:
-                missing.append({"row": row.name, "seed": seed, "status": "not run"})
+                missing.append({"row": row.name, "task": row.task, "seed": seed, "status": "not run"})
     return {"schema_version": VERSION, "runs": runs, "not_run": missing}
 
 
@@ -383,10 +379,8 @@ def main() -> int:
         begun = time.monotonic()
         found = run(evidence, row, seed)
         atomic_write(path, (json.dumps(found, indent=1) + "\n").encode())
-        took = time.monotonic() - begun
-        print(
-            f"{row.name:20} seed {seed}  rougeL {found['rougeL']:.2f}  {found['bytes']} bytes  {took:.0f} s", flush=True
-        )
+        took, name = time.monotonic() - begun, evidence.task(row).score_name
+        print(f"{row.name:20} seed {seed}  {name} {found[name]:.2f}  {found['bytes']} bytes  {took:.0f} s", flush=True)
     atomic_write(Path(args.out), (json.dumps(collect(args), indent=1) + "\n").encode())
     return 0
 

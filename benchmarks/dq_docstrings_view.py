@@ -1,6 +1,6 @@
-"""The table and the plot of `benchmarks/results/dq_docstrings.json`, for docs/training.md.
+"""The tables and the plot of `benchmarks/results/dq_docstrings.json`, for docs/training.md.
 
-python benchmarks/dq_docstrings_view.py                 # the table, on stdout
+python benchmarks/dq_docstrings_view.py                 # the tables, on stdout
 python benchmarks/dq_docstrings_view.py --write         # into docs/training.md, and docs/dq_docstrings.png
 """
 
@@ -34,44 +34,64 @@ def family(name: str) -> str:
     return max((key for key in FAMILIES if name.startswith(key)), key=len)
 
 
-def rows_of(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """One dict per row: means over seeds, standard deviation where there are several, bytes, ratio."""
+def of_task(record: dict[str, Any], task: str) -> dict[str, Any]:
+    """The runs of one task, and what is missing of it."""
+    mine = {key: [one for one in record[key] if one["task"] == task] for key in ("runs", "not_run")}
+    return {**record, **mine}
+
+
+def rows_of(record: dict[str, Any], score: str = "rougeL") -> list[dict[str, Any]]:
+    """One dict per row of one task: means over seeds, standard deviation where there are several, bytes, ratio."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for run in record["runs"]:
         groups.setdefault(run["row"], []).append(run)
-    floats = [run for run in record["runs"] if run["row"] == "teacher"]
+    floats = [run for run in record["runs"] if run["row"].endswith("teacher")]
     if not floats:
         raise SystemExit("the teacher's row was not run, and ratios need it: dq_docstrings.py --only teacher")
-    teacher = 2 * floats[0]["bytes"]  # stored in 16 bits
+    teacher = 2 * floats[0]["bytes"]  # stored in 16 bits; ratios are to fp32, as the paper's
     rows = []
     for name, runs in groups.items():
         first = runs[0]
-        row = {key: statistics.fmean(run[key] for run in runs) for key in ("rouge1", "rouge2", "rougeL", "words")}
-        spread = statistics.stdev(run["rougeL"] for run in runs) if len(runs) > 1 else None
-        row |= {
-            key: first[key] for key in ("bytes", "shows", "weight_bits", "encoder_layers", "decoder_layers", "steps")
-        }
-        rows.append({"row": name, "seeds": len(runs), "spread": spread, "ratio": teacher / first["bytes"], **row})
+        figures = [key for key in ("rouge1", "rouge2", "rougeL", "bleu", "chrf", "words") if key in first]
+        row = {key: statistics.fmean(run[key] for run in runs) for key in figures}
+        row["score"] = row[score]
+        row["validation"] = statistics.fmean(run[f"validation_{score}"] for run in runs)
+        row["spread"] = statistics.stdev(run[score] for run in runs) if len(runs) > 1 else None
+        row |= {key: first[key] for key in ("bytes", "weight_bits", "encoder_layers", "decoder_layers", "steps")}
+        rows.append({"row": name, "seeds": len(runs), "ratio": teacher / first["bytes"], **row})
     return rows
 
 
-def table(record: dict[str, Any]) -> str:
-    """Markdown, at most 100 columns."""
-    lines = ["| row | bits | layers | MB | ratio | R-1 | R-2 | R-L | seeds |", "|---|---|---|---|---|---|---|---|---|"]
-    for row in rows_of(record):
-        score = f"{row['rougeL']:.2f}" + ("" if row["spread"] is None else f" +- {row['spread']:.2f}")
+#: Heads of the figures of a task, the one that rows are compared by last.
+TASKS = {"docstrings": {"rouge1": "R-1", "rouge2": "R-2", "rougeL": "R-L"}, "en-ro": {"chrf": "chrF", "bleu": "BLEU"}}
+
+
+def table(record: dict[str, Any], task: str) -> str:
+    """Markdown of one task, at most 100 columns but for the names that were not run."""
+    figures = TASKS[task]
+    score = list(figures)[-1]
+    heads = ["row", "bits", "layers", "MB", "ratio", *figures.values(), "val.", "seeds"]
+    lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
+    for row in rows_of(of_task(record, task), score):
+        found = [f"{row[key]:.2f}" for key in figures]
+        found[-1] += "" if row["spread"] is None else f" ± {row['spread']:.2f}"
         bits = "float" if row["weight_bits"] == 16 else f"{row['weight_bits']}-{row['weight_bits']}-8"
-        lines.append(
-            f"| {row['row']} | {bits} | {row['encoder_layers']}-{row['decoder_layers']} | {row['bytes'] / 1e6:.2f} | "
-            f"{row['ratio']:.1f}x | {row['rouge1']:.2f} | {row['rouge2']:.2f} | {score} | {row['seeds']} |"
-        )
+        cells = [row["row"], bits, f"{row['encoder_layers']}-{row['decoder_layers']}", f"{row['bytes'] / 1e6:.2f}"]
+        cells += [f"{row['ratio']:.1f}x", *found, f"{row['validation']:.2f}", str(row["seeds"])]
+        lines.append("| " + " | ".join(cells) + " |")
     missing: dict[str, list[str]] = {}
-    for one in record["not_run"]:
+    for one in of_task(record, task)["not_run"]:
         missing.setdefault(one["row"], []).append(str(one["seed"]))
     if missing:
         names = "; ".join(f"{name} (seed {', '.join(seeds)})" for name, seeds in missing.items())
         lines += ["", f"Not run: {names}."]
     return "\n".join(lines)
+
+
+def tables(record: dict[str, Any]) -> str:
+    """Both tasks, those of which a teacher was run."""
+    ready = [task for task in TASKS if any(r["row"].endswith("teacher") for r in of_task(record, task)["runs"])]
+    return "\n\n".join(table(record, task) for task in ready)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
@@ -83,7 +103,7 @@ def plot(record: dict[str, Any], path: Path) -> None:
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), dpi=150)
     shown = set()
-    for row in rows_of(record):
+    for row in rows_of(of_task(record, "docstrings")):
         if " lr " in row["row"]:  # the sweep is in the table
             continue
         key = family(row["row"])
@@ -121,7 +141,7 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="into docs/training.md and docs/dq_docstrings.png")
     args = parser.parse_args()
     record = json.loads(Path(args.result).read_text())
-    text = table(record)
+    text = tables(record)
     if not args.write:
         print(text)
         return 0
