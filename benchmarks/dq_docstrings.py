@@ -19,6 +19,7 @@ import json
 import logging
 import math
 import os
+import shutil
 import sys
 import tempfile
 import time
@@ -144,7 +145,7 @@ def parse() -> argparse.Namespace:
     add("--batch", type=int, default=32, help="pairs per step (default 32)")
     add("--runs", default=str(RUNS), help="folder of one JSON per run")
     add("--out", default=str(RESULT), help="file of all runs")
-    add("--keep", default=None, metavar="DIR", help="also keep the packed model of every run there")
+    add("--keep", default=None, metavar="DIR", help="also keep the packed model of every run there, with its record")
     add("--teachers", default=str(TEACHERS), metavar="DIR", help="where the en-ro teacher is kept once it is trained")
     add("--threads", type=int, default=2)
     add("--test_pairs", type=int, default=tasks.TEST_PAIRS)
@@ -288,15 +289,15 @@ def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
         folder = Path(temporary)
         model, facts = train(evidence, row, seed, folder)
         size = sum(path.stat().st_size for path in folder.glob("model/*.safetensors"))
+        kept = None
         if evidence.args.keep:
-            import shutil
-
-            shutil.copytree(folder / "model", Path(evidence.args.keep) / f"{slug(row)}-s{seed}", dirs_exist_ok=True)
+            kept = Path(evidence.args.keep) / f"{slug(row)}-s{seed}"
+            shutil.copytree(folder / "model", kept, dirs_exist_ok=True)
     started = time.monotonic()
     scores = task.score(model, task.test)
     validation = task.score(model, task.validation)[task.score_name]
     trained = row.preset != "float"
-    return {
+    found = {
         "schema_version": VERSION,
         "row": row.name,
         "task": row.task,
@@ -317,6 +318,9 @@ def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
         **facts,
         "machine": record.environment(),
     }
+    if kept is not None:
+        (kept / "recipe.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def slug(row: Row) -> str:

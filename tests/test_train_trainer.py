@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import json
 import math
 
 import numpy as np
@@ -248,6 +249,14 @@ def test_best_checkpoint_and_early_stop(tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------ the teacher
+
+
+def test_a_student_keeps_its_cache_setting(tmp_path):
+    """Trainer turns config.use_cache off, and what is saved afterwards would generate without a cache elsewhere."""
+    made, _ = _run(tmp_path)
+    assert made.model.config.use_cache is True
+    made.save_model(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["use_cache"] is True
 
 
 def test_the_teacher_is_only_asked(tmp_path):

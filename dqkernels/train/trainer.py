@@ -86,7 +86,12 @@ class DistillationTrainer(ResumableTrainer):
         self._window_start: int | None = None  # the step before its first
         self._eval_sums: dict[str, torch.Tensor] = {}
         self._eval_counts: dict[str, torch.Tensor] = {}
+        caches = getattr(getattr(model, "config", None), "use_cache", None)
         super().__init__(model=model, args=args, **kwargs)
+        # Trainer switches the model's cache off for good, and saved and exported students would say so. Every forward
+        # pass of training asks for none itself.
+        if caches is not None:
+            self.model.config.use_cache = caches
         self.model_accepts_loss_kwargs = True  # or 5.17 divides by the accumulation steps once more
         self._layer_map()
 
