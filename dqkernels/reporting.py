@@ -18,7 +18,7 @@ from dqkernels import backends
 from dqkernels.config import FORMAT_VERSION, VERSION
 from dqkernels.environment import ENVIRONMENT
 from dqkernels.kernels import measured, native
-from dqkernels.models import attention
+from dqkernels.models import attention, blocks
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
 _PACKAGES = ("dqkernels", "torch", "transformers", "triton", "safetensors", "numpy")
@@ -87,6 +87,7 @@ class Report:
             a table is packed and another left in float.
         attention: how the products inside attention are computed: int8, in which modules and by which kernel, or why in
             float.
+        blocks: which layers run in fused steps, and what keeps some apart; empty where `models.patch` was not called.
     """
 
     model: str
@@ -96,6 +97,7 @@ class Report:
     other_bytes: int
     float32_bytes: int
     attention: str = _FLOAT
+    blocks: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -135,6 +137,7 @@ class Report:
         left = _names_by((r.note, r.name) for r in self.rows if r.kind == "float")
         lines += [_wrap(f"Left in float ({note}): {_list(names)}") for note, names in left.items()]
         lines.append(_wrap(f"Attention: {self.attention}"))
+        lines += [_wrap(f"Blocks: {self.blocks}")] if self.blocks else []
         parts = (("codes", self.codes_bytes), ("scales", self.scales_bytes), ("other", self.other_bytes))
         sizes = ", ".join(f"{name} {_megabytes(value)}" for name, value in parts)
         total = f"{self.model}: {_megabytes(self.total_bytes)} ({sizes}); in fp32 {_megabytes(self.float32_bytes)}"
@@ -231,7 +234,9 @@ def report(model: nn.Module) -> Report:
             )
     codes, scales, other = _stored_bytes(model)
     sizes = codes, scales, other, teacher_bytes(model)
-    return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, attention=_attention(model))
+    return Report(
+        type(model).__name__, tuple(_grouped(rows)), *sizes, attention=_attention(model), blocks=blocks.describe(model)
+    )
 
 
 def info() -> Info:

@@ -1,0 +1,290 @@
+"""Attention and feed-forward of packed BART, mBART, Marian and Pegasus models in fused steps, at inference.
+
+    patch(model)        # in place; `isinstance`, names, `state_dict`, hooks and saving stay what they were
+    unpatch(model)      # the classes of before
+
+One launch takes Q, K and V from one quantized input, a LayerNorm is computed by the launch that reads it, GELU or ReLU
+and the residual are added in the epilogue of the GEMM before them (docs/design.md, section 3). Every module changes its
+class to a subclass of its own, per instance. Where a step cannot be fused (a gradient is wanted, dropout is on, a hook
+watches the module in the middle, a linear is not packed) that step runs as transformers wrote it.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import inspect
+import sys
+from typing import Any
+
+import torch
+from torch import nn
+
+from dqkernels.models import steps
+
+#: `model_type` -> prefix of its classes, and whether a LayerNorm stands behind its block (post) or before it (pre).
+FAMILIES = {
+    "bart": ("Bart", "post"),
+    "mbart": ("MBart", "pre"),
+    "marian": ("Marian", "post"),
+    "pegasus": ("Pegasus", "pre"),
+}
+_PARTS = ("Attention", "EncoderLayer", "DecoderLayer")
+_FUSED = "Fused"
+
+
+def patch(model: nn.Module) -> nn.Module:
+    """Makes every attention and every layer of `model` a fused one, in place.
+
+    Args:
+        model: a BART, mBART, Marian or Pegasus of transformers, or a module that contains one; packed by `quantize_` or
+            about to be: layers in float run as before.
+
+    Returns:
+        `model` itself.
+
+    Raises:
+        ValueError: if it has no attention of these families.
+    """
+    found = [(module, base) for module in model.modules() if (base := _base_of(module)) is not None]
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention of {', '.join(FAMILIES)}, or a forward of its own: "
+            "nothing to fuse. Its packed linears run as they are"
+        )
+    for module, _ in found:
+        if not is_fused(module):
+            module.__class__ = _fused_class(type(module))
+    return model
+
+
+def unpatch(model: nn.Module) -> nn.Module:
+    """Undoes `patch`; without it, nothing happens. Returns `model` itself."""
+    for module in model.modules():
+        if is_fused(module):
+            module.__class__ = type(module).dqkernels_base
+    return model
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether `patch` changed this module."""
+    return "dqkernels_base" in type(module).__dict__
+
+
+def describe(model: nn.Module) -> str:
+    """Which layers are fused, and what keeps steps of them apart, in words; empty where nothing is patched."""
+    layers = [(name, m) for name, m in model.named_modules() if is_fused(m) and isinstance(m, _Layer)]
+    if not layers:
+        return ""
+    reasons: dict[str, int] = {}
+    for _, layer in layers:
+        for reason in sorted(set(_obstacles(layer))):
+            reasons[reason] = reasons.get(reason, 0) + 1
+    text = f"{len(layers)} fused layers"
+    return text + "".join(f"; {reason} in {count}" for reason, count in reasons.items())
+
+
+def _obstacles(layer: nn.Module) -> list[str]:
+    found = []
+    for name, module in layer.named_modules():
+        if name and steps.hooked(module):
+            found.append(f"a hook keeps {name} apart")
+        elif isinstance(module, nn.Linear):
+            found.append(f"{name} is in float")
+    return found
+
+
+# ---- classes ------------------------------------------------------------------------------------------------
+
+
+def _base_of(module: nn.Module) -> type | None:
+    """The class of transformers that `module` is, if its forward is that class's (or was, before `patch`)."""
+    cls = getattr(type(module), "dqkernels_base", type(module))
+    for family, (prefix, _) in FAMILIES.items():
+        modeling = sys.modules.get(f"transformers.models.{family}.modeling_{family}")
+        for part in _PARTS if modeling is not None else ():
+            base = getattr(modeling, prefix + part)
+            # transformers wraps the forward of every subclass of a layer, for gradient checkpointing.
+            if issubclass(cls, base) and inspect.unwrap(cls.forward) is inspect.unwrap(base.forward):
+                return base
+    return None
+
+
+@functools.cache
+def _fused_class(base: type) -> type:
+    """A subclass of `base` that computes in fused steps; it can be pickled where `base` can."""
+    part = next(part for part in _PARTS if any(cls.__name__.endswith(part) for cls in base.__mro__))
+    mixin = {"Attention": _Attention, "EncoderLayer": _EncoderLayer, "DecoderLayer": _DecoderLayer}[part]
+    known = base.__module__.startswith("transformers.models.")
+    name = f"{_FUSED}{base.__name__}"
+    family = next(
+        cls.__module__.split(".")[2] for cls in base.__mro__ if cls.__module__.startswith("transformers.models.")
+    )
+    fields = {"dqkernels_base": base, "dqkernels_post": FAMILIES[family][1] == "post", "__doc__": base.__doc__}
+    # `__getattr__` below finds those of transformers again in another process; others stay where they were made.
+    return type(name, (mixin, base), fields | {"__module__": __name__ if known else base.__module__})
+
+
+def __getattr__(name: str) -> type:
+    """`FusedBartAttention` and its like, for pickle."""
+    for family, (prefix, _) in FAMILIES.items():
+        if name in {f"{_FUSED}{prefix}{part}" for part in _PARTS}:
+            modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
+            return _fused_class(getattr(modeling, name.removeprefix(_FUSED)))
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _Attention:
+    """Multi-head attention whose Q, K and V are one launch, and whose output takes the residual in its epilogue."""
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        key_value_states: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        attention_mask: torch.Tensor | None = None,
+        *,
+        norm: nn.LayerNorm | None = None,
+        add: str | None = None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """As of the class it replaces, for `norm(hidden_states)`.
+
+        Args:
+            hidden_states: [batch, queries, embed_dim], before `norm`.
+            key_value_states: of cross-attention, [batch, keys, embed_dim].
+            norm: a LayerNorm of the input; None: the input as it is.
+            add: what the output is added to: `input`, `normed` (the input behind `norm`), or None.
+
+        Returns:
+            [batch, queries, embed_dim] and the attention weights, if the implementation has any.
+        """
+        if not steps.fusable(hidden_states, norm):
+            normed = hidden_states if norm is None else norm(hidden_states)
+            out, weights = super().forward(normed, key_value_states, past_key_values, attention_mask, **kwargs)
+            return _added(out, add, hidden_states, normed), weights
+        cross = key_value_states is not None
+        cache, filled = _cache(past_key_values, cross, self.layer_idx)
+        if not cross:
+            normed, (query, key, value) = steps.project(hidden_states, (self.q_proj, self.k_proj, self.v_proj), norm)
+        else:
+            normed, (query,) = steps.project(hidden_states, (self.q_proj,), norm)
+            if not filled:
+                _, (key, value) = steps.project(key_value_states, (self.k_proj, self.v_proj))
+        query = self._heads(query)
+        if filled:
+            key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
+        else:
+            key, value = self._heads(key), self._heads(value)
+            if cache is not None:
+                key, value = cache.update(key, value, self.layer_idx)
+                if cross and cache is not past_key_values:
+                    past_key_values.is_updated[self.layer_idx] = True
+        attend = _attention_function(self)
+        dropout = self.dropout if self.training else 0.0
+        out, weights = attend(
+            self, query, key, value, attention_mask, dropout=dropout, scaling=self.scaling, **kwargs
+        )  # fmt: skip
+        out = out.reshape(*hidden_states.shape[:-1], -1)
+        base = {None: None, "input": hidden_states, "normed": normed}[add]
+        return steps.project_onto(out, self.out_proj, base), weights
+
+    def _heads(self, x: torch.Tensor) -> torch.Tensor:
+        """[batch, tokens, embed_dim] -> [batch, heads, tokens, head_dim], a view."""
+        return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
+
+
+class _Layer:
+    """A layer of blocks.
+
+    Pre-norm: each is `x + f(norm(x))`. Post-norm: `norm(x) + f(norm(x))`, of the norm behind the block before it.
+    """
+
+    def _fusable(self, hidden_states: torch.Tensor) -> bool:
+        dropping = self.training and (self.dropout > 0 or self.activation_dropout > 0)
+        return not dropping and steps.fusable(hidden_states, self.final_layer_norm)
+
+    def _norms(self, *norms: nn.Module) -> tuple[list[nn.Module | None], nn.Module | None, str]:
+        """The norm before each block, the one behind the last, and what a block's output is added to."""
+        if type(self).dqkernels_post:
+            return [None, *norms[:-1]], norms[-1], "normed"
+        return list(norms), None, "input"
+
+    def _attend(self, attention: nn.Module, x: torch.Tensor, norm: nn.Module | None, add: str, **kwargs: Any):
+        if is_fused(attention) and not steps.hooked(attention):
+            return attention(x, norm=norm, add=add, **kwargs)[0]
+        # Who watches this attention sees what transformers would show: the input behind the norm, the output alone.
+        normed = x if norm is None else norm(x)
+        return _added(attention(normed, **kwargs)[0], add, x, normed)
+
+    def _feed_forward(self, x: torch.Tensor, norm: nn.Module | None, add: str) -> torch.Tensor:
+        normed, (inner,) = steps.project(x, (self.fc1,), norm, self.activation_fn)
+        return steps.project_onto(inner, self.fc2, x if add == "input" else normed)
+
+
+class _EncoderLayer(_Layer):
+    def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any):
+        if not self._fusable(hidden_states):
+            return super().forward(hidden_states, attention_mask, **kwargs)
+        before, behind, add = self._norms(self.self_attn_layer_norm, self.final_layer_norm)
+        x = self._attend(self.self_attn, hidden_states, before[0], add, attention_mask=attention_mask, **kwargs)
+        x = self._feed_forward(x, before[1], add)
+        if behind is not None:
+            x = behind(x)
+        if x.dtype == torch.float16:
+            # transformers asks first whether anything is infinite, which stops the host once per layer.
+            limit = torch.finfo(torch.float16).max - 1000
+            x = x.clamp(-limit, limit)
+        return x
+
+
+class _DecoderLayer(_Layer):
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        past_key_values: Any | None = None,
+        use_cache: bool | None = True,
+        **kwargs: Any,
+    ):
+        if not self._fusable(hidden_states):
+            source = {
+                "encoder_hidden_states": encoder_hidden_states,
+                "encoder_attention_mask": encoder_attention_mask,
+                "past_key_values": past_key_values,
+                "use_cache": use_cache,
+            }
+            return super().forward(hidden_states, attention_mask, **source, **kwargs)
+        cross = encoder_hidden_states is not None
+        norms = [self.self_attn_layer_norm, *([self.encoder_attn_layer_norm] if cross else []), self.final_layer_norm]
+        before, behind, add = self._norms(*norms)
+        kwargs["past_key_values"] = past_key_values
+        x = self._attend(self.self_attn, hidden_states, before[0], add, attention_mask=attention_mask, **kwargs)
+        if cross:
+            given = {"key_value_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
+            x = self._attend(self.encoder_attn, x, before[1], add, **given, **kwargs)
+        x = self._feed_forward(x, before[-1], add)
+        return x if behind is None else behind(x)
+
+
+def _added(out: torch.Tensor, add: str | None, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
+    return out if add is None else (x if add == "input" else normed) + out
+
+
+def _cache(cache: Any | None, cross: bool, layer: int) -> tuple[Any | None, bool]:
+    """The cache of this attention, and whether its keys and values are all there: those of the source."""
+    if hasattr(cache, "is_updated"):  # an EncoderDecoderCache
+        filled = cross and bool(cache.is_updated.get(layer))
+        return (cache.cross_attention_cache if cross else cache.self_attention_cache), filled
+    return cache, False
+
+
+def _attention_function(module: nn.Module):
+    """What the model's config names, as transformers looks it up."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    base = next(cls for cls in type(module).__mro__ if cls.__module__.startswith("transformers.models."))
+    eager = sys.modules[base.__module__].eager_attention_forward
+    return ALL_ATTENTION_FUNCTIONS.get_interface(module.config._attn_implementation, eager)

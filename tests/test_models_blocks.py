@@ -1,0 +1,338 @@
+"""Fused blocks of BART, mBART, Marian and Pegasus: the same model in fewer steps, and back."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import transformers
+from attention_models import IDS, PADDED, peaked, run
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dqkernels import DQConfig, convert, load, models, quantize_, report
+from dqkernels.models import attention, blocks, steps
+from dqkernels.nn import QLinear
+
+FAMILIES = list(blocks.FAMILIES)
+CONFIGS = {
+    "W8": DQConfig(weight_bits=8),
+    "W4 groups": DQConfig(weight_bits=4, group_size=32),
+    "W2": DQConfig(weight_bits=2, embedding_bits=2, weight_quantizer="four_level"),
+    "per tensor": DQConfig(weight_bits=4, act_granularity="per_tensor", act_clip=2.5),
+    "int8 attention": DQConfig(weight_bits=4, attention="int8"),
+    "mixed": DQConfig(weight_bits=4, overrides={r"v_proj|fc1": {"weight_bits": 8}, r"k_proj": {"skip": True}}),
+}
+
+
+def packed(family: str, config: str = "W4 groups", dtype: torch.dtype = torch.float32):
+    return quantize_(peaked(family).to(dtype), CONFIGS[config])
+
+
+@torch.no_grad()
+def outputs(model, **kwargs):
+    """Logits of a padded batch, and whatever else was asked for."""
+    return run(model, **kwargs)
+
+
+def classes(model) -> list[type]:
+    return [type(module) for module in model.modules()]
+
+
+# ---- the same numbers -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_fused_is_unfused_in_fp32(family, config):
+    """In fp32 a residual in the epilogue is rounded as one behind it; LayerNorm and GELU are the same torch calls."""
+    model = packed(family, config)
+    plain = outputs(model).logits
+    assert blocks.patch(model) is model
+    fused = outputs(model).logits
+    assert torch.equal(fused, plain), f"{(fused - plain).abs().max()}"
+    assert plain.std() > 0.01, "or nothing was compared"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_sixteen_bits_stay_as_close_to_fp32(family, dtype):
+    """One rounding less per residual: no farther from the fp32 model of the same codes than without fusing, by half."""
+    model = packed(family, "W8", dtype)
+    plain = outputs(model).logits.float()
+    fused = outputs(blocks.patch(model)).logits.float()
+    exact = outputs(blocks.unpatch(model).to(torch.float32)).logits
+    far = [(each - exact).pow(2).mean().sqrt() for each in (plain, fused)]
+    assert far[1] <= 1.5 * far[0] and far[0] > 0
+    assert fused.dtype == torch.float32 and torch.isfinite(fused).all()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("cache", [None, "static"])
+def test_generate_writes_the_same_tokens(family, beams, cache):
+    model = packed(family, "int8 attention" if family == "bart" else "W8")
+    options = {"max_new_tokens": 9, "num_beams": beams, "do_sample": False, "cache_implementation": cache}
+    given = {"input_ids": IDS, "attention_mask": PADDED["attention_mask"]}
+    plain = model.generate(**given, **options)
+    fused = blocks.patch(model).generate(**given, **options)
+    assert torch.equal(fused, plain) and plain.shape[1] > 3
+
+
+def test_a_decoder_alone_and_no_cache():
+    model = blocks.patch(packed("bart"))
+    decoder = model.get_decoder()
+    with torch.no_grad():
+        alone = decoder(input_ids=IDS, use_cache=False).last_hidden_state  # no cross-attention at all
+        stepped = decoder(input_ids=IDS).last_hidden_state
+        plain = blocks.unpatch(model).get_decoder()(input_ids=IDS).last_hidden_state
+    assert torch.equal(alone, stepped) and torch.equal(alone, plain)
+
+
+def test_maps_and_hidden_states():
+    model = peaked("pegasus")
+    model.set_attn_implementation("eager")
+    quantize_(model, CONFIGS["W8"])
+    asked = {"output_attentions": True, "output_hidden_states": True}
+    plain = outputs(model, **asked)
+    fused = outputs(blocks.patch(model), **asked)
+    for name in ("encoder_attentions", "decoder_attentions", "cross_attentions"):
+        assert getattr(plain, name) and all(map(torch.equal, getattr(fused, name), getattr(plain, name))), name
+    for name in ("encoder_hidden_states", "decoder_hidden_states"):
+        assert len(getattr(fused, name)) == len(getattr(plain, name)) > 1
+        assert all(map(torch.equal, getattr(fused, name), getattr(plain, name))), name
+
+
+def test_half_is_clamped_without_a_question():
+    """What transformers' encoder layer does after asking whether anything is infinite."""
+    model = packed("mbart", "W8", torch.float16)
+    layer = model.get_encoder().layers[0]
+    layer.fc2.bias.data.fill_(60000.0)
+    layer.self_attn.out_proj.bias.data.fill_(30000.0)
+    hidden = torch.randn(1, 4, 40, dtype=torch.float16)
+    with torch.no_grad():
+        inside = layer.fc2.bias + layer.self_attn.out_proj.bias
+        assert inside.isinf().all()
+        plain = layer(hidden, None)
+        fused = blocks.patch(model).get_encoder().layers[0](hidden, None)
+    assert torch.isfinite(plain).all() and plain.max() > 64000, "without the clamp it is infinite"
+    assert torch.equal(fused, plain)
+
+
+# ---- fewer steps ----------------------------------------------------------------------------------------------
+
+
+class Calls(TorchDispatchMode):
+    """Names of our ops as a model calls them."""
+
+    def __init__(self):
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func.namespace == "dqkernels":
+            self.names.append(func._opname)
+        return func(*args, **(kwargs or {}))
+
+
+def called(model) -> list[str]:
+    with torch.no_grad(), Calls() as calls:
+        run(model)
+    return calls.names
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_launches_of_a_layer(family):
+    model = packed(family, "int8 attention")
+    plain = called(model)
+    fused = called(blocks.patch(model))
+    assert "qlinear_multi" not in plain
+    # Two encoder layers of qkv, fc1; a decoder layer of qkv, cross q, cross kv, fc1.
+    assert fused.count("qlinear_multi") == 2 * 2 + 4
+    # Attention's outputs and fc2, and the head.
+    assert fused.count("qlinear") == 2 * 2 + 3 + 1
+    assert fused.count("qattention") == 4 and len(fused) < len(plain)
+
+
+# ---- in and out -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_patch_and_unpatch(family):
+    model = packed(family)
+    before, kinds, plain = model.state_dict(), classes(model), outputs(model).logits
+    models.patch(models.patch(model))  # twice is once
+    names = dict(model.named_modules())
+    prefix = blocks.FAMILIES[family][0]
+    modeling = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["x"])
+    for part, count in (("Attention", 4), ("EncoderLayer", 2), ("DecoderLayer", 1)):
+        fused = [m for m in names.values() if blocks.is_fused(m) and isinstance(m, getattr(modeling, prefix + part))]
+        assert len(fused) == count, part
+    after = model.state_dict()
+    assert list(after) == list(before) and all(torch.equal(after[name], before[name]) for name in before)
+    assert blocks.describe(model) == "3 fused layers"
+    assert report(model).blocks == "3 fused layers" and "Blocks: 3 fused layers" in str(report(model))
+    assert models.unpatch(model) is model and classes(model) == kinds and blocks.describe(model) == ""
+    assert report(model).to_dict()["blocks"] == "" and "Blocks" not in str(report(model))
+    assert torch.equal(outputs(model).logits, plain)
+
+
+def test_copies_pickles_and_files(tmp_path):
+    model = blocks.patch(packed("marian"))
+    plain = outputs(model).logits
+    stream = io.BytesIO()
+    torch.save(model, stream)
+    stream.seek(0)
+    again = [copy.deepcopy(model), pickle.loads(pickle.dumps(model)), torch.load(stream, weights_only=False)]
+    for other in again:
+        assert blocks.describe(other) == "3 fused layers" and torch.equal(outputs(other).logits, plain)
+    model.save_pretrained(tmp_path)
+    loaded = load(tmp_path, dtype="float32")
+    assert blocks.describe(loaded) == "" and torch.equal(outputs(loaded).logits, plain)
+
+
+def test_a_class_is_found_by_name():
+    assert blocks.FusedBartAttention is blocks._fused_class(transformers.models.bart.modeling_bart.BartAttention)
+    with pytest.raises(AttributeError, match="no attribute 'FusedBertLayer'"):
+        blocks.FusedBertLayer  # noqa: B018
+
+
+def test_int8_attention_before_and_after():
+    config = DQConfig(attention="int8")
+    plain = outputs(packed("mbart", "int8 attention")).logits
+    model = blocks.patch(quantize_(peaked("mbart"), DQConfig(weight_bits=4)))
+    attention.enable(model, config)
+    assert torch.equal(outputs(model).logits, plain)
+    attention.disable(model)
+    assert not torch.equal(outputs(model).logits, plain)
+
+
+def test_others_are_refused():
+    t5 = quantize_(peaked("t5"), CONFIGS["W8"])
+    with pytest.raises(ValueError, match="T5ForConditionalGeneration has no attention of bart, mbart, marian, pegasus"):
+        blocks.patch(t5)
+    bart = transformers.models.bart.modeling_bart
+
+    class Own(bart.BartAttention):
+        def forward(self, *args, **kwargs):
+            return super().forward(*args, **kwargs)
+
+    class Same(bart.BartEncoderLayer):
+        pass
+
+    model = packed("bart")
+    first, second = model.get_encoder().layers
+    first.self_attn.__class__, second.__class__ = Own, Same
+    plain = outputs(model).logits
+    blocks.patch(model)
+    assert type(first.self_attn) is Own, "a forward of its own is kept"
+    assert isinstance(second, Same) and blocks.is_fused(second)
+    assert torch.equal(outputs(model).logits, plain)
+
+
+# ---- what keeps steps apart -----------------------------------------------------------------------------------
+
+WATCHED = [
+    "encoder.layers.0.self_attn", "encoder.layers.0.self_attn.q_proj", "encoder.layers.0.self_attn_layer_norm",
+    "encoder.layers.0.fc1", "encoder.layers.0.fc2", "encoder.layers.0.activation_fn", "decoder.layers.0.encoder_attn",
+    "decoder.layers.0.encoder_attn.k_proj", "decoder.layers.0.encoder_attn.out_proj",
+    "decoder.layers.0.final_layer_norm",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", ["bart", "pegasus"])
+@pytest.mark.parametrize("name", WATCHED)
+def test_a_hook_sees_what_it_saw(family, name):
+    model = packed(family)
+    watched = model.model.get_submodule(name)
+    seen: list[tuple] = []
+
+    def hook(module, args, kwargs, output):
+        first = args[0] if args else kwargs["hidden_states"]
+        seen.append((first.clone(), (output[0] if isinstance(output, tuple) else output).clone()))
+
+    watched.register_forward_hook(hook, with_kwargs=True)
+    plain = outputs(model).logits
+    fused = outputs(blocks.patch(model)).logits
+    assert torch.equal(fused, plain) and len(seen) == 2
+    for before, after in zip(*seen, strict=True):
+        assert torch.equal(before, after)
+    leaf = name.partition("layers.0.")[2]
+    assert blocks.describe(model) == f"3 fused layers; a hook keeps {leaf} apart in 1"
+
+
+def test_a_float_layer_is_told():
+    model = blocks.patch(packed("bart", "mixed"))
+    assert "self_attn.k_proj is in float in 3" in blocks.describe(model)
+
+
+def test_static_scales_are_each_linears_own():
+    model = quantize_(peaked("bart"), DQConfig(weight_bits=8, act_granularity="static"))
+    convert.calibrate(model, [{"input_ids": IDS, "decoder_input_ids": IDS}])
+    q, k = model.get_encoder().layers[0].self_attn.q_proj, model.get_encoder().layers[0].self_attn.k_proj
+    k.act_scale = q.act_scale * 1.5
+    plain = outputs(model).logits
+    assert torch.equal(outputs(blocks.patch(model)).logits, plain)
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_gradients_are_those_of_before(family):
+    """A packed model has trainable norms and positions; fused steps have no gradient and step aside."""
+
+    def gradients(model):
+        model.train()
+        for module in model.modules():
+            if isinstance(getattr(module, "dropout", None), float):
+                module.dropout = 0.0
+        model.zero_grad()
+        run(model, labels=IDS[:, :5].contiguous()).loss.backward()
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    model = packed(family, "W8")
+    plain = gradients(model)
+    blocks.patch(model)
+    fused = gradients(model)
+    assert plain and fused.keys() == plain.keys() and all(torch.equal(fused[name], plain[name]) for name in plain)
+    model.gradient_checkpointing_enable()
+    checkpointed = gradients(model)
+    assert all(torch.allclose(checkpointed[name], plain[name], atol=1e-7) for name in plain)
+
+
+def test_a_layer_in_training_drops():
+    model = blocks.patch(packed("bart", "W8"))
+    model.train()
+    torch.manual_seed(0)
+    first, second = outputs(model).logits, outputs(model).logits
+    assert not torch.equal(first, second), "dropout is on"
+    torch.manual_seed(0)
+    assert torch.equal(outputs(blocks.unpatch(model)).logits, first)
+
+
+def test_autocast_keeps_its_types():
+    model = packed("bart", "W8")
+    with torch.autocast("cpu", torch.bfloat16):
+        plain = outputs(model).logits
+        fused = outputs(blocks.patch(model)).logits
+    assert torch.equal(fused, plain) and fused.dtype == plain.dtype
+
+
+def test_steps_on_float_linears():
+    linear, norm = torch.nn.Linear(8, 8), torch.nn.LayerNorm(8)
+    x = torch.randn(3, 8)
+    with torch.no_grad():
+        normed, (out,) = steps.project(x, (linear,), norm, torch.nn.ReLU())
+        assert torch.equal(normed, norm(x)) and torch.equal(out, linear(norm(x)).relu())
+        assert torch.equal(steps.project_onto(x, linear, None), linear(x))
+        assert torch.equal(steps.project_onto(x, linear, x), x + linear(x))
+
+
+def test_other_activations_run_behind():
+    """Marian's swish has no epilogue."""
+    linear = QLinear.from_linear(torch.nn.Linear(40, 24), DQConfig(weight_bits=8))
+    x = torch.randn(2, 40)
+    with torch.no_grad():
+        for activation in (torch.nn.SiLU(), torch.nn.ReLU(), transformers.activations.ACT2FN["gelu"]):
+            _, (out,) = steps.project(x, (linear,), None, activation)
+            assert torch.equal(out, activation(linear(x)))
