@@ -23,6 +23,7 @@ CONFIGS = {
     "W2": DQConfig(weight_bits=2, embedding_bits=2, weight_quantizer="four_level"),
     "per tensor": DQConfig(weight_bits=4, act_granularity="per_tensor", act_clip=2.5),
     "int8 attention": DQConfig(weight_bits=4, attention="int8"),
+    "two widths": DQConfig(weight_bits=4, overrides={r"v_proj": {"weight_bits": 8}}),
     "mixed": DQConfig(weight_bits=4, overrides={r"v_proj|fc1": {"weight_bits": 8}, r"k_proj": {"skip": True}}),
 }
 
