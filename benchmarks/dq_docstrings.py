@@ -20,6 +20,7 @@ import logging
 import math
 import os
 import shutil
+import statistics
 import sys
 import tempfile
 import time
@@ -77,7 +78,7 @@ class Row:
 
 #: Learning rates of runs this short; rows with "lr" in their name are the sweep, to be judged by validation.
 OURS = PAPERS = 1e-3
-SWEEP = (3e-5, 2e-4, 5e-4, 2e-3)
+SWEEP = (2e-3, 1e-3, 5e-4, 2e-4, 3e-5)
 
 # Headline rows first: a call that runs out of time has run the most telling ones.
 ROWS = (
@@ -104,7 +105,9 @@ ROWS = (
     Row("en-ro quant-only-2", "our rules, task loss alone", "quant-only", 2, learning_rate=OURS, task="en-ro"),
     Row("en-ro dq-8", "our recipe", "dq-bart-plus", 8, learning_rate=OURS, task="en-ro"),
     *(Row(f"{name} lr {rate:g}", "learning rate", preset, 2, learning_rate=rate)
-      for rate in SWEEP for name, preset in (("dq-paper-2", "dq-bart"), ("dq-2", "dq-bart-plus"))),
+      for rate in SWEEP
+      for name, preset, chosen in (("dq-paper-2", "dq-bart", PAPERS), ("dq-2", "dq-bart-plus", OURS))
+      if rate != chosen),
     Row("dq-2 4x", "our recipe, four times the steps", "dq-bart-plus", 2, learning_rate=OURS, steps=4),
     Row("dq-paper-2 clipped", "the paper's, gradients clipped at 1", "dq-bart", 2, learning_rate=PAPERS,
         arguments={"max_grad_norm": 1.0}),
@@ -147,6 +150,9 @@ def parse() -> argparse.Namespace:
     add("--out", default=str(RESULT), help="file of all runs")
     add("--keep", default=None, metavar="DIR", help="also keep the packed model of every run there, with its record")
     add("--teachers", default=str(TEACHERS), metavar="DIR", help="where the en-ro teacher is kept once it is trained")
+    add(
+        "--rescore", default=None, metavar="DIR", help="only score the models kept there (--keep) on the pairs of today"
+    )
     add("--threads", type=int, default=2)
     add("--test_pairs", type=int, default=tasks.TEST_PAIRS)
     return parser.parse_args()
@@ -293,9 +299,7 @@ def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
         if evidence.args.keep:
             kept = Path(evidence.args.keep) / f"{slug(row)}-s{seed}"
             shutil.copytree(folder / "model", kept, dirs_exist_ok=True)
-    started = time.monotonic()
-    scores = task.score(model, task.test)
-    validation = task.score(model, task.validation)[task.score_name]
+    scores = scored(task, model)
     trained = row.preset != "float"
     found = {
         "schema_version": VERSION,
@@ -308,12 +312,9 @@ def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
         "decoder_layers": row.layers[1],
         "seed": seed,
         **scores,
-        f"validation_{task.score_name}": validation,
         "bytes": size,
         "steps": evidence.args.steps * row.steps if trained else 0,
         "batch": evidence.args.batch if trained else 0,
-        "score_seconds": round(time.monotonic() - started, 1),
-        "test": task.facts,
         "train": {"pairs": len(task.train), "sha256": task.data_sha256},
         **facts,
         "machine": record.environment(),
@@ -321,6 +322,47 @@ def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
     if kept is not None:
         (kept / "recipe.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
+
+
+def scored(task: tasks.Task, model) -> dict[str, Any]:
+    """What a record says of the scores: of the test pairs, and of validation, by which learning rates are chosen."""
+    started = time.monotonic()
+    found = task.score(model, task.test)
+    validation = task.score(model, task.validation)[task.score_name]
+    return {
+        **found,
+        f"validation_{task.score_name}": validation,
+        "validation_pairs": len(task.validation),
+        "score_seconds": round(time.monotonic() - started, 1),
+        "test": task.facts,
+    }
+
+
+def rescore(evidence: Evidence, todo: list[tuple[Row, int]], kept: Path) -> None:
+    """Scores kept models again where the record is of fewer pairs; what was trained stays."""
+    from transformers import AutoModelForSeq2SeqLM
+
+    import dqkernels
+
+    for row, seed in todo:
+        path, folder = Path(evidence.args.runs) / f"{slug(row)}-s{seed}.json", kept / f"{slug(row)}-s{seed}"
+        if not path.is_file() or not (folder / "config.json").is_file():
+            continue
+        found, task = json.loads(path.read_text()), evidence.task(row)
+        if found["test"]["scored"] == len(task.test) and "by_pair" in found:
+            continue
+        packed = "quantization_config" in json.loads((folder / "config.json").read_text())
+        load = dqkernels.load if packed else AutoModelForSeq2SeqLM.from_pretrained
+        found |= scored(task, load(folder, dtype="float32").eval())
+        write(path, found)
+        (folder / "recipe.json").write_text(json.dumps(found, indent=1) + "\n")
+        print(f"{row.name:20} seed {seed}  {task.score_name} {found[task.score_name]:.2f}  scored again", flush=True)
+
+
+def write(path: Path, found: dict[str, Any]) -> None:
+    from dqkernels.serialize import atomic_write
+
+    atomic_write(path, (json.dumps(found, indent=1) + "\n").encode())
 
 
 def slug(row: Row) -> str:
@@ -340,21 +382,40 @@ def wanted(args) -> list[tuple[Row, int]]:
 
 
 def collect(args) -> dict[str, Any]:
-    """All runs in the order of ROWS, and what was not run."""
+    """All runs in the order of ROWS with their distance from the teacher, and what was not run.
+
+    Raises SystemExit where runs do not agree in what must be one in a table: steps, rates, and pairs.
+    """
     folder = Path(args.runs)
     runs, missing = [], []
+    teachers: dict[str, dict[str, Any]] = {}
     for row in ROWS:
         for seed in range(row.seeds):
             path = folder / f"{slug(row)}-s{seed}.json"
-            if path.is_file():
-                found = json.loads(path.read_text())
-                wanted = {"steps": args.steps * row.steps, "batch": args.batch} if row.preset != "float" else {}
-                if other := {key: found[key] for key in wanted if found[key] != wanted[key]}:
-                    raise SystemExit(f"{path.name} was run with {other}, not {wanted}: runs of one table must agree")
-                runs.append({"task": "docstrings", **found, "shows": row.shows})
-            else:
+            if not path.is_file():
                 missing.append({"row": row.name, "task": row.task, "seed": seed, "status": "not run"})
+                continue
+            found = json.loads(path.read_text())
+            if row.name.endswith("teacher"):
+                teachers[row.task] = found
+            teacher = teachers.get(row.task, found)
+            wanted = {"pairs": len(teacher["by_pair"].split())}
+            if row.preset not in ("float", "sft"):
+                wanted |= {"steps": args.steps * row.steps, "batch": args.batch, "learning_rate": row.learning_rate}
+            has = {**found, "pairs": len(found["by_pair"].split())}
+            if other := {key: has[key] for key in wanted if has[key] != wanted[key]}:
+                raise SystemExit(f"{path.name} was run with {other}, not {wanted}: runs of one table must agree")
+            gap = None if found is teacher else difference(found["by_pair"], teacher["by_pair"])
+            rest = {key: value for key, value in found.items() if key != "by_pair"}
+            runs.append({**rest, "gap_to_teacher": gap, "shows": row.shows})
     return {"schema_version": VERSION, "runs": runs, "not_run": missing}
+
+
+def difference(ours: str, teachers: str) -> dict[str, float]:
+    """Mean of score less the teacher's, pair by pair, and its standard error over the pairs."""
+    gaps = [float(a) - float(b) for a, b in zip(ours.split(), teachers.split(), strict=True)]
+    error = statistics.stdev(gaps) / len(gaps) ** 0.5
+    return {"mean": round(statistics.fmean(gaps), 3), "error": round(error, 3), "pairs": len(gaps)}
 
 
 def main() -> int:
@@ -367,12 +428,12 @@ def main() -> int:
             done = (folder / f"{slug(row)}-s{seed}.json").is_file()
             print(f"{'done' if done else 'not run':8} {row.name:20} seed {seed}  {row.shows}")
         return 0
-    from dqkernels.serialize import atomic_write
-
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     started = time.monotonic()
-    evidence = None
-    for row, seed in todo if not args.collect else ():
+    evidence = Evidence(args) if args.rescore else None
+    if args.rescore:
+        rescore(evidence, todo, Path(args.rescore))
+    for row, seed in () if args.collect or args.rescore else todo:
         path = folder / f"{slug(row)}-s{seed}.json"
         if path.is_file():
             continue
@@ -382,10 +443,10 @@ def main() -> int:
         evidence = evidence or Evidence(args)
         begun = time.monotonic()
         found = run(evidence, row, seed)
-        atomic_write(path, (json.dumps(found, indent=1) + "\n").encode())
+        write(path, found)
         took, name = time.monotonic() - begun, evidence.task(row).score_name
         print(f"{row.name:20} seed {seed}  {name} {found[name]:.2f}  {found['bytes']} bytes  {took:.0f} s", flush=True)
-    atomic_write(Path(args.out), (json.dumps(collect(args), indent=1) + "\n").encode())
+    write(Path(args.out), collect(args))
     return 0
 
 

@@ -14,8 +14,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-TEST_PAIRS, TEST_DRAW = 480, 1
-VALIDATION_PAIRS = 240
+TEST_PAIRS, TEST_DRAW = 2000, 1  # of each task all there are: some 1,260 docstrings, 930 messages
+VALIDATION_PAIRS = 480
 SOURCE_TOKENS, TARGET_TOKENS = 96, 48
 
 
@@ -90,10 +90,15 @@ class Task:
         from dqkernels.text import generate_texts
 
         texts = generate_texts(model, self.tokenizer, [s for s, _ in pairs], batch_size=64, warn_cut=False)
-        found = self.figures(texts, [target for _, target in pairs])
-        return found | {"words": round(sum(len(text.split()) for text in texts) / len(texts), 2)}
+        references = [target for _, target in pairs]
+        words = round(sum(len(text.split()) for text in texts) / len(texts), 2)
+        return self.figures(texts, references) | {"words": words, "by_pair": self.by_pair(texts, references)}
 
     def figures(self, texts: list[str], references: list[str]) -> dict[str, Any]:
+        raise NotImplementedError
+
+    def by_pair(self, texts: list[str], references: list[str]) -> str:
+        """A score of every pair, in the order of `test`: two models are compared pair by pair, which no draw blurs."""
         raise NotImplementedError
 
 
@@ -128,6 +133,11 @@ class Docstrings(Task):
         from dqkernels.metrics.rouge import rouge
 
         return {name: round(value, 3) for name, value in rouge(texts, references).items()}
+
+    def by_pair(self, texts, references):
+        from dqkernels.metrics.rouge import rougeL
+
+        return " ".join(f"{rougeL(text, reference):.1f}" for text, reference in zip(texts, references, strict=True))
 
 
 class Catalogues(Task):
@@ -195,3 +205,11 @@ class Catalogues(Task):
 
         found = bleu(texts, references)
         return {key: round(value, 3) if isinstance(value, float) else value for key, value in found.items()}
+
+    def by_pair(self, texts, references):
+        """chrF, as BLEU is of a whole corpus."""
+        from sacrebleu.metrics import CHRF
+
+        chrf = CHRF()
+        scores = (chrf.sentence_score(t, [r]).score for t, r in zip(texts, references, strict=True))
+        return " ".join(f"{score:.1f}" for score in scores)

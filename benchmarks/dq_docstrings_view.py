@@ -56,6 +56,9 @@ def rows_of(record: dict[str, Any], score: str = "rougeL") -> list[dict[str, Any
         row = {key: statistics.fmean(run[key] for run in runs) for key in figures}
         row["score"] = row[score]
         row["validation"] = statistics.fmean(run[f"validation_{score}"] for run in runs)
+        gaps = [run["gap_to_teacher"] for run in runs if run["gap_to_teacher"]]
+        row["gap"] = statistics.fmean(gap["mean"] for gap in gaps) if gaps else None
+        row["gap_error"] = statistics.fmean(gap["error"] for gap in gaps) if gaps else None
         row["spread"] = statistics.stdev(run[score] for run in runs) if len(runs) > 1 else None
         row |= {key: first[key] for key in ("bytes", "weight_bits", "encoder_layers", "decoder_layers", "steps")}
         rows.append({"row": name, "seeds": len(runs), "ratio": teacher / first["bytes"], **row})
@@ -70,14 +73,15 @@ def table(record: dict[str, Any], task: str) -> str:
     """Markdown of one task, at most 100 columns but for the names that were not run."""
     figures = TASKS[task]
     score = list(figures)[-1]
-    heads = ["row", "bits", "layers", "MB", "ratio", *figures.values(), "val.", "seeds"]
+    heads = ["row", "bits", "layers", "MB", "ratio", *figures.values(), "gap", "val.", "seeds"]
     lines = ["| " + " | ".join(heads) + " |", "|---" * len(heads) + "|"]
     for row in rows_of(of_task(record, task), score):
         found = [f"{row[key]:.2f}" for key in figures]
         found[-1] += "" if row["spread"] is None else f" ± {row['spread']:.2f}"
         bits = "float" if row["weight_bits"] == 16 else f"{row['weight_bits']}-{row['weight_bits']}-8"
         cells = [row["row"], bits, f"{row['encoder_layers']}-{row['decoder_layers']}", f"{row['bytes'] / 1e6:.2f}"]
-        cells += [f"{row['ratio']:.1f}x", *found, f"{row['validation']:.2f}", str(row["seeds"])]
+        gap = "-" if row["gap"] is None else f"{row['gap']:+.2f} ± {row['gap_error']:.2f}"
+        cells += [f"{row['ratio']:.1f}x", *found, gap, f"{row['validation']:.2f}", str(row["seeds"])]
         lines.append("| " + " | ".join(cells) + " |")
     missing: dict[str, list[str]] = {}
     for one in of_task(record, task)["not_run"]:
