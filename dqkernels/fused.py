@@ -81,22 +81,25 @@ def _qlinear_multi(
             act_scale=act_scale,
             out_dtype=out_dtype,
         )
-    where = {"backend": backend, "strict": strict}
+    # The backends' own functions: an op per step would check every operand once more.
+    where = (x.device.type, backend, strict)
     want_sum = four_level and group_size == -1
     if norm_weight is None:
         first = []
-        q, scale, row_sum = ops.quantize_activation(x, act_mode, act_clip, want_sum, act_scale, **where)
+        quantizer = backends.choose("quantize_activation", *where, mode=act_mode).module
+        q, scale, row_sum = quantizer.quantize_activation(x, act_mode, act_clip, act_scale, want_sum)
     else:
-        y, q, scale, row_sum = ops.layernorm_quantize(
-            x, None, norm_weight, norm_bias, norm_eps, act_mode, act_clip, want_sum, act_scale, **where
-        )
+        quantizer = backends.choose("layernorm_quantize", *where, mode=act_mode).module
+        how = {"mode": act_mode, "clip": act_clip, "act_scale": act_scale, "want_sum": want_sum}
+        y, q, scale, row_sum = quantizer.layernorm_quantize(x, None, norm_weight, norm_bias, eps=norm_eps, **how)
         first = [y]
     sums = row_sum if want_sum else None
-    format_ = (bits, four_level, group_size)
-    return first + [
-        ops.qgemm(q, scale, sums, packed, steps, mult, added, None, *format_, n, activation, out_dtype, **where)
-        for packed, steps, mult, added, n in parts
-    ]
+    for packed, steps, mult, added, n in parts:
+        gemm = backends.choose("qgemm", *where, **backends.gemm_facts(q, n, bits, group_size)).module
+        first.append(
+            gemm.qgemm(q, scale, sums, packed, steps, mult, added, None, **options, out_features=n, out_dtype=out_dtype)
+        )
+    return first
 
 
 _LIB.impl("qlinear_multi", _qlinear_multi, "CompositeExplicitAutograd")

@@ -76,7 +76,7 @@ class PackedModule(nn.Module):
 
     def dequantize(self) -> torch.Tensor:
         """The float matrix these codes stand for: fp32 [rows, columns]."""
-        return ops.dequantize_weight(*self._packed(), *self._format(), self._rows, self._columns)
+        return ops.dequantize_weight(*self.packed(), *self._format(), self._rows, self._columns)
 
     def pack_(self, weight: torch.Tensor) -> None:
         """Quantizes a float matrix [rows, columns] into this module, in place.
@@ -126,9 +126,10 @@ class PackedModule(nn.Module):
 
     def packed_bytes(self) -> int:
         """Bytes of codes, scales and multipliers."""
-        return sum(t.numel() * t.element_size() for t in self._packed() if t is not None)
+        return sum(t.numel() * t.element_size() for t in self.packed() if t is not None)
 
-    def _packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    def packed(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """qweight, weight_scale, and group_mult or None."""
         return self.qweight, self.weight_scale, self.group_mult
 
     def _format(self) -> tuple[int, bool, int]:
@@ -363,7 +364,7 @@ class QEmbedding(PackedModule):
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         return ops.qembedding(
             input,
-            *self._packed(),
+            *self.packed(),
             None,
             *self._format(),
             self.num_embeddings,

@@ -265,6 +265,20 @@ def _pad_rows(rows: torch.Tensor) -> torch.Tensor:
     return F.pad(rows, (0, 0, 0, missing)) if missing else rows
 
 
+def layernorm(
+    x: torch.Tensor, residual: torch.Tensor | None, weight: torch.Tensor, bias: torch.Tensor | None, eps: float
+) -> torch.Tensor:
+    """LayerNorm of `x (+ residual)` in fp32, rounded to x's dtype."""
+    total = x.float() if residual is None else x.float() + residual.float()
+    return F.layer_norm(total, (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps).to(x.dtype)
+
+
+def gelu(x: torch.Tensor) -> torch.Tensor:
+    """GELU (erf form) in fp32, rounded to x's dtype."""
+    # On CPU tensors torch has another GELU for strided ones, with other last bits.
+    return F.gelu(x.float().contiguous()).to(x.dtype)
+
+
 def layernorm_quantize(
     x: torch.Tensor,
     residual: torch.Tensor | None,
@@ -281,8 +295,7 @@ def layernorm_quantize(
 
     Returns y [..., K] in x's dtype, then q, scale and row_sum of `quantize_activation(y)`.
     """
-    total = x.float() if residual is None else x.float() + residual.float()
-    y = F.layer_norm(total, (x.shape[-1],), weight.float(), None if bias is None else bias.float(), eps).to(x.dtype)
+    y = layernorm(x, residual, weight, bias, eps)
     return y, *qmath.quantize_activation(y, mode, clip, act_scale, want_sum)
 
 
@@ -290,6 +303,4 @@ def gelu_quantize(
     x: torch.Tensor, *, mode: str, clip: float | None, act_scale: torch.Tensor | None, want_sum: bool
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """GELU (erf form) in fp32, rounded to x's dtype, then `quantize_activation`."""
-    # On CPU tensors torch has another GELU for strided ones, with other last bits.
-    y = F.gelu(x.float().contiguous()).to(x.dtype)
-    return qmath.quantize_activation(y, mode, clip, act_scale, want_sum)
+    return qmath.quantize_activation(gelu(x), mode, clip, act_scale, want_sum)

@@ -161,6 +161,30 @@ def test_native_quantizer_is_the_oracle(mode, dtype, layout):
 WHOLE = [(bits, quantizer, granularity, group) for bits, quantizer, group, granularity in grids.FORMATS]
 
 
+@pytest.mark.parametrize("dtype", grids.DTYPES, ids=str)
+@pytest.mark.parametrize("mode", grids.ACT_MODES)
+@pytest.mark.parametrize("k", [1, 40, 300])
+def test_native_codes_behind_a_norm_and_gelu_are_eagers(mode, dtype, k):
+    """The float op is torch's in both, so whatever it says, the codes behind it are equal bit for bit."""
+    torch.manual_seed(k)
+    x = torch.randn(3, 5, k).to(dtype)
+    if mode != "per_tensor":
+        x[1, 2, k // 2] = float("nan")
+    static = torch.tensor([0.03]) if mode == "static" else None
+    weight, bias = torch.rand(k).to(dtype), torch.randn(k).to(dtype)
+    for residual, added, clip in ((None, bias, None), (torch.randn(3, 5, k).to(dtype), None, 0.7)):
+        calls = [
+            (
+                ops.layernorm_quantize(x, residual, weight, added, 1e-5, mode, clip, True, static, backend=backend),
+                ops.gelu_quantize(x.transpose(0, 1), mode, clip, True, static, backend=backend),
+            )
+            for backend in ("eager", "cpu")
+        ]
+        for eager, native_ in zip(*calls, strict=True):
+            for a, b in zip(eager, native_, strict=True):
+                assert_same_bits(a, b, may_be_zero=k == 1)
+
+
 @pytest.mark.parametrize("bits, quantizer, granularity, group_size", [*WHOLE, (4, "mse", "per_channel", 64)])
 def test_quantize_weight_then_qlinear(bits, quantizer, granularity, group_size):
     """What `quantize_weight` stores is what the GEMM and `dequantize_weight` read."""

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dqkernels import DQConfig, convert, load, models, quantize_, report
 from dqkernels.models import attention, blocks, steps
 from dqkernels.nn import QLinear
+from dqkernels.train import export, prepare_qat
 
 FAMILIES = list(blocks.FAMILIES)
 CONFIGS = {
@@ -317,6 +318,35 @@ def test_autocast_keeps_its_types():
         plain = outputs(model).logits
         fused = outputs(blocks.patch(model)).logits
     assert torch.equal(fused, plain) and fused.dtype == plain.dtype
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_student_in_evaluation_is_its_packed_model(learned, tmp_path):
+    """P2 with fused blocks on both sides; its training steps are those without them."""
+    config = DQConfig(weight_bits=2, embedding_bits=2, weight_quantizer="four_level", attention="int8")
+
+    def trained(patched: bool):
+        student = prepare_qat(peaked("bart"), config, learned)
+        if patched:
+            models.patch(student)
+        optimizer = torch.optim.AdamW(student.parameters(), lr=1e-3)
+        torch.manual_seed(1)
+        student.train()
+        for _ in range(3):
+            run(student, labels=IDS[:, :5].contiguous()).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return student.eval()
+
+    plain, fused = trained(False), trained(True)
+    states = plain.state_dict(), fused.state_dict()
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
+    assert blocks.describe(fused) == "3 fused layers"
+    assert "qlinear_multi" in called(fused)
+    logits = outputs(fused).logits
+    assert torch.equal(logits, outputs(plain).logits)
+    model = export(fused, tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(outputs(models.patch(model)).logits, logits)
 
 
 def test_steps_on_float_linears():

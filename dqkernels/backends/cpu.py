@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import qmath
+from dqkernels import qmath, reference
 from dqkernels.config import LayerConfig
 from dqkernels.kernels import native
 
@@ -28,6 +28,17 @@ def quantize_activation(
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """See `qmath.quantize_activation`; the same bits."""
     return native.quantize_rows(x, mode, clip, act_scale, want_sum)
+
+
+def layernorm_quantize(x, residual, weight, bias, *, eps, mode, clip, act_scale, want_sum):
+    """See `reference.layernorm_quantize`: the norm by torch, its codes by the core."""
+    y = reference.layernorm(x, residual, weight, bias, eps)
+    return y, *native.quantize_rows(y, mode, clip, act_scale, want_sum)
+
+
+def gelu_quantize(x, *, mode, clip, act_scale, want_sum):
+    """See `reference.gelu_quantize`: GELU by torch, its codes by the core."""
+    return native.quantize_rows(reference.gelu(x), mode, clip, act_scale, want_sum)
 
 
 def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

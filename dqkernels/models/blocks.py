@@ -89,7 +89,7 @@ def _obstacles(layer: nn.Module) -> list[str]:
     for name, module in layer.named_modules():
         if name and steps.hooked(module):
             found.append(f"a hook keeps {name} apart")
-        elif isinstance(module, nn.Linear):
+        elif isinstance(module, nn.Linear) and not steps.packed(module):
             found.append(f"{name} is in float")
     return found
 

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from dqkernels import fused, ops
-from dqkernels.nn import QLinear
 
 #: Activation modules of transformers (by class name) -> epilogues. Its GELU is the erf form.
 _EPILOGUES = {"GELUActivation": "gelu", "ReLU": "relu"}
@@ -54,12 +53,12 @@ def project(
         found = [linear(normed) for linear in linears]
         return normed, found if activation is None else [activation(each) for each in found]
     first, layer = linears[0], linears[0].layer
-    lists = zip(*((m.qweight, m.weight_scale, m.group_mult, m.bias, m.out_features) for m in linears), strict=True)
+    lists = zip(*((*m.packed(), m.bias, m.out_features) for m in linears), strict=True)
     qweight, scale, mult, bias, sizes = (list(each) for each in lists)
     given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     found = fused.qlinear_multi(
         x, *given, qweight, scale, mult, bias, layer.bits, layer.four_level, layer.group_size, sizes,
-        layer.act_granularity, layer.act_clip, first.act_scale, epilogue or "none", x.dtype,
+        layer.act_granularity, layer.act_clip, _act_scale(first), epilogue or "none", x.dtype,
         first.backend, first.strict,
     )  # fmt: skip
     normed = x if norm is None else found.pop(0)
@@ -70,27 +69,30 @@ def project(
 
 def project_onto(x: torch.Tensor, linear: nn.Module, base: torch.Tensor | None) -> torch.Tensor:
     """`base + linear(x)`, the sum in the epilogue: one rounding. base: [..., N] or None for nothing."""
-    if base is None or not _packed(linear):
+    if base is None or not packed(linear) or hooked(linear):
         out = linear(x)
         return out if base is None else base + out
     layer = linear.layer
     return ops.qlinear(
-        x, linear.qweight, linear.weight_scale, linear.group_mult, linear.bias, base, layer.bits, layer.four_level,
-        layer.group_size, linear.out_features, layer.act_granularity, layer.act_clip, linear.act_scale, "none", x.dtype,
-        linear.backend, linear.strict,
+        x, *linear.packed(), linear.bias, base, layer.bits, layer.four_level, layer.group_size, linear.out_features,
+        layer.act_granularity, layer.act_clip, _act_scale(linear), "none", x.dtype, linear.backend, linear.strict,
     )  # fmt: skip
 
 
-def _packed(linear: nn.Module) -> bool:
-    return type(linear) is QLinear and not hooked(linear)
+def packed(linear: nn.Module) -> bool:
+    """Whether this is a `QLinear`, or the layer of `train` that computes as one; not a subclass with its own ideas."""
+    return type(linear).__name__ in ("QLinear", "QATLinear") and type(linear).__module__.startswith("dqkernels.")
+
+
+def _act_scale(linear: nn.Module) -> torch.Tensor | None:
+    return getattr(linear, "act_scale", None)
 
 
 def _alike(linears: Sequence[nn.Module]) -> bool:
     """Whether these can share one launch: packed in one format, read one quantized input, run on one backend."""
-    if not all(map(_packed, linears)):
+    if not all(packed(linear) and not hooked(linear) for linear in linears):
         return False
-    first = linears[0]
-    if len(linears) > 1 and first.act_scale is not None:
+    if len(linears) > 1 and _act_scale(linears[0]) is not None:
         return False  # static scales are measured, and stored, per linear
     facts = {
         (
