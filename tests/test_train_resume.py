@@ -258,10 +258,12 @@ def test_an_optimizer_that_cannot_be_stored_says_so_at_the_first_save(tmp_path):
     assert not list(tmp_path.glob("*checkpoint*"))
 
 
-def test_rotation_while_training_keeps_the_best(tmp_path):
+def scored_run(folder: Path, **changes):
+    """Six steps, the second of which is the best, with a checkpoint at each."""
     scores = iter([0.1, 0.9, 0.3, 0.4, 0.5, 0.2])
+    settings = {"save_total_limit": 2, "max_steps": 6, **changes}
     run, _ = trainer(
-        tmp_path,
+        folder,
         kd=KDConfig(),
         eval_dataset=examples(3, 1),
         compute_metrics=lambda predictions: {"bleu": next(scores)},
@@ -269,13 +271,31 @@ def test_rotation_while_training_keeps_the_best(tmp_path):
         eval_steps=1,
         save_strategy="steps",
         save_steps=1,
-        save_total_limit=2,
-        max_steps=6,
         metric_for_best_model="bleu",
+        **settings,
     )
+    return run
+
+
+def test_rotation_while_training_keeps_the_best(tmp_path):
+    run = scored_run(tmp_path)
     run.train()
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-6"]
     assert run.state.best_model_checkpoint == str(tmp_path / "checkpoint-2")
+
+
+def test_a_moved_run_finds_its_best_model(tmp_path):
+    """Nothing is left to train or save after the resume, so only the loading of the best one can notice."""
+    first = scored_run(tmp_path / "old")
+    first.train()
+    (tmp_path / "old").rename(tmp_path / "new")
+    again = scored_run(tmp_path / "new", load_best_model_at_end=True)
+    again.train(resume_from_checkpoint=True)
+    assert again.state.best_model_checkpoint == str(tmp_path / "new" / "checkpoint-2")
+    expected = trainer(tmp_path / "other", kd=KDConfig())[0].model
+    checkpoints.load_weights(expected, tmp_path / "new" / "checkpoint-2")
+    assert same_weights(again.model.state_dict(), expected.state_dict())
+    assert not same_weights(again.model.state_dict(), first.model.state_dict())
 
 
 # ------------------------------------------------------------------------------------------------------- processes
