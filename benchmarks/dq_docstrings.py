@@ -76,8 +76,8 @@ class Row:
     steps: int = 1
 
 
-#: Learning rates of runs this short: the best of SWEEP by the validation score, for each recipe. Rows with "lr" in their
-#: name are the sweep's others.
+#: Learning rates of runs this short: the best of SWEEP by the validation score, for each recipe. Rows with "lr" in
+#: their name are the sweep's others.
 OURS, PAPERS = 2e-4, 1e-3
 SWEEP = (2e-3, 1e-3, 5e-4, 2e-4, 3e-5)
 
