@@ -194,7 +194,7 @@ def test_a_source_distribution_holds_what_builds_and_tests_it(tmp_path):
         names = {name.partition("/")[2] for name in file.getnames()}
     teacher = "dqkernels/data/docstring_teacher/model.safetensors"
     wanted = ["CMakeLists.txt", "csrc/include/dqk/api.h", "tests/mutants/core.toml", "benchmarks/gpu_lane.py",
-              "docs/cli.md", teacher, "LICENSE", "README.md"]  # fmt: skip
+              "docs/cli.md", teacher, teacher.replace("teacher", "student"), "LICENSE", "README.md"]  # fmt: skip
     assert not [name for name in wanted if name not in names]
     assert any(name.startswith("python/") and name.endswith(".cpp") for name in names)
     assert not [name for name in names if name.endswith((".so", ".pyc", "_build_info.json"))]

@@ -10,6 +10,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from rich.console import Console
 from test_text import make_tiny
 
@@ -128,6 +129,25 @@ def test_the_teachers_own_training_is_told(tmp_path):
     assert "in float" in demo.training_note(tmp_path)
 
 
+def test_the_shipped_student_is_packed_and_fits_the_teacher():
+    from dqkernels.nn import QEmbedding, QLinear
+
+    model, size = demo.load_student()
+    layers = [m for m in model.modules() if isinstance(m, (QLinear, QEmbedding))]
+    assert {m.layer.bits for m in layers} == {2} and size < 1.4e6
+    assert not any(type(m) is torch.nn.Linear for m in model.modules()), "the head too"
+    assert model.config.vocab_size == json.loads((demo.teacher_folder() / "config.json").read_text())["vocab_size"]
+    assert model.config.use_cache and model.generation_config.num_beams == 4
+    note = demo.student_note()
+    assert note.startswith("DQ-2: ") and "preset dq-bart-plus" in note
+
+
+def test_a_missing_student_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(docstrings, "__file__", str(tmp_path / "docstrings.py"))
+    with pytest.raises(demo.DemoError, match="student is not complete in this installation .*config.json is missing"):
+        demo.student_folder()
+
+
 def test_too_few_pairs_are_said(teacher):
     screen = io.StringIO()
     show = demo_view.Shower(Console(file=screen, width=80))
@@ -145,6 +165,9 @@ def test_a_poor_row_is_called_poor():
     ]
     found = demo_view.remarks(rows)
     assert len(found) == 1 and found[0].startswith("W2 is poor")
+    trained = [*rows, {"name": "DQ-2", "rougeL": 24.0}]
+    assert found[0].endswith("training with quantization.")
+    assert demo_view.remarks(trained)[0].endswith("training with quantization, as DQ-2 had.")
     rows[1]["rougeL"] = 14.0
     assert "does not beat the lead" in demo_view.remarks(rows)[0]
 
@@ -198,5 +221,8 @@ def test_the_shipped_teacher_offline(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
-    assert [row["name"] for row in result["rows"]] == ROWS and len(result["samples"]) == 4
+    assert [row["name"] for row in result["rows"]] == [*ROWS, demo.STUDENT] and len(result["samples"]) == 4
+    student = result["rows"][-1]
+    assert student["bits"] == 2 and student["file_mb"] == result["rows"][4]["file_mb"], "the bytes of W2"
+    assert "400 steps of 32 pairs" in result["settings"]["student_training"]
     assert (tmp_path / "demo.json").is_file() and (tmp_path / "demo.png").is_file()

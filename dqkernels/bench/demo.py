@@ -1,8 +1,8 @@
 """`dqkernels demo`: the shipped teacher, packed at 8, 4 and 2 bits, on docstrings it has never seen. Offline.
 
 What is scored is what a user gets: each packed model is saved through `save_pretrained`, loaded again through
-transformers' Auto class, and that one is run. Nothing is trained here, so the table shows what rounding alone
-does.
+transformers' Auto class, and that one is run. Nothing is trained here: W8, W4 and W2 show what rounding alone does, and
+the row DQ-2 is a student of 2 bits that `dqkernels train` made of the same teacher, shipped packed.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from dqkernels.data import docstrings
 #: Names of the output files.
 JSON_FILE, PNG_FILE = "demo.json", "demo.png"
 BITS = (8, 4, 2)
+#: The row of the shipped student.
+STUDENT = "DQ-2"
 #: Texts a batch holds: enough to keep two cores busy, few enough for a laptop's memory with four beams.
 BATCH_SIZE = 64
 #: Speed: so many tokens for each of so many texts, and rounds until one of the limits is reached.
@@ -52,7 +54,7 @@ def run(
         pairs: held-out docstrings to score; all there are, where there are fewer.
         seed: which pairs are drawn.
         bits: widths to pack at, weights and embeddings alike.
-        teacher: a model folder with `seen.npy`; default the one that is shipped.
+        teacher: a model folder with `seen.npy`; default the one that is shipped, with its student.
         console: a rich console for what people read; default stdout.
 
     Raises:
@@ -88,6 +90,10 @@ def run(
             kernel = kernel_of(models[name])
             rows[name] = _row(name, width, file_bytes, teacher_bytes, kernel)
             show.packed(rows[name])
+        if teacher is None:
+            models[STUDENT], file_bytes = load_student()
+            rows[STUDENT] = _row(STUDENT, 2, file_bytes, teacher_bytes, kernel_of(models[STUDENT]))
+            show.packed(rows[STUDENT], "as shipped")
         texts = {"lead": [docstrings.lead(pair.body) for pair in drawn]}
         for name, model in models.items():
             with show.scoring(name, len(drawn)) as advance:
@@ -110,6 +116,7 @@ def run(
             "seed": seed,
             "teacher_parameters": parameters,
             "teacher_training": training_note(folder),
+            "student_training": student_note() if teacher is None else None,
             "decoding": _decoding(models["teacher"]),
             "float_dtype": "float32",
             "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
@@ -179,6 +186,22 @@ def teacher_folder() -> Path:
     return folder
 
 
+def student_folder() -> Path:
+    """The shipped student: packed, with the teacher's tokenizer.
+
+    Raises:
+        DemoError: if this installation has none.
+    """
+    folder = Path(docstrings.__file__).parent / "docstring_student"
+    for name in ("config.json", "model.safetensors", "recipe.json"):
+        if not (folder / name).is_file():
+            raise DemoError(
+                f"the demo's student is not complete in this installation ({folder.name}/{name} is missing): "
+                "install dqkernels again, or train one with benchmarks/dq_docstrings.py"
+            )
+    return folder
+
+
 def draw_pairs(folder: Path, pairs: int, seed: int) -> tuple[list[docstrings.DocPair], dict[str, Any]]:
     """A sample of the installed packages' test split without what the teacher has seen, and how many there
     were.
@@ -216,6 +239,26 @@ def pack(teacher: Path, bits: int, folder: Path):
     model.save_pretrained(folder)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
     return loaded, (folder / "model.safetensors").stat().st_size
+
+
+def load_student():
+    """The shipped student and the bytes of its model.safetensors."""
+    import torch
+    from transformers import AutoModelForSeq2SeqLM
+
+    folder = student_folder()
+    loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
+    return loaded, (folder / "model.safetensors").stat().st_size
+
+
+def student_note() -> str:
+    """How the shipped student was made, from the record beside it."""
+    made = json.loads((student_folder() / "recipe.json").read_text(encoding="utf-8"))
+    return (
+        f"{STUDENT}: the teacher's {made['encoder_layers']}+{made['decoder_layers']} layers at "
+        f"{made['weight_bits']} bits, trained with distillation and quantization (preset "
+        f"{made['recipe']['preset']}, {made['steps']:,} steps of {made['batch']} pairs), int8 attention too."
+    )
 
 
 def training_note(folder: Path) -> str | None:

@@ -48,8 +48,9 @@ class Shower:
         self.head("Packing, saving, loading again")
         self.line(f"teacher  {parameters:,} parameters, {size / 1e6:.2f} MB in fp32")
 
-    def packed(self, row: dict[str, Any]) -> None:
-        self.line(f"{row['name']:7}  {row['file_mb']:.2f} MB on disk, {row['ratio']:.1f} times smaller")
+    def packed(self, row: dict[str, Any], note: str = "") -> None:
+        note = note and f", {note}"
+        self.line(f"{row['name']:7}  {row['file_mb']:.2f} MB on disk, {row['ratio']:.1f} times smaller{note}")
 
     @contextlib.contextmanager
     def scoring(self, name: str, count: int) -> Iterator[Callable[[int], None]]:
@@ -119,8 +120,10 @@ class Shower:
             "parameter. W8, W4, W2: weights and embeddings of so many bits, the rest 16; 8-bit activations. "
             "file MB: the written model.safetensors (10^6 bytes); ratio: the teacher's size over it. "
             f"ms/token: greedy, one text at a time, {threads} thread{'' if threads == 1 else 's'}. "
-            "Nothing is trained here."
+            "Nothing is trained here: W8, W4 and W2 are rounding alone."
         )
+        if settings["student_training"]:
+            self.line(settings["student_training"])
         if settings["teacher_training"]:
             self.line(settings["teacher_training"])
         gaps = [
@@ -148,7 +151,7 @@ def remarks(rows: Sequence[dict[str, Any]]) -> list[str]:
         if row["name"] not in ("lead", "teacher") and row["rougeL"] < min(lead, teacher):
             found.append(
                 f"{row['name']} is poor: ROUGE-L {row['rougeL']:.1f}, below the lead's {lead:.1f}. "
-                "So few bits need training with quantization."
+                "So few bits need training with quantization" + (", as DQ-2 had." if "DQ-2" in by_name else ".")
             )
     return found
 
@@ -167,7 +170,7 @@ def draw(result: dict[str, Any]) -> bytes:
 
     rows = [row for row in result["rows"] if row["file_mb"] is not None]
     lead = next(row for row in result["rows"] if row["name"] == "lead")["rougeL"]
-    colors = {"teacher": "#555555", "W8": "#1f77b4", "W4": "#2ca02c", "W2": "#d62728"}
+    colors = {"teacher": "#555555", "W8": "#1f77b4", "W4": "#2ca02c", "W2": "#d62728", "DQ-2": "#9467bd"}
     # Figure and canvas directly, without pyplot: no global state, and no display is ever asked for.
     figure = Figure(figsize=(10, 4.2), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
