@@ -30,4 +30,5 @@ def _plain(op, device_type: str, *args, **kwargs):
 def output_dtype(x: torch.Tensor) -> torch.dtype:
     """What a linear returns for `x` where it stands: the autocast dtype where that is on, else x's own."""
     kind = x.device.type
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+    known = torch.amp.is_autocast_available(kind)  # not for meta tensors
+    return torch.get_autocast_dtype(kind) if known and torch.is_autocast_enabled(kind) else x.dtype

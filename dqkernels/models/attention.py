@@ -251,11 +251,12 @@ def _chosen(model: nn.Module, config: DQConfig) -> list[tuple[nn.Module, Options
     chosen = []
     rules = _rules(config)
     for name, module in model.named_modules():
-        base = next((cls for cls in type(module).__mro__ if _is_attention(cls)), None)
+        # `blocks` puts a class of its own, of the same name, in place of the one it is made from.
+        kind = getattr(type(module), "dqkernels_base", type(module))
+        base = next((cls for cls in kind.__mro__ if _is_attention(cls)), None)
         if base is None or other is not None:
             continue
-        # `blocks` puts a class of its own in place of the one it is made from.
-        if getattr(type(module), "dqkernels_base", type(module)).forward is not base.forward:
+        if kind.forward is not base.forward:
             other = module
             continue
         head_dim = _head_dim(module)

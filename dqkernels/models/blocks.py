@@ -1,20 +1,20 @@
-"""Attention and feed-forward of packed BART, mBART, Marian and Pegasus models in fused steps, at inference.
+"""Attention and feed-forward of packed BART, mBART, Marian and Pegasus models in fused steps.
 
     patch(model)        # in place; `isinstance`, names, `state_dict`, hooks and saving stay what they were
     unpatch(model)      # the classes of before
 
 One launch takes Q, K and V from one quantized input, a LayerNorm is computed by the launch that reads it, GELU or ReLU
 and the residual are added in the epilogue of the GEMM before them (docs/design.md, section 3). Every module changes its
-class to a subclass of its own, per instance. Where a step cannot be fused (a gradient is wanted, dropout is on, a hook
-watches the module in the middle, a linear is not packed) that step runs as transformers wrote it.
+class to a subclass of its own, with the same name, per instance. Where a step cannot be fused (something in it wants a
+gradient, a hook watches a module in the middle, a linear is not packed) it is made of calls of its modules, and under
+dropout or autocast the whole layer runs as transformers wrote it.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib
-import inspect
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -30,7 +30,6 @@ FAMILIES = {
     "pegasus": ("Pegasus", "pre"),
 }
 _PARTS = ("Attention", "EncoderLayer", "DecoderLayer")
-_FUSED = "Fused"
 
 
 def patch(model: nn.Module) -> nn.Module:
@@ -59,10 +58,22 @@ def patch(model: nn.Module) -> nn.Module:
 
 
 def unpatch(model: nn.Module) -> nn.Module:
-    """Undoes `patch`; without it, nothing happens. Returns `model` itself."""
-    for module in model.modules():
-        if is_fused(module):
-            module.__class__ = type(module).dqkernels_base
+    """Undoes `patch`; without it, nothing happens. Returns `model` itself.
+
+    Raises:
+        ValueError: if somebody keeps the fused `forward` of a module (an accelerate hook put on after `patch`); nothing
+            is changed then.
+    """
+    fused = [(name, module) for name, module in model.named_modules() if is_fused(module)]
+    for name, module in fused:
+        for key, value in module.__dict__.items():
+            if getattr(value, "__func__", None) is type(module).forward:
+                raise ValueError(
+                    f"{name}.{key} holds the fused forward and would go on calling it: remove the hook that was put on "
+                    "after patch, then unpatch"
+                )
+    for _, module in fused:
+        module.__class__ = type(module).dqkernels_base
     return model
 
 
@@ -72,26 +83,38 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def describe(model: nn.Module) -> str:
-    """Which layers are fused, and what keeps steps of them apart, in words; empty where nothing is patched."""
-    layers = [(name, m) for name, m in model.named_modules() if is_fused(m) and isinstance(m, _Layer)]
+    """How many layers are fused, and what keeps steps of them apart, in words; empty where no layer is patched."""
+    layers = [module for module in model.modules() if is_fused(module) and isinstance(module, _Layer)]
     if not layers:
         return ""
     reasons: dict[str, int] = {}
-    for _, layer in layers:
-        for reason in sorted(set(_obstacles(layer))):
+    for layer in layers:
+        for reason in dict.fromkeys(_obstacles(layer)):
             reasons[reason] = reasons.get(reason, 0) + 1
     text = f"{len(layers)} fused layers"
     return text + "".join(f"; {reason} in {count}" for reason, count in reasons.items())
 
 
-def _obstacles(layer: nn.Module) -> list[str]:
-    found = []
+def _obstacles(layer: nn.Module) -> Iterator[str]:
     for name, module in layer.named_modules():
         if name and steps.hooked(module):
-            found.append(f"a hook keeps {name} apart")
-        elif isinstance(module, nn.Linear) and not steps.packed(module):
-            found.append(f"{name} is in float")
-    return found
+            yield f"a hook keeps {name} apart"
+        elif name.endswith("_layer_norm") and not steps.plain_norm(module):
+            yield f"{name} is a {type(module).__name__}"
+        elif name.rpartition(".")[2] in ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"):
+            if not steps.packed(module):
+                float_ = type(module) is nn.Linear
+                yield f"{name} is in float" if float_ else f"{name} is a {type(module).__name__}"
+        elif name.endswith("_attn"):
+            if not is_fused(module):
+                yield f"{name} has a forward of its own"
+            sharing = ("k_proj", "v_proj") if name == "encoder_attn" else ("q_proj", "k_proj", "v_proj")
+            linears = [getattr(module, each) for each in sharing]
+            whole = all(steps.packed(each) and not steps.hooked(each) for each in linears)
+            if whole and (why := steps.apart(linears)) is not None:
+                yield f"{', '.join(sharing)} of {name} are launches of their own ({why})"
+    if not steps.hooked(layer.activation_fn) and steps.epilogue(layer.activation_fn) is None:
+        yield f"{type(layer.activation_fn).__name__} has no epilogue"
 
 
 # ---- classes ------------------------------------------------------------------------------------------------
@@ -104,37 +127,56 @@ def _base_of(module: nn.Module) -> type | None:
         modeling = sys.modules.get(f"transformers.models.{family}.modeling_{family}")
         for part in _PARTS if modeling is not None else ():
             base = getattr(modeling, prefix + part)
-            # transformers wraps the forward of every subclass of a layer, for gradient checkpointing.
-            if issubclass(cls, base) and inspect.unwrap(cls.forward) is inspect.unwrap(base.forward):
-                return base
+            if issubclass(cls, base):
+                own = _own_forward(cls)
+                # Not where somebody has put another function into the class of transformers.
+                return base if own is _own_forward(base) and own.__module__ == modeling.__name__ else None
     return None
+
+
+def _own_forward(cls: type):
+    """`cls.forward` without the wrapper that transformers puts around every layer's, for gradient checkpointing."""
+    function = cls.forward
+    while getattr(function, "__code__", None) and function.__code__.co_name == "forward_with_checkpointing":
+        function = function.__wrapped__
+    return function
 
 
 @functools.cache
 def _fused_class(base: type) -> type:
-    """A subclass of `base` that computes in fused steps; it can be pickled where `base` can."""
-    part = next(part for part in _PARTS if any(cls.__name__.endswith(part) for cls in base.__mro__))
-    mixin = {"Attention": _Attention, "EncoderLayer": _EncoderLayer, "DecoderLayer": _DecoderLayer}[part]
-    known = base.__module__.startswith("transformers.models.")
-    name = f"{_FUSED}{base.__name__}"
-    family = next(
-        cls.__module__.split(".")[2] for cls in base.__mro__ if cls.__module__.startswith("transformers.models.")
-    )
-    fields = {"dqkernels_base": base, "dqkernels_post": FAMILIES[family][1] == "post", "__doc__": base.__doc__}
-    # `__getattr__` below finds those of transformers again in another process; others stay where they were made.
-    return type(name, (mixin, base), fields | {"__module__": __name__ if known else base.__module__})
+    """A subclass of `base`, under its name (wrap policies look layers up by it), that computes in fused steps."""
+    mixin = {"Attention": _Attention, "EncoderLayer": _EncoderLayer, "DecoderLayer": _DecoderLayer}
+    for cls in base.__mro__:
+        for family, (prefix, order) in FAMILIES.items():
+            if cls.__module__ == f"transformers.models.{family}.modeling_{family}":
+                fields = {
+                    "dqkernels_base": base,
+                    "dqkernels_post": order == "post",
+                    # As the layers of each call their attention: a hook may look for it.
+                    "dqkernels_by_name": order == "pre",
+                    "__module__": base.__module__,
+                    "__qualname__": base.__qualname__,
+                    "__doc__": base.__doc__,
+                }
+                return type(base.__name__, (mixin[cls.__name__.removeprefix(prefix)], base), fields)
+    raise TypeError(f"{base.__name__} is not of {', '.join(FAMILIES)}")
 
 
-def __getattr__(name: str) -> type:
-    """`FusedBartAttention` and its like, for pickle."""
-    for family, (prefix, _) in FAMILIES.items():
-        if name in {f"{_FUSED}{prefix}{part}" for part in _PARTS}:
-            modeling = importlib.import_module(f"transformers.models.{family}.modeling_{family}")
-            return _fused_class(getattr(modeling, name.removeprefix(_FUSED)))
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def _empty(base: type) -> nn.Module:
+    """What pickle and copy fill: an instance of the fused class, which they cannot find by its name."""
+    cls = _fused_class(base)
+    return cls.__new__(cls)
 
 
-class _Attention:
+class _Fused:
+    """What all fused classes share: how they are pickled and copied."""
+
+    def __reduce_ex__(self, protocol):
+        _, _, *rest = super().__reduce_ex__(protocol)
+        return _empty, (type(self).dqkernels_base,), *rest
+
+
+class _Attention(_Fused):
     """Multi-head attention whose Q, K and V are one launch, and whose output takes the residual in its epilogue."""
 
     def forward(
@@ -159,10 +201,6 @@ class _Attention:
         Returns:
             [batch, queries, embed_dim] and the attention weights, if the implementation has any.
         """
-        if not steps.fusable(hidden_states, norm):
-            normed = hidden_states if norm is None else norm(hidden_states)
-            out, weights = super().forward(normed, key_value_states, past_key_values, attention_mask, **kwargs)
-            return _added(out, add, hidden_states, normed), weights
         cross = key_value_states is not None
         cache, filled = _cache(past_key_values, cross, self.layer_idx)
         if not cross:
@@ -194,7 +232,7 @@ class _Attention:
         return x.view(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
 
-class _Layer:
+class _Layer(_Fused):
     """A layer of blocks.
 
     Pre-norm: each is `x + f(norm(x))`. Post-norm: `norm(x) + f(norm(x))`, of the norm behind the block before it.
@@ -202,7 +240,7 @@ class _Layer:
 
     def _fusable(self, hidden_states: torch.Tensor) -> bool:
         dropping = self.training and (self.dropout > 0 or self.activation_dropout > 0)
-        return not dropping and steps.fusable(hidden_states, self.final_layer_norm)
+        return not dropping and not steps.under_autocast(hidden_states)
 
     def _norms(self, *norms: nn.Module) -> tuple[list[nn.Module | None], nn.Module | None, str]:
         """The norm before each block, the one behind the last, and what a block's output is added to."""
@@ -215,7 +253,9 @@ class _Layer:
             return attention(x, norm=norm, add=add, **kwargs)[0]
         # Who watches this attention sees what transformers would show: the input behind the norm, the output alone.
         normed = x if norm is None else norm(x)
-        return _added(attention(normed, **kwargs)[0], add, x, normed)
+        given = {"hidden_states": normed} if type(self).dqkernels_by_name else {}
+        out = attention(*([] if given else [normed]), **given, **kwargs)[0]
+        return (x if add == "input" else normed) + out
 
     def _feed_forward(self, x: torch.Tensor, norm: nn.Module | None, add: str) -> torch.Tensor:
         normed, (inner,) = steps.project(x, (self.fc1,), norm, self.activation_fn)
@@ -232,7 +272,7 @@ class _EncoderLayer(_Layer):
         if behind is not None:
             x = behind(x)
         if x.dtype == torch.float16:
-            # transformers asks first whether anything is infinite, which stops the host once per layer.
+            # BART's and Marian's ask first whether anything is infinite, which stops the host once per layer.
             limit = torch.finfo(torch.float16).max - 1000
             x = x.clamp(-limit, limit)
         return x
@@ -267,10 +307,6 @@ class _DecoderLayer(_Layer):
             x = self._attend(self.encoder_attn, x, before[1], add, **given, **kwargs)
         x = self._feed_forward(x, before[-1], add)
         return x if behind is None else behind(x)
-
-
-def _added(out: torch.Tensor, add: str | None, x: torch.Tensor, normed: torch.Tensor) -> torch.Tensor:
-    return out if add is None else (x if add == "input" else normed) + out
 
 
 def _cache(cache: Any | None, cross: bool, layer: int) -> tuple[Any | None, bool]:

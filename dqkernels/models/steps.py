@@ -1,34 +1,31 @@
 """Steps of a transformer block on packed linears: a norm, projections of one input, a projection onto a residual.
 
-A step that cannot be one launch is made of calls of the modules it consists of, so that hooks and float layers work.
+A step that cannot be one launch is made of calls of the modules it consists of, so that hooks, gradients and float
+layers work. Each step decides for itself: what is frozen in one may be trained in the next.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
 
 from dqkernels import fused, ops
 
-#: Activation modules of transformers (by class name) -> epilogues. Its GELU is the erf form.
-_EPILOGUES = {"GELUActivation": "gelu", "ReLU": "relu"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether somebody watches calls of this module."""
-    return any(getattr(module, name) for name in _HOOKS)
+    """Whether calls of this module are watched or replaced: hooks, or a `forward` on the instance (as accelerate's)."""
+    return any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__ or _has_any_global_hook()
 
 
-def fusable(x: torch.Tensor, norm: nn.Module | None = None) -> bool:
-    """Whether fused steps may run on `x`: they have no gradients, and autocast wants a type of its own for norms."""
-    if torch.is_autocast_enabled(x.device.type):
-        return False
-    if not torch.is_grad_enabled():
-        return True
-    return not (x.requires_grad or (norm is not None and any(p.requires_grad for p in norm.parameters())))
+def under_autocast(x: torch.Tensor) -> bool:
+    """Whether autocast chooses types for operations on `x`: it wants fp32 norms, and a type of its own for linears."""
+    kind = x.device.type
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def project(
@@ -45,10 +42,9 @@ def project(
     Returns:
         norm(x) in x's dtype (x itself without a norm), and one [..., N] per linear.
     """
-    if norm is not None and not _plain_norm(norm):
+    if norm is not None and not plain_norm(norm):
         x, norm = norm(x), None
-    epilogue = "none" if activation is None or hooked(activation) else _EPILOGUES.get(type(activation).__name__)
-    if not _alike(linears):
+    if apart(linears) is not None or under_autocast(x) or _wants_gradient(x, norm, *linears):
         normed = x if norm is None else norm(x)
         found = [linear(normed) for linear in linears]
         return normed, found if activation is None else [activation(each) for each in found]
@@ -56,20 +52,21 @@ def project(
     lists = zip(*((*m.packed(), m.bias, m.out_features) for m in linears), strict=True)
     qweight, scale, mult, bias, sizes = (list(each) for each in lists)
     given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
+    inside = "none" if activation is None else epilogue(activation)
     found = fused.qlinear_multi(
         x, *given, qweight, scale, mult, bias, layer.bits, layer.four_level, layer.group_size, sizes,
-        layer.act_granularity, layer.act_clip, _act_scale(first), epilogue or "none", x.dtype,
+        layer.act_granularity, layer.act_clip, _act_scale(first), inside or "none", x.dtype,
         first.backend, first.strict,
     )  # fmt: skip
-    normed = x if norm is None else found.pop(0)
-    if activation is not None and epilogue in (None, "none"):
+    normed, found = (x, found) if norm is None else (found[0], list(found[1:]))
+    if inside is None:
         found = [activation(each) for each in found]
     return normed, found
 
 
 def project_onto(x: torch.Tensor, linear: nn.Module, base: torch.Tensor | None) -> torch.Tensor:
     """`base + linear(x)`, the sum in the epilogue: one rounding. base: [..., N] or None for nothing."""
-    if base is None or not packed(linear) or hooked(linear):
+    if base is None or apart((linear,)) is not None or under_autocast(x) or _wants_gradient(x, base, linear):
         out = linear(x)
         return out if base is None else base + out
     layer = linear.layer
@@ -79,30 +76,53 @@ def project_onto(x: torch.Tensor, linear: nn.Module, base: torch.Tensor | None) 
     )  # fmt: skip
 
 
+def epilogue(activation: nn.Module) -> str | None:
+    """The GEMM's epilogue that computes this module, or None. GELU of transformers is the erf form."""
+    kind = type(activation)
+    if hooked(activation):
+        return None
+    if kind is nn.ReLU:
+        return "relu"
+    known = kind.__module__ == "transformers.activations" and kind.__name__ == "GELUActivation"
+    return "gelu" if known or (kind is nn.GELU and activation.approximate == "none") else None
+
+
 def packed(linear: nn.Module) -> bool:
     """Whether this is a `QLinear`, or the layer of `train` that computes as one; not a subclass with its own ideas."""
     return type(linear).__name__ in ("QLinear", "QATLinear") and type(linear).__module__.startswith("dqkernels.")
+
+
+def apart(linears: Sequence[nn.Module]) -> str | None:
+    """Why these cannot share one launch, in words; None when they can."""
+    for linear in linears:
+        if not packed(linear):
+            return "one is not packed"
+        if hooked(linear):
+            return "one is watched"
+    if len(linears) > 1 and _act_scale(linears[0]) is not None:
+        return "static scales are measured, and stored, per linear"
+    formats = {(m.layer.bits, m.layer.four_level, m.layer.group_size) for m in linears}
+    inputs = {(m.layer.act_granularity, m.layer.act_clip, m.backend, m.strict) for m in linears}
+    if len(formats) > 1:
+        return "they are packed in different formats"
+    return None if len(inputs) == 1 else "they quantize their input in different ways"
+
+
+def plain_norm(norm: nn.Module) -> bool:
+    """Whether this is torch's LayerNorm with a weight, and nobody watches it."""
+    return type(norm) is nn.LayerNorm and norm.weight is not None and not hooked(norm)
 
 
 def _act_scale(linear: nn.Module) -> torch.Tensor | None:
     return getattr(linear, "act_scale", None)
 
 
-def _alike(linears: Sequence[nn.Module]) -> bool:
-    """Whether these can share one launch: packed in one format, read one quantized input, run on one backend."""
-    if not all(packed(linear) and not hooked(linear) for linear in linears):
-        return False
-    if len(linears) > 1 and _act_scale(linears[0]) is not None:
-        return False  # static scales are measured, and stored, per linear
-    facts = {
-        (
-            m.layer.bits, m.layer.four_level, m.layer.group_size, m.layer.act_granularity, m.layer.act_clip, m.backend,
-            m.strict,
-        )
-        for m in linears
-    }  # fmt: skip
-    return len(facts) == 1
+def _wants_gradient(*operands: torch.Tensor | nn.Module | None) -> bool:
+    """Fused steps have no gradients."""
+    return torch.is_grad_enabled() and any(t.requires_grad for each in operands for t in _tensors(each))
 
 
-def _plain_norm(norm: nn.Module) -> bool:
-    return type(norm) is nn.LayerNorm and norm.weight is not None and not hooked(norm)
+def _tensors(operand: torch.Tensor | nn.Module | None) -> Iterable[torch.Tensor]:
+    if isinstance(operand, nn.Module):
+        return operand.parameters()
+    return () if operand is None else (operand,)
