@@ -413,7 +413,7 @@ def collect(args) -> dict[str, Any]:
                 raise SystemExit(f"{path.name} was run with {other}, not {wanted}: runs of one table must agree")
             gap = None if found is teacher else difference(found["by_pair"], teacher["by_pair"])
             rest = {key: value for key, value in found.items() if key != "by_pair"}
-            runs.append({**rest, "gap_to_teacher": gap, "shows": row.shows})
+            runs.append({"task": row.task, **rest, "gap_to_teacher": gap, "shows": row.shows})
     return {"schema_version": VERSION, "runs": runs, "not_run": missing}
 
 

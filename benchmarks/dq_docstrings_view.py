@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import sys
 from pathlib import Path
@@ -93,41 +94,49 @@ def table(record: dict[str, Any], task: str) -> str:
 
 
 def tables(record: dict[str, Any]) -> str:
-    """Both tasks, those of which a teacher was run."""
+    """Both tasks: a table where the teacher was run, else the names of its rows."""
     ready = [task for task in TASKS if any(r["row"].endswith("teacher") for r in of_task(record, task)["runs"])]
-    return "\n\n".join(table(record, task) for task in ready)
+    shown = [table(record, task) for task in ready]
+    for task in TASKS:
+        if task not in ready:
+            names = ", ".join(dict.fromkeys(one["row"] for one in of_task(record, task)["not_run"]))
+            shown.append(f"Not run, as its teacher was not: {names}.")
+    return "\n\n".join(shown)
 
 
 def plot(record: dict[str, Any], path: Path) -> None:
-    """ROUGE-L against how much smaller the file is; bars are one standard deviation over seeds."""
+    """ROUGE-L against how much smaller the file is.
+
+    Bars: one standard deviation over seeds; of one seed, one standard error, over the pairs, of the gap to the teacher.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(figsize=(7.2, 4.6), dpi=150)
-    shown = set()
+    shown: set[str] = set()
+    lowest: dict[str, tuple[float, float]] = {}
     for row in rows_of(of_task(record, "docstrings")):
         if " lr " in row["row"]:  # the sweep is in the table
             continue
         key = family(row["row"])
         label, colour, marker = FAMILIES[key]
         axes.errorbar(
-            row["ratio"], row["rougeL"], yerr=row["spread"], color=colour, marker=marker, markersize=7,
-            linestyle="none", capsize=3, label=None if key in shown else label,
+            row["ratio"], row["rougeL"], yerr=row["spread"] or row["gap_error"], color=colour, marker=marker,
+            markersize=7, linestyle="none", capsize=3, label=None if key in shown else label, alpha=0.85,
         )  # fmt: skip
         shown.add(key)
         bits = "" if row["weight_bits"] == 16 else f"{row['weight_bits']} bit"
         layers = "" if (row["encoder_layers"], row["decoder_layers"]) == (3, 2) else (
             f" {row['encoder_layers']}-{row['decoder_layers']}"
         )  # fmt: skip
-        axes.annotate(
-            (bits + layers).strip(),
-            (row["ratio"], row["rougeL"]),
-            textcoords="offset points",
-            xytext=(6, 4),
-            fontsize=7,
-        )
+        name = (bits + layers).strip()
+        lowest[name] = min(lowest.get(name, (math.inf, 0.0)), (row["rougeL"], row["ratio"]))
+    # One label for the points of one width, which stand above each other.
+    for name, (y, x) in lowest.items():
+        axes.annotate(name, (x, y), textcoords="offset points", xytext=(8, -12), fontsize=8)
+    axes.set_xlim(1.7, 20)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
     axes.set_xlabel("times smaller than the fp32 teacher (bytes of the written file)")
