@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import backends, checks, gradients, ops
+from dqkernels import autocast, backends, checks, gradients, ops
 
 _LIB = torch.library.Library("dqkernels", "FRAGMENT")
 
@@ -132,6 +132,7 @@ def _(
 
 
 gradients.register(_LIB, SCHEMAS)
+autocast.shield(_LIB, SCHEMAS)
 
 #: `qlinear` of several packed weights on one input, after a LayerNorm where `norm_weight` is given: Q, K and V of a
 #: layer, K and V of a cross-attention, or a projection behind its norm, in one launch for few rows. x [..., K]; returns

@@ -57,6 +57,27 @@ def test_opcheck(width, mode):
         torch.library.opcheck(fused.qlinear_multi, args, where)
 
 
+@pytest.mark.parametrize("width", WIDTHS)
+def test_autocast_stays_outside(width, monkeypatch):
+    """Its steps are the backends' own functions, whose products of codes autocast would round."""
+    torch.manual_seed(0)
+    args, _ = call(torch.randn(20, K), (torch.rand(K), torch.randn(K), 1e-5), width, 3)
+    seen = []
+    inner = backends._module("eager").qgemm
+
+    def qgemm(*operands, **options):
+        seen.append(torch.is_autocast_enabled("cpu"))
+        return inner(*operands, **options)
+
+    monkeypatch.setattr(backends._module("eager"), "qgemm", qgemm)
+    wanted = fused.qlinear_multi(*args)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = fused.qlinear_multi(*args)
+    assert seen == [False] * 6
+    for a, b in zip(got, wanted, strict=True):
+        assert_same_bits(a, b)
+
+
 def test_compiles_whole():
     args, _ = call(torch.randn(4, K), (torch.rand(K), None, 1e-5), "W4 groups", 2)
     eager = fused.qlinear_multi(*args)

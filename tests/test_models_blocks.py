@@ -73,7 +73,7 @@ def test_sixteen_bits_stay_as_close_to_fp32(family, dtype):
     exact = outputs(blocks.unpatch(model).to(torch.float32)).logits
     far = [(each - exact).pow(2).mean().sqrt() for each in (plain, fused)]
     assert far[1] <= 1.5 * far[0] and far[0] > 0
-    assert fused.dtype == torch.float32 and torch.isfinite(fused).all()
+    assert torch.isfinite(fused).all()
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -254,10 +254,11 @@ def load_student():
 def student_note() -> str:
     """How the shipped student was made, from the record beside it."""
     made = json.loads((student_folder() / "recipe.json").read_text(encoding="utf-8"))
+    attention = ", int8 attention too" if made["quantization"]["attention"] == "int8" else ""
     return (
         f"{STUDENT}: the teacher's {made['encoder_layers']}+{made['decoder_layers']} layers at "
         f"{made['weight_bits']} bits, trained with distillation and quantization (preset "
-        f"{made['recipe']['preset']}, {made['steps']:,} steps of {made['batch']} pairs), int8 attention too."
+        f"{made['recipe']['preset']}, {made['steps']:,} steps of {made['batch']} pairs){attention}."
     )
 
 
