@@ -285,7 +285,7 @@ def test_rotation_while_training_keeps_the_best(tmp_path):
 
 
 def test_a_moved_run_finds_its_best_model(tmp_path):
-    """Nothing is left to train or save after the resume, so only the loading of the best one can notice."""
+    """transformers drops the path of before, with a warning; the next save finds the checkpoint by its step."""
     first = scored_run(tmp_path / "old")
     first.train()
     (tmp_path / "old").rename(tmp_path / "new")

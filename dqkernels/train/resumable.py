@@ -188,13 +188,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         checkpoints.load_weights(self.model if model is None else model, Path(resume_from_checkpoint))
 
     def _load_best_model(self) -> None:
-        best = Path(self.state.best_model_checkpoint)
-        moved = Path(self.args.output_dir) / best.name
-        if not best.is_dir() and moved.is_dir():  # the run's folder was moved, and the state has the path of before
-            best = moved
-            self.state.best_model_checkpoint = str(best)
-        logger.info("loading the best model, of %s (%s)", best, self.state.best_metric)
-        self._load_from_checkpoint(str(best))
+        logger.info("loading the best model, of %s (%s)", self.state.best_model_checkpoint, self.state.best_metric)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
