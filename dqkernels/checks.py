@@ -229,17 +229,23 @@ def check_attention_decode(
             )
     caches, capacity = k_cache.shape[0], k_cache.shape[2]
     _check_attention_sizes(q, capacity, mode, clip)
-    for name, tensor in (("lengths", lengths), ("source", source)):
-        if tensor is not None and (tensor.dtype != torch.int32 or tuple(tensor.shape) != (rows,)):
-            raise ValueError(f"{name} must be int32 [{rows}], got {tensor.dtype} {list(tensor.shape)}")
+    if lengths.dtype != torch.int32 or tuple(lengths.shape) != (rows,):
+        raise ValueError(f"lengths must be int32 [{rows}], got {lengths.dtype} {list(lengths.shape)}")
     if source is None and caches != rows:
         raise ValueError(f"source must name the cache of each row: q has {rows} rows, k_cache {caches} caches")
+    if source is not None and (source.dtype != torch.int32 or tuple(source.shape) not in ((rows,), (rows, capacity))):
+        raise ValueError(
+            f"source must be int32 [{rows}], or [{rows}, {capacity}] with a cache per key, "
+            f"got {source.dtype} {list(source.shape)}"
+        )
     # On a GPU a look at the values would wait for it; there a length counts as capacity at most.
     if lengths.device.type == "cpu" and rows and (int(lengths.min()) < 0 or int(lengths.max()) > capacity):
         raise ValueError(f"lengths must be in 0..{capacity}, got {int(lengths.min())}..{int(lengths.max())}")
     if source is not None and source.device.type == "cpu" and rows:
-        if int(source.min()) < 0 or int(source.max()) >= caches:
-            raise IndexError(f"source must be in 0..{caches - 1}, got {int(source.min())}..{int(source.max())}")
+        # Of a row of keys, what is not visible yet may hold anything.
+        named = source if source.dim() == 1 else source[torch.arange(capacity) < lengths.unsqueeze(1)]
+        if named.numel() and (int(named.min()) < 0 or int(named.max()) >= caches):
+            raise IndexError(f"source must be in 0..{caches - 1}, got {int(named.min())}..{int(named.max())}")
     check_bias(bias, (*q.shape[:3], capacity))
 
 

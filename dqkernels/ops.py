@@ -436,7 +436,7 @@ def _qattention_decode(
     backend="auto", strict=False,
 ):  # fmt: skip
     checks.check_attention_decode(q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, mode, clip)
-    facts = {"mode": mode, "head_dim": q.shape[-1]}
+    facts = {"mode": mode, "head_dim": q.shape[-1], "by_key": source is not None and source.dim() == 2}
     module = backends.choose("qattention_decode", q.device.type, backend, strict, **facts).module
     return module.qattention_decode(
         q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias,

@@ -83,7 +83,9 @@ def qattention_decode(
         k_scale, v_scale: fp32 [caches, heads, capacity], their scales (`per_tensor`: one number repeated); of V, what
             `value_scale` makes of them.
         lengths: int32 [rows], how many keys are visible; what lies behind them is never looked at.
-        source: int32 [rows], the cache that a row reads (beams of one source share one), or None: its own.
+        source: int32 [rows], the cache that a row reads (beams of one source share one); or [rows, capacity], the cache
+            in which its key of each position lies (beams that were reordered: a beam's past is spread over the caches
+            that its ancestors wrote; behind `lengths` it may hold anything); or None: its own.
         bias: float, broadcastable to [rows, heads, queries, capacity], or None.
         causal: query i of `queries` sees keys up to `lengths - queries + i`; else each sees all `lengths` keys.
         mode: of Q; `per_tensor` takes one scale over all rows.
@@ -93,7 +95,14 @@ def qattention_decode(
     """
     queries, capacity = q.shape[2], k_cache.shape[2]
     q8, q_scale, _ = qmath.quantize_activation(q.float() * softmax_scale, mode, clip)
-    if source is not None:
+    if source is not None and source.dim() == 2:
+        positions = torch.arange(capacity, device=q.device)
+        cache = torch.where(positions < lengths.unsqueeze(1), source, 0).long()
+        # [rows, capacity, heads, ...] by the two indices, heads back in front of the keys
+        k_cache, k_scale, v_cache, v_scale = (
+            t[cache, :, positions].transpose(1, 2) for t in (k_cache, k_scale, v_cache, v_scale)
+        )
+    elif source is not None:
         k_cache, k_scale, v_cache, v_scale = (t[source.long()] for t in (k_cache, k_scale, v_cache, v_scale))
     last = lengths.reshape(-1, 1, 1, 1).long().expand(-1, 1, queries, 1)
     if causal:

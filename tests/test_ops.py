@@ -234,6 +234,11 @@ def test_the_nearest_attention_is_taken():
     with pytest.raises(IndexError, match=r"source must be in 0..1, got 0..2"):
         case_decode(source=torch.tensor([0, 2], dtype=torch.int32))()
     assert case_decode(source=torch.tensor([1, 1], dtype=torch.int32))().any()
+    by_key = torch.tensor([[1, 7, 7, 7, 7], [0, 1, 1, 0, 1]], dtype=torch.int32)  # one key is visible, and five
+    assert case_decode(source=by_key)().any()
+    by_key[0, 0] = 2
+    with pytest.raises(IndexError, match=r"source must be in 0..1, got 0..2"):
+        case_decode(source=by_key)()
 
 
 ATTENTION = (None, None, False, 1.0)
@@ -388,6 +393,10 @@ REFUSED = {
     "decode, shared by whom": (
         case_decode(q=torch.randn(3, 3, 1, 8), lengths=torch.ones(3, dtype=torch.int32)),
         "source must name the cache of each row: q has 3 rows, k_cache 2 caches",
+    ),
+    "decode, a cache for some keys": (
+        case_decode(source=torch.zeros(2, 4, dtype=torch.int32)),
+        r"source must be int32 \[2\], or \[2, 5\] with a cache per key, got torch.int32 \[2, 4\]",
     ),
     "decode, static": (case_decode(mode="static"), "mode must be 'per_token' or 'per_tensor'"),
 }

@@ -423,6 +423,25 @@ def test_qattention_decode_reads_the_cache_of_its_source():
     assert not torch.equal(got, decode(q, [t[[0, 0, 1, 1]] for t in cache], lengths))
 
 
+def test_qattention_decode_finds_each_key_in_the_cache_of_its_own():
+    """Beams after reorderings: the past of a row lies in the caches of its ancestors, position by position."""
+    k, v = torch.randn(3, 2, 5, 8), torch.randn(3, 2, 5, 8)
+    q, lengths = torch.randn(4, 2, 1, 8), [5, 3, 0, 1]
+    cache = cache_of(k, v, 6)
+    source = torch.tensor([[2, 2, 0, 1, 1], [0, 1, 2, 0, 0], [0, 0, 0, 0, 0], [1, 0, 2, 2, 1]])
+    own = [torch.stack([x[source[r], :, range(5)].transpose(0, 1) for r in range(4)]) for x in (k, v)]
+    wanted = decode(q, cache_of(*own, 6), lengths)
+    rubbish = torch.cat((source, torch.full((4, 1), 99)), dim=1)
+    rubbish[1, 3:], rubbish[2], rubbish[3, 1:] = -7, 1 << 30, 99  # behind the lengths
+    got = decode(q, cache, lengths, rubbish.tolist())
+    assert_same_bits(got, wanted)
+    assert not torch.equal(got, decode(q, cache, lengths, source[:, 0].tolist()))
+    one = torch.tensor([1, 0, 2, 2], dtype=torch.int32)
+    assert_same_bits(
+        decode(q, cache, lengths, one.unsqueeze(1).expand(4, 6).tolist()), decode(q, cache, lengths, one.tolist())
+    )
+
+
 # --------------------------------------------------------------------------------------------------- embedding
 
 

@@ -38,8 +38,12 @@ def available(device_type: str) -> tuple[bool, str]:
 _GROUP_SIZES = (-1, 32, 64, 128)
 
 
-def supports(op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, **facts) -> str | None:
-    """Everything but heads of more than 128."""
+def supports(
+    op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, by_key: bool = False, **facts
+) -> str | None:
+    """Everything but heads of more than 128, and decoding with a cache per key."""
+    if by_key:
+        return f"has no {op} with a source per key"
     if head_dim > _MAX_HEAD_DIM:
         return f"has no {op} of head_dim={head_dim}, only up to {_MAX_HEAD_DIM}"
     if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
