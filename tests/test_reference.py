@@ -30,11 +30,10 @@ def int8(shape, low=-127, high=127, seed=0):
 # ----------------------------------------------------------------------------------------- integer products
 
 
-@pytest.fixture(params=["as it is here", "float32 and float64"])
+@pytest.fixture(params=["torch._int_mm", "float32"])
 def both_matmuls(request, monkeypatch):
-    """torch._int_mm where it is exact, and the float path that other machines take."""
-    if request.param != "as it is here":
-        monkeypatch.setattr(reference, "_cpu_int_mm_is_exact", lambda: False)
+    """torch._int_mm where it is exact, fast here or not, and the float path that other machines take."""
+    monkeypatch.setattr(reference, "_cpu_int_mm_is_fast", lambda: request.param == "torch._int_mm")
 
 
 @pytest.mark.parametrize("m, n, k, why", grids.GEMM_SHAPES, ids=lambda value: str(value).replace(" ", "_")[:20])
