@@ -4,8 +4,8 @@
     model.save_pretrained("folder")                               # packed, the tied table once
     model = AutoModelForSeq2SeqLM.from_pretrained("folder")       # equal bits, files checked first
 
-Hooks of `HfQuantizer` that did not change between transformers 5.0 and 5.23, and two things beside them that are
-the same in 5.17 and 5.23: `LOADING_ATTRIBUTES_CONFIG_TYPES` (fields of a `quantization_config=` that count for a
+Hooks of `HfQuantizer` that did not change between transformers 5.0 and 5.24, and two things beside them that are
+the same from 5.17 to 5.24: `LOADING_ATTRIBUTES_CONFIG_TYPES` (fields of a `quantization_config=` that count for a
 packed folder too) and `_adjust_missing_and_unexpected_keys` (what a file lacked, see `_watch_loading`).
 `dqkernels/__init__` imports this module when transformers loads its quantizers, so nothing here may need a
 finished `transformers`.
@@ -218,7 +218,7 @@ class DQHfQuantizer(HfQuantizer):
         if not self._watched:
             raise RuntimeError(
                 f"transformers {metadata.version('transformers')} no longer tells which tensors a checkpoint lacks: "
-                "dqkernels is made for transformers 5.17 to 5.23"
+                "dqkernels is made for transformers 5.17 to 5.24"
             )
         owners: dict[str, PackedModule] = {}
         for name, module in model.named_modules(remove_duplicate=False):

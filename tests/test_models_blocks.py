@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import io
 import pickle
+import warnings
 
 import pytest
 import torch
@@ -86,6 +88,75 @@ def test_generate_writes_the_same_tokens(family, beams, cache):
     plain = model.generate(**given, **options)
     fused = blocks.patch(model).generate(**given, **options)
     assert torch.equal(fused, plain) and plain.shape[1] > 3
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_no_old_name_is_used(family):
+    """The cache by the name of this transformers: fused, watched, and in layers that run as it wrote them."""
+    model = packed(family, "W8")
+    options = {"max_new_tokens": 6, "num_beams": 2, "do_sample": False, "input_ids": IDS}
+    plain = model.generate(**options)
+    blocks.patch(model)
+    autocast = functools.partial(torch.autocast, "cpu", torch.bfloat16)
+    ways = {"fused": contextlib.nullcontext, "watched": contextlib.nullcontext, "as written": autocast}
+    for way, context in ways.items():
+        if way == "watched":
+            model.get_decoder().layers[0].self_attn.register_forward_hook(lambda *_: None)
+        with warnings.catch_warnings(), context():
+            warnings.simplefilter("error", FutureWarning)
+            found = model.generate(**options)
+            if way == "as written":  # of 16 bits: other tokens
+                blocks.unpatch(model)
+                plain = model.generate(**options)
+        assert torch.equal(found, plain), way
+
+
+def test_the_old_name_is_taken():
+    """A caller of a layer may still say past_key_values, as to transformers' own, or give the cache by position."""
+    layer, x = blocks.patch(packed("bart", "W8")).get_decoder().layers[0], torch.randn(1, 3, 40)
+    found = []
+    for name in ("past_key_values", type(layer).dqkernels_cache, None):
+        cache = transformers.EncoderDecoderCache(transformers.DynamicCache(), transformers.DynamicCache())
+        with torch.no_grad():
+            found.append(layer(x, None, x, None, cache) if name is None else layer(x, None, x, **{name: cache}))
+        assert cache.self_attention_cache.get_seq_length() == 3 and cache.is_updated[0], name
+    assert all(torch.equal(each, found[0]) for each in found)
+
+
+@pytest.mark.parametrize(
+    "part, old, new",
+    [
+        ("DecoderLayer", "use_cache: bool | None = True", "use_cache: bool | None = True, memory: Any = None"),
+        ("Attention", "attention_mask: Any = None", "mask: Any = None"),
+        ("EncoderLayer", "hidden_states, attention_mask", "attention_mask, hidden_states"),
+    ],
+)
+def test_a_later_transformers_is_refused(monkeypatch, part, old, new):
+    """5.24 renamed a parameter of these forwards: the old code took it into **kwargs and wrote wrong tokens."""
+    bart = transformers.models.bart.modeling_bart
+    cls = getattr(bart, "Bart" + part)
+    kinds = {
+        "Attention": "self, hidden_states, key_value_states=None, cache=None, attention_mask: Any = None, **kwargs",
+        "EncoderLayer": "self, hidden_states, attention_mask, **kwargs",
+        "DecoderLayer": "self, hidden_states, attention_mask=None, encoder_hidden_states=None, "
+        "encoder_attention_mask=None, cache=None, use_cache: bool | None = True, **kwargs",
+    }
+    model = packed("bart")
+    before = classes(model)
+    assert old in kinds[part]
+    for text, known in ((kinds[part], True), (kinds[part].replace(old, new), False)):
+        space = {"Any": object, "__name__": bart.__name__}
+        exec(f"def forward({text}):\n    raise NotImplementedError", space)
+        monkeypatch.setattr(cls, "forward", space["forward"])
+        if known:
+            assert blocks._cache_name(cls)
+            continue
+        name = "memory" if part == "DecoderLayer" else "mask" if part == "Attention" else "these in this order"
+        told = rf"Bart{part}\.forward of transformers 5\S+ takes .*do not know {name}\."
+        with pytest.raises(ValueError, match=told) as e:
+            blocks.patch(model)
+        assert "made for transformers 5.17 to 5.23 and 5.24; quantize_ without patch works" in str(e.value)
+        assert classes(model) == before
 
 
 def test_a_decoder_alone_and_no_cache():

@@ -230,7 +230,8 @@ def test_caches_configs_and_files(family, decoder, tmp_path):
     assert torch.equal(ids, student.generate(IDS, attention_mask=MASK, use_cache=False, **arguments))
     step = student(input_ids=IDS, attention_mask=MASK, decoder_input_ids=ids, output_hidden_states=True)
     assert len(step.encoder_hidden_states) == 3 and len(step.decoder_hidden_states) == len(decoder) + 1
-    assert len(step.past_key_values.self_attention_cache.layers) == len(decoder)
+    cache = step["cache"] if "cache" in step else step.past_key_values  # its name from transformers 5.24 on, and before
+    assert len(cache.self_attention_cache.layers) == len(decoder)
 
     config = student.config
     if hasattr(config, "encoder_layers"):

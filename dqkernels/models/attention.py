@@ -29,7 +29,7 @@ logger = logging.getLogger("dqkernels")
 #: What `config._attn_implementation` says while attention is int8.
 NAME = "dqkernels_int8"
 #: `model_type` -> the class of its attention, in `transformers.models`: all of them hand q, k, v of as many heads to
-#: `ALL_ATTENTION_FUNCTIONS` (transformers 5.17 to 5.23), those of T5 with a position bias.
+#: `ALL_ATTENTION_FUNCTIONS` (transformers 5.17 to 5.24), those of T5 with a position bias.
 FAMILIES = {
     "bart": "BartAttention",
     "mbart": "MBartAttention",

@@ -13,8 +13,10 @@ dropout or autocast the whole layer runs as transformers wrote it.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 from collections.abc import Iterator
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -29,7 +31,18 @@ FAMILIES = {
     "marian": ("Marian", "post"),
     "pegasus": ("Pegasus", "pre"),
 }
-_PARTS = ("Attention", "EncoderLayer", "DecoderLayer")
+#: What the forwards that are replaced here take, and in which order; the cache under one of the names below. A further
+#: parameter would end in `**kwargs` and be ignored without a word: such a transformers is refused.
+_PARTS = {
+    "Attention": ("self", "hidden_states", "key_value_states", "<cache>", "attention_mask", "kwargs"),
+    "EncoderLayer": ("self", "hidden_states", "attention_mask", "kwargs"),
+    "DecoderLayer": (
+        "self", "hidden_states", "attention_mask", "encoder_hidden_states", "encoder_attention_mask", "<cache>",
+        "use_cache", "kwargs",
+    ),
+}  # fmt: skip
+#: Name of the cache in a forward -> the releases of transformers that give it that name.
+_CACHES = {"past_key_values": "5.17 to 5.23", "cache": "5.24"}
 
 
 def patch(model: nn.Module) -> nn.Module:
@@ -43,7 +56,8 @@ def patch(model: nn.Module) -> nn.Module:
         `model` itself.
 
     Raises:
-        ValueError: if it has no attention of these families.
+        ValueError: if it has no attention of these families, or a forward of theirs takes what fused blocks do not
+            know, as in a later transformers; nothing is changed then.
     """
     found = [(module, base) for module in model.modules() if (base := _base_of(module)) is not None]
     if not found:
@@ -51,6 +65,8 @@ def patch(model: nn.Module) -> nn.Module:
             f"{type(model).__name__} has no attention of {', '.join(FAMILIES)}, or a forward of its own: "
             "nothing to fuse. Its packed linears run as they are"
         )
+    for base in dict.fromkeys(base for _, base in found):
+        _cache_name(base)
     for module, _ in found:
         if not is_fused(module):
             module.__class__ = _fused_class(type(module))
@@ -142,6 +158,27 @@ def _own_forward(cls: type):
     return function
 
 
+def _cache_name(base: type) -> str:
+    """What `base`, a class of transformers, calls the cache in its forward.
+
+    Raises:
+        ValueError: if that forward has another parameter than these classes know, lacks one, or has them in another
+            order.
+    """
+    part = next(part for part in _PARTS if base.__name__.endswith(part))
+    found = tuple(inspect.signature(base.forward).parameters)
+    for name in _CACHES:
+        if found == tuple(name if each == "<cache>" else each for each in _PARTS[part]):
+            return name
+    known = {*_PARTS[part], *_CACHES}
+    strange = ", ".join(each for each in found if each not in known)
+    raise ValueError(
+        f"{base.__name__}.forward of transformers {metadata.version('transformers')} takes ({', '.join(found)}): fused "
+        f"blocks do not know {strange or 'these in this order'}. They are made for transformers "
+        f"{' and '.join(_CACHES.values())}; quantize_ without patch works: the packed linears run as they are"
+    )
+
+
 @functools.cache
 def _fused_class(base: type) -> type:
     """A subclass of `base`, under its name (wrap policies look layers up by it), that computes in fused steps."""
@@ -154,6 +191,7 @@ def _fused_class(base: type) -> type:
                     "dqkernels_post": order == "post",
                     # As the layers of each call their attention: a hook may look for it.
                     "dqkernels_by_name": order == "pre",
+                    "dqkernels_cache": _cache_name(cls),
                     "__module__": base.__module__,
                     "__qualname__": base.__qualname__,
                     "__doc__": base.__doc__,
@@ -183,7 +221,7 @@ class _Attention(_Fused):
         self,
         hidden_states: torch.Tensor,
         key_value_states: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
+        past: Any | None = None,
         attention_mask: torch.Tensor | None = None,
         *,
         norm: nn.LayerNorm | None = None,
@@ -195,6 +233,7 @@ class _Attention(_Fused):
         Args:
             hidden_states: [batch, queries, embed_dim], before `norm`.
             key_value_states: of cross-attention, [batch, keys, embed_dim].
+            past: the cache, by position; by keyword under the name that this transformers gives it.
             norm: a LayerNorm of the input; None: the input as it is.
             add: what the output is added to: `input`, `normed` (the input behind `norm`), or None.
 
@@ -202,7 +241,8 @@ class _Attention(_Fused):
             [batch, queries, embed_dim] and the attention weights, if the implementation has any.
         """
         cross = key_value_states is not None
-        cache, filled = _cache(past_key_values, cross, self.layer_idx)
+        past = _take_cache(self, past, kwargs)
+        cache, filled = _cache(past, cross, self.layer_idx)
         if not cross:
             normed, (query, key, value) = steps.project(hidden_states, (self.q_proj, self.k_proj, self.v_proj), norm)
         else:
@@ -215,9 +255,10 @@ class _Attention(_Fused):
         else:
             key, value = self._heads(key), self._heads(value)
             if cache is not None:
-                key, value = cache.update(key, value, self.layer_idx)
-                if cross and cache is not past_key_values:
-                    past_key_values.is_updated[self.layer_idx] = True
+                more = {"kwargs": kwargs} if type(self).dqkernels_cache == "cache" else {}  # of a paged cache
+                key, value = cache.update(key, value, self.layer_idx, **more)
+                if cross and cache is not past:
+                    past.is_updated[self.layer_idx] = True
         attend = _attention_function(self)
         dropout = self.dropout if self.training else 0.0
         out, weights = attend(
@@ -285,28 +326,40 @@ class _DecoderLayer(_Layer):
         attention_mask: torch.Tensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
-        past_key_values: Any | None = None,
+        past: Any | None = None,
         use_cache: bool | None = True,
         **kwargs: Any,
     ):
+        cache = {type(self).dqkernels_cache: _take_cache(self, past, kwargs)}
         if not self._fusable(hidden_states):
             source = {
                 "encoder_hidden_states": encoder_hidden_states,
                 "encoder_attention_mask": encoder_attention_mask,
-                "past_key_values": past_key_values,
                 "use_cache": use_cache,
+                **cache,
             }
             return super().forward(hidden_states, attention_mask, **source, **kwargs)
         cross = encoder_hidden_states is not None
         norms = [self.self_attn_layer_norm, *([self.encoder_attn_layer_norm] if cross else []), self.final_layer_norm]
         before, behind, add = self._norms(*norms)
-        kwargs["past_key_values"] = past_key_values
+        kwargs |= cache
         x = self._attend(self.self_attn, hidden_states, before[0], add, attention_mask=attention_mask, **kwargs)
         if cross:
             given = {"key_value_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
             x = self._attend(self.encoder_attn, x, before[1], add, **given, **kwargs)
         x = self._feed_forward(x, before[-1], add)
         return x if behind is None else behind(x)
+
+
+def _take_cache(module: nn.Module, past: Any | None, kwargs: dict[str, Any]) -> Any | None:
+    """The cache out of a forward's keywords, or `past` by position. The old name is taken too, as transformers does.
+
+    What is called `cache` in the keywords of a transformers of the old name is another thing, and stays there.
+    """
+    for name in dict.fromkeys((type(module).dqkernels_cache, "past_key_values")):
+        found = kwargs.pop(name, None)
+        past = found if past is None else past
+    return past
 
 
 def _cache(cache: Any | None, cross: bool, layer: int) -> tuple[Any | None, bool]:

@@ -4,7 +4,7 @@ The order of the examples is a function of (seed, epoch) alone, never of the glo
 this process has seen. Checkpoints are those of `dqkernels.train.checkpoints`, without pickle. A run that was killed and
 resumed takes the steps that the uninterrupted one would have taken, bit for bit on a CPU.
 
-It overrides methods of `Trainer` that exist alike in transformers 5.17 and 5.23; `HOOKS` names them, and the class
+It overrides methods of `Trainer` that exist alike in transformers 5.17 to 5.24; `HOOKS` names them, and the class
 refuses to work where one is gone.
 """
 

@@ -385,7 +385,7 @@ def _set_depths(student, depths: dict[str, int]) -> None:
         each.num_decoder_layers = depths["decoder"]
     if depths["decoder"] != depths["encoder"]:
         # `generate` sizes its caches by num_layers, which is the encoder's, unless it finds this name: with a deeper
-        # decoder than encoder plain T5 ends in an IndexError there (transformers 5.17 to 5.23).
+        # decoder than encoder plain T5 ends in an IndexError there (transformers 5.17 to 5.24).
         config.decoder_layers = depths["decoder"]
 
 

@@ -56,7 +56,7 @@ class DistillationTrainer(ResumableTrainer):
             label_smoothing_factor (use `KDConfig(label_smoothing=)`), compute_loss_func, and as `ResumableTrainer`.
     """
 
-    loss_is_scaled_for_ga = True  # transformers 5.23; 5.17 asks model_accepts_loss_kwargs, set below
+    loss_is_scaled_for_ga = True  # transformers 5.23 and 5.24; 5.17 asks model_accepts_loss_kwargs, set below
 
     def __init__(
         self,
