@@ -215,18 +215,7 @@ def check_attention_decode(
     if q.dim() != 4:
         raise ValueError(f"q must be [rows, heads, queries, head_dim], got {list(q.shape)}")
     rows, heads, queries, head_dim = q.shape
-    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
-        if cache.dtype != torch.int8 or cache.dim() != 4 or (cache.shape[1], cache.shape[3]) != (heads, head_dim):
-            raise ValueError(
-                f"{name}_cache must be int8 [caches, {heads}, capacity, {head_dim}], "
-                f"got {cache.dtype} {list(cache.shape)}"
-            )
-        if cache.shape != k_cache.shape:
-            raise ValueError(f"k_cache and v_cache differ: {list(k_cache.shape)}, {list(v_cache.shape)}")
-        if scale.dtype != torch.float32 or scale.shape != cache.shape[:3]:
-            raise ValueError(
-                f"{name}_scale must be float32 {list(cache.shape[:3])}, got {scale.dtype} {list(scale.shape)}"
-            )
+    _check_caches(heads, head_dim, k_cache, k_scale, v_cache, v_scale)
     caches, capacity = k_cache.shape[0], k_cache.shape[2]
     _check_attention_sizes(q, capacity, mode, clip)
     if lengths.dtype != torch.int32 or tuple(lengths.shape) != (rows,):
@@ -247,6 +236,73 @@ def check_attention_decode(
         if named.numel() and (int(named.min()) < 0 or int(named.max()) >= caches):
             raise IndexError(f"source must be in 0..{caches - 1}, got {int(named.min())}..{int(named.max())}")
     check_bias(bias, (*q.shape[:3], capacity))
+
+
+def _check_caches(
+    heads: int,
+    head_dim: int,
+    k_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_cache: torch.Tensor,
+    v_scale: torch.Tensor,
+) -> None:
+    for name, cache, scale in (("k", k_cache, k_scale), ("v", v_cache, v_scale)):
+        if cache.dtype != torch.int8 or cache.dim() != 4 or (cache.shape[1], cache.shape[3]) != (heads, head_dim):
+            raise ValueError(
+                f"{name}_cache must be int8 [caches, {heads}, capacity, {head_dim}], "
+                f"got {cache.dtype} {list(cache.shape)}"
+            )
+        if cache.shape != k_cache.shape:
+            raise ValueError(f"k_cache and v_cache differ: {list(k_cache.shape)}, {list(v_cache.shape)}")
+        if scale.dtype != torch.float32 or scale.shape != cache.shape[:3]:
+            raise ValueError(
+                f"{name}_scale must be float32 {list(cache.shape[:3])}, got {scale.dtype} {list(scale.shape)}"
+            )
+
+
+def check_cache_write(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_cache: torch.Tensor,
+    v_scale: torch.Tensor,
+    position: torch.Tensor | None,
+    act_mode: str,
+    clip: float | None,
+) -> None:
+    for name, x in (("k", k), ("v", v)):
+        check_float(name, x)
+        if x.dim() != 4:
+            raise ValueError(f"{name} must be [rows, heads, tokens, head_dim], got {list(x.shape)}")
+    if k.shape != v.shape or k.dtype != v.dtype:
+        raise ValueError(f"k and v differ: {k.dtype} {list(k.shape)}, {v.dtype} {list(v.shape)}")
+    rows, heads, tokens, head_dim = k.shape
+    _check_caches(heads, head_dim, k_cache, k_scale, v_cache, v_scale)
+    caches, capacity = k_cache.shape[0], k_cache.shape[2]
+    _check_attention_sizes(k, capacity, act_mode, clip, "act_mode")
+    for name, tensor in (("k_cache", k_cache), ("k_scale", k_scale), ("v_cache", v_cache), ("v_scale", v_scale)):
+        if not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, it is written in place: got strides {list(tensor.stride())}")
+    if caches < rows or capacity < tokens:
+        raise ValueError(
+            f"k_cache must have a cache for each of {rows} rows and room for {tokens} tokens, got {list(k_cache.shape)}"
+        )
+    if position is None:
+        return
+    if act_mode == "per_tensor":
+        raise ValueError(
+            "act_mode='per_tensor' needs position=None: its one scale is that of all keys, and adding some changes it"
+        )
+    if position.dtype != torch.int32 or tuple(position.shape) != (rows,):
+        raise ValueError(f"position must be int32 [{rows}], got {position.dtype} {list(position.shape)}")
+    # On a GPU a look at the values would wait for it; there nothing is written outside.
+    if position.device.type == "cpu" and rows:
+        low, high, last = int(position.min()), int(position.max()), capacity - tokens
+        if low < 0 or high > last:
+            raise IndexError(
+                f"position must be in 0..{last} for {tokens} tokens in {capacity} places, got {low}..{high}"
+            )
 
 
 def check_attention_backward(
@@ -293,13 +349,13 @@ def check_attention_backward(
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
 
 
-def _check_attention_sizes(q: torch.Tensor, keys: int, mode: str, clip: float | None) -> None:
+def _check_attention_sizes(q: torch.Tensor, keys: int, mode: str, clip: float | None, name: str = "mode") -> None:
     if not 0 < q.shape[3] <= MAX_HEAD_DIM:
         raise ValueError(f"head_dim must be 1..{MAX_HEAD_DIM}, where q . k is exact in fp32, got {q.shape[3]}")
     if keys > qmath.MAX_K:
         raise ValueError(f"at most {qmath.MAX_K} keys keep the int32 sums exact, got {keys}")
     if mode not in ("per_token", "per_tensor"):
-        raise ValueError(f"mode must be 'per_token' or 'per_tensor', got {mode!r}")
+        raise ValueError(f"{name} must be 'per_token' or 'per_tensor', got {mode!r}")
     check_clip(clip)
 
 

@@ -17,6 +17,7 @@ from dqkernels.packing import unpack_bits as unpack_bits
 from dqkernels.reference_attention import qattention as qattention
 from dqkernels.reference_attention import qattention_backward as qattention_backward
 from dqkernels.reference_attention import qattention_decode as qattention_decode
+from dqkernels.reference_attention import quantize_into_cache as quantize_into_cache
 from dqkernels.reference_attention import value_scale as value_scale
 
 ACTIVATIONS = ("none", "relu", "gelu")

@@ -60,6 +60,48 @@ def value_scale(v8: torch.Tensor, v_scale: torch.Tensor) -> torch.Tensor:
     return torch.where((v8 == 0).all(dim=-1) & v_scale.isfinite(), 0.0, v_scale)
 
 
+def quantize_into_cache(
+    k: torch.Tensor,
+    v: torch.Tensor,
+    k_cache: torch.Tensor,
+    k_scale: torch.Tensor,
+    v_cache: torch.Tensor,
+    v_scale: torch.Tensor,
+    position: torch.Tensor | None,
+    *,
+    mode: str,
+    clip: float | None,
+    quantize: Callable = qmath.quantize_activation,
+) -> None:
+    """Quantizes new keys and values as `qattention` would, and writes them where `qattention_decode` reads.
+
+    Args:
+        k, v: [rows, heads, tokens, head_dim]; fp32, fp16 or bf16. Row r belongs to cache r.
+        k_cache, v_cache: int8 [caches, heads, capacity, head_dim], contiguous; written. There may be more caches than
+            rows.
+        k_scale, v_scale: fp32 [caches, heads, capacity], contiguous; written. A zero row of V gets 0 (`value_scale`).
+        position: int32 [rows], where the first token of each row goes; or None: to 0, and the tokens are all that the
+            caches will hold.
+        mode: `per_token`; or `per_tensor`, one scale for all of k and one for all of v, hence only without `position`:
+            `qattention` takes that scale over all keys there are, so each further token would change those of the
+            tokens before it, whose float values are gone.
+        quantize: `qmath.quantize_activation`, or a kernel that gives its bits.
+    """
+    rows, _, tokens, _ = k.shape
+    for x, cache, cache_scale, is_value in ((k, k_cache, k_scale, False), (v, v_cache, v_scale, True)):
+        codes, scale, _ = quantize(x, mode, clip)
+        if is_value:
+            scale = value_scale(codes, scale)
+        if position is None:
+            cache[:rows, :, :tokens] = codes
+            cache_scale[:rows, :, :tokens] = scale
+        else:
+            row = torch.arange(rows, device=x.device).unsqueeze(1)
+            at = position.long().unsqueeze(1) + torch.arange(tokens, device=x.device)
+            cache[row, :, at] = codes.transpose(1, 2)  # [rows, tokens, heads, ...] by the two indices
+            cache_scale[row, :, at] = scale.transpose(1, 2)
+
+
 def qattention_decode(
     q: torch.Tensor,
     k_cache: torch.Tensor,

@@ -31,6 +31,7 @@ OPS = (
     "gelu_quantize",
     "qattention",
     "qattention_decode",
+    "quantize_into_cache",
     "grad_input",
     "grad_weight",
     "qattention_backward",

@@ -18,6 +18,7 @@ qgemm = reference.qgemm
 grad_input = reference.grad_input
 grad_weight = reference.grad_weight
 qattention_backward = reference.qattention_backward
+quantize_into_cache = reference.quantize_into_cache
 
 
 def available(device_type: str) -> tuple[bool, str]:
