@@ -42,10 +42,18 @@ class Sample:
     rows: tuple[str, ...] = ()
 
     def run(self, backend: str) -> tuple[torch.Tensor, ...]:
-        from dqkernels import gradients, ops, straight_through
+        """The results; of an op that writes into operands, copies of them with what it wrote."""
+        from dqkernels import gradients, kv_cache, ops, straight_through
 
-        home = next(module for module in (ops, gradients, straight_through) if self.op in module.SCHEMAS)
-        results = getattr(home, self.op)(**self.operands, **self.facts, backend=backend)
+        home = next(module for module in (ops, gradients, straight_through, kv_cache) if self.op in module.SCHEMAS)
+        function, operands = getattr(home, self.op), dict(self.operands)
+        written = [a.name for a in function._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+        for name in written:
+            old = operands[name]
+            operands[name] = torch.empty(old.shape, dtype=old.dtype, device=old.device).copy_(old)
+        results = function(**operands, **self.facts, backend=backend)
+        if written:
+            return tuple(operands[name] for name in written)
         return results if isinstance(results, tuple) else (results,)
 
     def placed(self, place: Callable) -> Sample:
@@ -74,7 +82,7 @@ def packed(g, n, k, form):
 def samples(m: int, n: int, k: int, seed: int = 0, dtype: torch.dtype = torch.float16) -> list[Sample]:
     """Every op with M tokens, N outputs and K inputs; operands on the CPU."""
     g = torch.Generator().manual_seed(seed)
-    found = [*row_samples(g, m, k, dtype), *attention_samples(g, m, n, k, dtype)]
+    found = [*row_samples(g, m, k, dtype), *attention_samples(g, m, n, k, dtype), *cache_samples(g, m, k, dtype)]
     for form in FORMS:
         found += packed_samples(g, m, n, k, form, dtype)
     q, steps = torch.randint(-127, 128, (m, k), generator=g, dtype=torch.int8), torch.full((m,), 0.5)
@@ -198,6 +206,26 @@ def attention_samples(g, queries, keys, size, dtype):
              "source": torch.tensor([1, 0, 1], dtype=torch.int32), "bias": bias[:, :, :1].contiguous()}  # fmt: skip
     yield Sample("qattention_decode beams", "qattention_decode", beams | cache, facts | {"causal": False}, step,
                  (*rows, "source"))  # fmt: skip
+    behind = torch.arange(keys) >= own["lengths"].unsqueeze(1)
+    source = torch.randint(0, 2, (2, keys), generator=g).masked_fill(behind, 99).int()
+    yield Sample("qattention_decode by key", "qattention_decode", own | cache | {"source": source},
+                 facts | {"causal": True}, step, (*rows, "source"))  # fmt: skip
+
+
+def cache_samples(g, tokens, size, dtype):
+    """New keys and values for 3 rows of 2 heads, into caches of rubbish; a zero row among the values."""
+    head_dim, capacity = size % 97 % 64 + 1, tokens + 2
+    k, v = (normal(g, dtype, 3, tokens, 2, head_dim).transpose(1, 2) for _ in range(2))
+    v[1, 0, 0] = 0
+    operands = {"k": k, "v": v}
+    for name in ("k", "v"):
+        operands[f"{name}_cache"] = torch.randint(-128, 128, (3, 2, capacity, head_dim), generator=g).to(torch.int8)
+        operands[f"{name}_scale"] = torch.rand(3, 2, capacity, generator=g)
+    position = {"position": torch.tensor([0, 2, 1], dtype=torch.int32)}
+    name, rows = "quantize_into_cache", tuple(operands)
+    yield Sample(f"{name} per_token", name, operands | position, {"act_mode": "per_token", "clip": 2.5},
+                 rows=(*rows, "position"))  # fmt: skip
+    yield Sample(f"{name} per_tensor", name, operands | {"position": None}, {"act_mode": "per_tensor"})
 
 
 def attention_backward_sample(g, q, k, v, mask, bias):

@@ -341,10 +341,10 @@ def test_the_sanitizer_grid_names_every_op():
     import op_grid
     import torch
 
-    from dqkernels import gradients, ops, straight_through
+    from dqkernels import gradients, kv_cache, ops, straight_through
 
     named = {sample.name.split()[0] for sample in op_grid.samples(3, 5, 7)}
-    wanted = {*ops.SCHEMAS, *gradients.SCHEMAS, *straight_through.SCHEMAS}
+    wanted = {*ops.SCHEMAS, *gradients.SCHEMAS, *straight_through.SCHEMAS, *kv_cache.SCHEMAS}
     assert named | {"qgemm"} == wanted  # qgemm: the second half of qlinear
     one = torch.ones(4)
     assert op_grid.difference((one,), (one,), 0.0) is None

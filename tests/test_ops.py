@@ -104,6 +104,7 @@ def samples(op):
         for source, bias, rest in (
             (None, torch.randn(1, 3, 1, 5), (False, 0.35)),
             (torch.tensor([1, 1], dtype=torch.int32), None, (True, 0.35, "per_tensor", 2.5)),
+            (torch.tensor([[1, 0, 0, 1, 1], [0, 1, 0, 1, 0]], dtype=torch.int32), None, (True, 0.35)),
         ):
             yield (q, *decode_cache(2), torch.tensor([5, 2], dtype=torch.int32), source, bias, *rest), {}
         yield (q[:0], *decode_cache(0), torch.zeros(0, dtype=torch.int32), None, None, False, 0.35), {}

@@ -28,7 +28,12 @@ def on_triton(*command, **variables):
 
 
 @pytest.mark.parametrize(
-    "file, names, least", [("test_ops.py", "test_opcheck", 10), ("test_compile.py", "encoder_layer or gradients", 4)]
+    "file, names, least",
+    [
+        ("test_ops.py", "test_opcheck", 10),
+        ("test_compile.py", "encoder_layer or gradients", 4),
+        ("test_kv_cache.py", "opcheck or compiled or token_by_token", 3),
+    ],
 )
 def test_torch_takes_them(file, names, least):
     variables = {"TEST_OPCHECK_SAMPLES": "2"}

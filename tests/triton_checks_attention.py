@@ -257,6 +257,15 @@ def decode(q, cache, lengths, source=None, bias=None, causal=False, scale=None, 
     )
 
 
+def gathered(tensors, lengths, source):
+    """Of caches [caches, heads, capacity, ...] a copy for each row; `source` counts rows, or rows and keys."""
+    if not isinstance(source[0], list):
+        return [t[source] for t in tensors]
+    keys = np.arange(tensors[0].shape[2])
+    of_key = np.where(keys < np.asarray(lengths)[:, None], np.asarray(source), 0)
+    return [np.moveaxis(t[of_key, :, keys], 1, 2) for t in tensors]
+
+
 def assert_decode(q, cache, lengths, source=None, bias=None, causal=False, mode="per_token", clip=None):
     """One call equals the oracle within its bound."""
     got = decode(q, cache, lengths, source, bias, causal, None, mode, clip)
@@ -264,7 +273,9 @@ def assert_decode(q, cache, lengths, source=None, bias=None, causal=False, mode=
     capacity = cache[0].shape[2]
     assert got.dtype == q.dtype and got.shape == q.shape
     q8, qs = oracle_attention.quantize(wide(q) * np.float32(head_dim**-0.5), mode, clip)
-    k8, ks, v8, vs = (t.cpu().numpy()[list(range(rows) if source is None else source)] for t in cache)
+    k8, ks, v8, vs = gathered(
+        [t.cpu().numpy() for t in cache], lengths, list(range(rows)) if source is None else source
+    )
     last = np.asarray(lengths)[:, None] - (queries - 1 - np.arange(queries) if causal else np.zeros(queries, int))
     seen = np.arange(capacity) < last[:, None, :, None]
     seen = np.broadcast_to(seen, (rows, heads, queries, capacity))
@@ -306,6 +317,57 @@ def decode_beams(device):
             got = assert_decode(q, there, lengths, source, None, causal)
             alone = [t[source].contiguous() for t in there]
             assert_same(decode(q, alone, lengths, None, None, causal), got.cpu(), "each with a copy of its cache")
+
+
+def ancestors(g, rows, caches, capacity):
+    """A cache per key, as beams that were reordered have: runs of one cache, then of another."""
+    source = torch.randint(0, caches, (rows, capacity), generator=g)
+    for _ in range(4):
+        again = torch.rand(rows, capacity - 1, generator=g) < 0.4
+        source[:, 1:] = torch.where(again, source[:, :-1], source[:, 1:])
+    return source
+
+
+@check
+def decode_by_key(device):
+    """Every key of a row in a cache of its own: the bits of a gathered copy; rubbish behind the lengths, lost keys."""
+    g = torch.Generator().manual_seed(18)
+    for rows, caches, heads, queries, keys, head_dim, dtype, mode in (
+        (4, 4, 2, 1, 70, 48, torch.float32, "per_token"), (3, 5, 1, 3, 33, 64, torch.float16, "per_tensor"),
+        (2, 1, 2, 17, 40, 128, torch.bfloat16, "per_token"),
+    ):  # fmt: skip
+        capacity, causal = keys + 5, queries > 1
+        _, k, v = qkv(19, caches, heads, 1, keys, head_dim, device, dtype)
+        cache = cache_of(k, v, capacity, mode)
+        q = torch.randn(rows, heads, queries, head_dim, generator=g).to(dtype).to(device)
+        lengths = [keys, *torch.randint(0, keys + 1, (rows - 1,), generator=g).tolist()]
+        source = ancestors(g, rows, caches, capacity)
+        source = torch.where(torch.arange(capacity) < torch.tensor(lengths)[:, None], source, 1 << 30)
+        source[:, -1] = -5
+        bias = bias_of("heads", g, heads, queries, capacity, device)
+        got = assert_decode(q, cache, lengths, source.tolist(), bias, causal, mode)
+        alone = gathered([t.cpu().numpy() for t in cache], lengths, source.tolist())
+        alone = [torch.from_numpy(np.ascontiguousarray(t)).to(device) for t in alone]
+        assert_same(decode(q, alone, lengths, None, bias, causal, None, mode), got.cpu(), "a copy of each key")
+        for row, lost in ((0, caches), (1, -1)):
+            if not lengths[row]:
+                continue
+            at = lengths[row] - queries if causal else lengths[row] - 1  # under causal all queries but one see the next
+            at = max(at, 0)
+            wrong = source.clone()
+            wrong[row, at] = lost
+            spoilt = decode(q, cache, lengths, wrong.tolist(), bias, causal, None, mode)
+            others = [i for i in range(rows) if i != row]
+            assert_same(spoilt[others], got[others].cpu(), "its neighbours")
+            sees = [at < (lengths[row] - queries + 1 + i if causal else lengths[row]) for i in range(queries)]
+            assert spoilt[row].isnan().all(dim=-1).all(dim=0).tolist() == sees and any(sees)
+            spared = [i for i in range(queries) if not sees[i]]
+            assert_same(spoilt[row][:, spared], got[row][:, spared].cpu(), "queries that do not see it")
+    one = [1, 0, 1]
+    q, k, v = qkv(20, 3, 2, 1, 20, 32, device)
+    cache = [t[:2] for t in cache_of(k, v, 24)]
+    repeated = [[number] * 24 for number in one]
+    assert_same(decode(q, cache, [20, 3, 11], repeated), decode(q, cache, [20, 3, 11], one).cpu(), "one for all keys")
 
 
 @check

@@ -6,6 +6,7 @@ import triton_checks_attention_backward
 import triton_checks_backward
 import triton_checks_gemm
 import triton_checks_guard
+import triton_checks_kv_cache
 import triton_checks_packed
 import triton_checks_rows
 import triton_checks_weight
@@ -20,6 +21,7 @@ FILES = (
     triton_checks_attention,
     triton_checks_attention_backward,
     triton_checks_backward,
+    triton_checks_kv_cache,
     triton_checks_guard,
     triton_grid_ops,
 )

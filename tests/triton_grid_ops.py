@@ -333,7 +333,7 @@ DECODE = {
     "keys": KEYS,
     "spare": [0, 1, 9],  # of the capacity, behind the last key
     "head_dim": HEAD_DIMS,
-    "source": ["none", "beams", "one"],
+    "source": ["none", "beams", "one", "by key"],
     "lengths": ["full", "random", "empty"],
     "bias": attention.BIASES,
     "causal": [False, True],
@@ -355,6 +355,8 @@ def run_decode(case, device):
     source = None
     if case.source != "none":
         source = [draw.randrange(caches) if case.source == "beams" else caches - 1 for _ in range(case.rows)]
+    if case.source == "by key":
+        source = attention.ancestors(g, case.rows, caches, capacity).tolist()
     lengths = {"full": [keys] * case.rows, "random": [draw.randint(0, keys) for _ in range(case.rows)]}
     lengths = lengths.get(case.lengths, [0] + [keys] * (case.rows - 1))
     bias = attention.bias_of(case.bias, g, case.heads, case.queries, capacity, device)

@@ -9,7 +9,7 @@ import sys
 
 from triton_sass import compiled, counts
 
-from dqkernels.kernels import attention, attention_backward, attention_decode, tiles
+from dqkernels.kernels import attention, attention_backward, attention_decode, kv_cache, tiles
 
 
 def strided(name, kind, rows):
@@ -50,8 +50,8 @@ def attention_kernel(capability, dim, tile, causal=False, mask=None, bias=None, 
     return compiled(kernel, signature, constants, unaligned, tile.num_warps, tile.num_stages, capability)
 
 
-def decode_kernel(capability, dim, source, bias=False, dtype="*fp16"):
-    """head_dim equal to `dim`; a causal step, with or without shared caches."""
+def decode_kernel(capability, dim, source=None, bias=False, dtype="*fp16"):
+    """head_dim equal to `dim`; a causal step. source: None, "beams" that share caches, or "keys", a cache for each."""
     signature = {"q_ptr": dtype, "k_ptr": "*i8", "k_scale_ptr": "*fp32", "v_ptr": "*i8", "v_scale_ptr": "*fp32",
                  "lengths_ptr": "*i32", "out_ptr": dtype, "softmax_scale": "fp32", "clip": "fp32"}  # fmt: skip
     numbers = ("rows", "heads", "queries", "caches", "capacity", "head_dim", "stride_qb", "stride_qh", "stride_qt")
@@ -59,8 +59,8 @@ def decode_kernel(capability, dim, source, bias=False, dtype="*fp16"):
     if source:
         signature["source_ptr"] = "*i32"
     more, fixed = strided("bias_ptr", dtype if bias else None, True)
-    constants = fixed | {"CAUSAL": True, "EVEN_DIM": True, "DIM": dim, "SLOTS": attention_decode.SLOTS,
-                         "BLOCK_N": attention_decode.BLOCK_N, "USE_ASM": True}  # fmt: skip
+    constants = fixed | {"BY_KEY": source == "keys", "CAUSAL": True, "EVEN_DIM": True, "DIM": dim, "USE_ASM": True,
+                         "SLOTS": attention_decode.SLOTS, "BLOCK_N": attention_decode.BLOCK_N}  # fmt: skip
     unaligned = {"softmax_scale", "clip", "rows", "heads", "queries", "caches", "capacity", "stride_bb", "stride_bh"}
     return compiled(
         attention_decode._decode_kernel, signature | more, constants, unaligned | {"stride_bq"},
@@ -75,6 +75,19 @@ def quantize_kernel(capability, dim, transpose, per_tensor=False, dtype="*fp16")
     constants = {"TRANSPOSE": transpose, "DIM": dim, "BLOCK": 64}
     return compiled(
         attention._quantize_tokens_kernel, signature, constants, {"factor", "clip", "heads", "count"}, 4, 3, capability
+    )
+
+
+def write_kernel(capability, dim, position=True, dtype="*fp16"):
+    """K and V into their caches: one token at a position, or a whole cache under `per_tensor`."""
+    signature = dict.fromkeys(("k_ptr", "v_ptr"), dtype) | dict.fromkeys(("k_cache_ptr", "v_cache_ptr"), "*i8")
+    signature |= dict.fromkeys(("k_scale_ptr", "v_scale_ptr"), "*fp32") | {"clip": "fp32"}
+    signature |= {"position_ptr": "*i32"} if position else dict.fromkeys(("k_amax_bits_ptr", "v_amax_bits_ptr"), "*i32")
+    numbers = ("count", "heads", "tokens", "capacity", "head_dim")
+    signature |= dict.fromkeys((*numbers, *(f"stride_{x}{axis}" for x in "kv" for axis in "bht")), "i32")
+    constants = {"DIM": dim, "BLOCK": kv_cache.BLOCK}
+    return compiled(
+        kv_cache._write_kernel, signature, constants, {"clip", "count", "heads", "tokens", "capacity"}, 4, 3, capability
     )
 
 
@@ -145,9 +158,12 @@ def every_kernel(capabilities):
                     words = ["causal" if causal else "whole", f"mask-{mask}", f"bias-{bias}"]
                     name = f"attention sm_{capability} {dim} {'x'.join(map(str, tile))} {' '.join(words)}"
                     yield name, {"dim": dim, "tile": tile, **counts(kernel)}
-            for source in (False, True):
-                name = f"decode sm_{capability} {dim} {'beams' if source else 'own'}"
-                yield name, {"dim": dim, **counts(decode_kernel(capability, dim, source, bias=not source))}
+            for source in (None, "beams", "keys"):
+                name = f"decode sm_{capability} {dim} {source or 'own'}"
+                yield name, {"dim": dim, **counts(decode_kernel(capability, dim, source, bias=source != "beams"))}
+            for position in (True, False):
+                name = f"write sm_{capability} {dim} {'token' if position else 'all'}"
+                yield name, {"dim": dim, **counts(write_kernel(capability, dim, position))}
         yield from backward_kernels(capability)
         for transpose in (False, True):
             name = f"tokens sm_{capability} 64 {'transposed' if transpose else 'rows'}"

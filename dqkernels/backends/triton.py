@@ -38,12 +38,8 @@ def available(device_type: str) -> tuple[bool, str]:
 _GROUP_SIZES = (-1, 32, 64, 128)
 
 
-def supports(
-    op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, by_key: bool = False, **facts
-) -> str | None:
-    """Everything but heads of more than 128, and decoding with a cache per key."""
-    if by_key:
-        return f"has no {op} with a source per key"
+def supports(op: str, *, bits: int = 8, group_size: int = -1, head_dim: int = 1, **facts) -> str | None:
+    """Everything but heads of more than 128."""
     if head_dim > _MAX_HEAD_DIM:
         return f"has no {op} of head_dim={head_dim}, only up to {_MAX_HEAD_DIM}"
     if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
@@ -155,6 +151,13 @@ def qattention_decode(
     return _attention()[1].qattention_decode(
         q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, causal, softmax_scale, mode, clip
     )
+
+
+def quantize_into_cache(k, v, k_cache, k_scale, v_cache, v_scale, position, *, mode, clip):
+    """Codes and scales of new keys and values into their caches, as `reference.quantize_into_cache`."""
+    from dqkernels.kernels import kv_cache
+
+    kv_cache.quantize_into_cache(k, v, k_cache, k_scale, v_cache, v_scale, position, mode, clip)
 
 
 def qattention_backward(grad, q8, q_scale, k8, k_scale, v8, v_scale, mask, bias, q_passed, k_passed, v_passed, **facts):

@@ -1,7 +1,8 @@
 """Int8 attention in Triton, decode form: a few queries per sequence over K and V that stand quantized in a cache.
 
-Rows (beams) that read one cache are gathered into one program, so their source's K and V are read once; the
-arithmetic is that of attention.py, helper by helper, and gives the bits of its prefill.
+Rows (beams) that read one cache are gathered into one program, so their source's K and V are read once; rows whose
+keys lie each in a cache of its own (beams that were reordered) have a program per row. The arithmetic is that of
+attention.py, helper by helper, and gives the bits of its prefill.
 
 Importing this file imports Triton; nothing imports it when the package is imported.
 """
@@ -56,24 +57,39 @@ def _inside(keys, dims, EVEN_DIM: tl.constexpr):
 
 
 @triton.jit
-def _step(
-    q, q_scale, k_ptr, k_scale_ptr, v_scale_ptr, bias_rows, stride_bk, cols, end, length, head_dim,
-    EVEN_DIM: tl.constexpr, DIM: tl.constexpr, USE_ASM: tl.constexpr,
-):  # fmt: skip
-    """Scores [SLOTS, BLOCK_N], V scales and visibility of the keys `cols`; both passes call it."""
-    dims = tl.arange(0, DIM)
+def _places(source_row, caches, heads, head, capacity, cols, end):
+    """Where in the caches the keys `cols` lie, counted in keys from the pointers of `_step`, and which are there."""
     written = cols < end
+    if source_row is None:
+        return cols.to(tl.int64), written
+    else:
+        cache = tl.load(source_row + cols, mask=written, other=0)
+        there = written & (cache >= 0) & (cache < caches)
+        return (cache.to(tl.int64) * heads + head) * capacity + cols, there
+
+
+@triton.jit
+def _step(
+    q, q_scale, k_ptr, k_scale_ptr, v_scale_ptr, source_row, bias_rows, stride_bk, cols, end, length, caches, heads,
+    head, capacity, head_dim, EVEN_DIM: tl.constexpr, DIM: tl.constexpr, USE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Scores [SLOTS, BLOCK_N], V scales, visibility and places of the keys `cols`; both passes call it."""
+    dims = tl.arange(0, DIM)
+    at, there = _places(source_row, caches, heads, head, capacity, cols, end)
+    lost = 0.0
+    if source_row is not None:
+        lost = float("nan")  # a key in no cache spoils the queries that see it
     seen = cols[None, :] < length[:, None]
     bias = None
     if bias_rows is not None:
         bias = tl.load(bias_rows[:, None] + cols.to(tl.int64)[None, :] * stride_bk, mask=seen, other=0.0).to(tl.float32)
-    inside = _inside(written[None, :], (dims < head_dim)[:, None], EVEN_DIM)
-    k = tl.load(k_ptr + cols.to(tl.int64)[None, :] * head_dim + dims[:, None], mask=inside, other=0)
-    k_scale = tl.load(k_scale_ptr + cols, mask=written, other=0.0)
-    v_scale = tl.load(v_scale_ptr + cols, mask=written, other=0.0)
+    inside = _inside(there[None, :], (dims < head_dim)[:, None], EVEN_DIM)
+    k = tl.load(k_ptr + at[None, :] * head_dim + dims[:, None], mask=inside, other=0)
+    k_scale = tl.load(k_scale_ptr + at, mask=there, other=lost)
+    v_scale = tl.load(v_scale_ptr + at, mask=there, other=0.0)
     dots = tl.dot(q, k, out_dtype=tl.int32)
     seen = _beside(seen, dots)
-    return _scores(dots, q_scale, k_scale, bias, seen, USE_ASM), v_scale, seen
+    return _scores(dots, q_scale, k_scale, bias, seen, USE_ASM), v_scale, seen, at, there
 
 
 @triton.jit
@@ -84,7 +100,7 @@ def _decode_kernel(
     v_ptr,  # int8, as k_ptr
     v_scale_ptr,  # fp32, as k_scale_ptr
     lengths_ptr,  # int32 [rows]
-    source_ptr,  # int32 [rows], or None: row r reads cache r
+    source_ptr,  # int32 [rows], or None: row r reads cache r; [rows, capacity] contiguous where BY_KEY
     bias_ptr,  # float [rows, heads, queries, capacity] by strides, or None
     amax_bits_ptr,  # int32 [1] for per_tensor, else None
     out_ptr,  # float [rows, heads, queries, head_dim] contiguous
@@ -103,6 +119,7 @@ def _decode_kernel(
     stride_bh,
     stride_bq,
     stride_bk,
+    BY_KEY: tl.constexpr,  # key j of row r is that of cache source[r, j]
     CAUSAL: tl.constexpr,
     EVEN_DIM: tl.constexpr,  # head_dim is DIM
     DIM: tl.constexpr,
@@ -113,7 +130,9 @@ def _decode_kernel(
     """All rows that read one cache, for one head. The first such row's program does the work, the others' none."""
     row = tl.program_id(0) // heads
     head = tl.program_id(0) % heads
-    if source_ptr is not None:
+    SHARED: tl.constexpr = source_ptr is not None and not BY_KEY
+    source_row = None
+    if SHARED:
         wanted = tl.load(source_ptr + row)
         first = rows
         count = 0
@@ -130,16 +149,19 @@ def _decode_kernel(
 
     dims = tl.arange(0, DIM)
     block = tl.arange(0, BLOCK_N)
-    plane = (cache.to(tl.int64) * heads + head) * capacity
-    k_ptr += plane * head_dim
-    v_ptr += plane * head_dim
-    k_scale_ptr += plane
-    v_scale_ptr += plane
+    if BY_KEY:
+        source_row = source_ptr + row.to(tl.int64) * capacity
+    else:
+        plane = (cache.to(tl.int64) * heads + head) * capacity
+        k_ptr += plane * head_dim
+        v_ptr += plane * head_dim
+        k_scale_ptr += plane
+        v_scale_ptr += plane
     for group in range(0, count * queries, SLOTS):
         slot = group + tl.arange(0, SLOTS)
         used = slot < count * queries
         query = slot % queries
-        if source_ptr is not None:
+        if SHARED:
             # The slot's row is the (slot // queries)-th of the mates.
             slot_row = tl.zeros([SLOTS], tl.int32)
             before = 0
@@ -167,9 +189,9 @@ def _decode_kernel(
         top = tl.full([SLOTS], float("-inf"), tl.float32)
         v_max = tl.zeros([SLOTS], tl.float32)
         for start in range(0, end, BLOCK_N):
-            s, v_scale, seen = _step(
-                q, q_scale, k_ptr, k_scale_ptr, v_scale_ptr, bias_rows, stride_bk, start + block, end, length, head_dim,
-                EVEN_DIM, DIM, USE_ASM,
+            s, v_scale, seen, _, _ = _step(
+                q, q_scale, k_ptr, k_scale_ptr, v_scale_ptr, source_row, bias_rows, stride_bk, start + block, end,
+                length, caches, heads, head, capacity, head_dim, EVEN_DIM, DIM, USE_ASM,
             )  # fmt: skip
             top, v_max = _update_top(top, v_max, s, v_scale, seen)
 
@@ -177,19 +199,18 @@ def _decode_kernel(
         weight = tl.zeros([SLOTS], tl.int32)
         total = tl.zeros([SLOTS, DIM], tl.int32)
         for start in range(0, end, BLOCK_N):
-            cols = start + block
-            s, v_scale, _ = _step(
-                q, q_scale, k_ptr, k_scale_ptr, v_scale_ptr, bias_rows, stride_bk, cols, end, length, head_dim,
-                EVEN_DIM, DIM, USE_ASM,
+            s, v_scale, _, at_key, there = _step(
+                q, q_scale, k_ptr, k_scale_ptr, v_scale_ptr, source_row, bias_rows, stride_bk, start + block, end,
+                length, caches, heads, head, capacity, head_dim, EVEN_DIM, DIM, USE_ASM,
             )  # fmt: skip
             e, c = _shares(s, shift, v_scale, v_inv, USE_ASM)
             weight += tl.sum(e, 1)
-            inside = _inside((cols < end)[:, None], (dims < head_dim)[None, :], EVEN_DIM)
-            v = tl.load(v_ptr + cols.to(tl.int64)[:, None] * head_dim + dims[None, :], mask=inside, other=0)
+            inside = _inside(there[:, None], (dims < head_dim)[None, :], EVEN_DIM)
+            v = tl.load(v_ptr + at_key[:, None] * head_dim + dims[None, :], mask=inside, other=0)
             total = tl.dot(c, v, total, out_dtype=tl.int32)
 
         out = _output(total, weight, top, v_max)
-        if source_ptr is not None:
+        if SHARED:
             out = tl.where(lost, float("nan"), out)
         out_rows = out_ptr + ((at * heads + head) * queries + query) * head_dim
         inside = used[:, None] & (dims < head_dim)[None, :]
@@ -215,8 +236,8 @@ def qattention_decode(
 ) -> torch.Tensor:
     """Attention [rows, heads, queries, head_dim] in q's dtype; arguments as in `reference.qattention_decode`.
 
-    A length above the capacity counts as the capacity; a row whose `source` is no cache becomes NaN. Caches and
-    scales that are not contiguous are copied.
+    A length above the capacity counts as the capacity; a row whose `source` is no cache becomes NaN, and so does a
+    query that sees a key whose `source` is none. Caches and scales that are not contiguous are copied.
 
     Raises:
         ValueError: for a head_dim above 128.
@@ -252,6 +273,7 @@ def qattention_decode(
             head_dim,
             *q.stride()[:3],
             *bias_strides,
+            BY_KEY=source is not None and source.dim() == 2,
             CAUSAL=causal,
             EVEN_DIM=head_dim == dim,
             DIM=dim,
