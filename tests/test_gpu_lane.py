@@ -419,5 +419,6 @@ def test_worth_comes_first_and_every_stage_can_be_reached():
     assert NAMES[:2] == ["build", "gpu tests"] and NAMES[-1] == "device-independent tests"
     benches = [name for name in NAMES if name.startswith("bench ")]
     assert benches == ["bench gemm", "bench linear", "bench kernels", "bench model", "bench train_step"]
-    assert NAMES[NAMES.index("bench gemm") - 1] == f"sanitizer {gpu_lane.SANITIZERS[-1]}"
+    assert NAMES[NAMES.index("bench gemm") - 1] == f"sanitizer {gpu_lane.SANITIZERS[0]}"
+    assert NAMES[NAMES.index("tune") - 1] == f"sanitizer {gpu_lane.SANITIZERS[-1]}"
     assert all(stage.least_s <= stage.most_s for stage in gpu_lane.stages())
