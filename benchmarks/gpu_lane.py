@@ -409,7 +409,7 @@ def write(lane: Lane, rows: list[dict], minutes: float) -> None:
     figures = [{"stage": f"bench {n}", **row} for n, f in lane.figures.items() for row in f["rows"]]
     made = record.new(
         "gpu_lane",
-        settings={"minutes": minutes, **{n: f["settings"] for n, f in lane.figures.items()}},
+        settings={"lane_s": round(60 * minutes, 1), **{n: f["settings"] for n, f in lane.figures.items()}},
         protocol={n: f["protocol"] for n, f in lane.figures.items()},
         rows=[*lane.head, *rows, *figures],
     )

@@ -99,6 +99,6 @@ def test_wrong_arguments():
 @pytest.mark.gpu
 def test_both_dtypes_on_a_gpu():
     made = train_step.run("cuda", (8,), seconds=5)
-    assert [row["dtype"] for row in made["rows"]] == ["float16", "float16", "bfloat16", "bfloat16"]
+    assert [row["dtype"] for row in made["rows"]] == ["fp16", "fp16", "bf16", "bf16"]
     assert all(row["status"] == "timed" and row["peak_bytes"] > 0 and row["tokens"] >= 8192 for row in made["rows"])
     assert protocol.pick_device("cuda").type == made["settings"]["device"]

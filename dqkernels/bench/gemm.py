@@ -227,6 +227,30 @@ def run(
     peak = shared.peak(device, probe)
     before = protocol.state(device)
     rows: list[dict] = []
+
+    def made() -> dict:
+        """The record of the cells so far."""
+        described = protocol.describe(device, seconds, ROUNDS, before)
+        described["floor"] = shared.floor_words(peak, _FLOOR_RULE)
+        described["proof"] = "ours bit-equal to the reference; float and int8 peers within a relative error of float64"
+        described["goals"] = gemm_goals.judged(rows if device.type == "cuda" else ())
+        return record.new(
+            "gemm",
+            settings={
+                "cells": [str(cell) for cell in cells],
+                "bits": list(bits),
+                "dtype": short(kind),
+                "device": device.type,
+                "backends": "the fast ones available" if names is None else names,
+                "act_granularity": "per_token",
+                "bias": True,
+                "quantizing_the_input": "inside the timed region",
+                "tune_peers": tune_peers,
+            },
+            protocol=described,
+            rows=rows,
+        )
+
     layer, key, deadline = None, None, time.perf_counter() + seconds
     with torch.inference_mode(), shared.on(device):
         for index, cell in enumerate(shared.progress("bench gemm", cells, str)):
@@ -240,26 +264,9 @@ def run(
                 key = (cell.n, cell.k, cell.group_size)
             share = min(left, max(left / (len(cells) - index), _CELL_S[device.type]))
             rows += measure(cell, layer, share, peak, absent)
-    described = protocol.describe(device, seconds, ROUNDS, before)
-    described["floor"] = shared.floor_words(peak, _FLOOR_RULE)
-    described["proof"] = "ours bit-equal to the reference; float and int8 peers within a relative error of float64"
-    described["goals"] = gemm_goals.judged(rows if device.type == "cuda" else ())
-    result = record.new(
-        "gemm",
-        settings={
-            "cells": [str(cell) for cell in cells],
-            "bits": list(bits),
-            "dtype": short(kind),
-            "device": device.type,
-            "backends": "the fast ones available" if names is None else names,
-            "act_granularity": "per_token",
-            "bias": True,
-            "quantizing_the_input": "inside the timed region",
-            "tune_peers": tune_peers,
-        },
-        protocol=described,
-        rows=rows,
-    )
+            if out is not None:  # after each cell: a peer may compile for longer than anybody waits
+                record.write(made(), out)
+    result = made()
     if out is not None:
         record.write(result, out)
     return result
