@@ -223,7 +223,9 @@ def _graph_sampler(calls: Sequence[CALL]) -> tuple[Callable[[], float], str]:
 
         timer = "cuda events (cannot be captured in a graph)"
 
-    def sample() -> float:
+    # `kept`: a graph replays addresses. What only the calls hold (an input cast for one candidate) must live as long;
+    # freed, it was unmapped by the next capture, and the replay faulted on a GPU.
+    def sample(kept: Sequence[CALL] = calls) -> float:
         before.record()
         run()
         after.record()
