@@ -1,0 +1,31 @@
+// Work shared among threads on a CPU: `parallel_for`. Which threads, and why, is in threads.cpp.
+#pragma once
+#include <cstdint>
+
+namespace dqk {
+
+// One of the tasks of a call; runs on any thread, with any other.
+using Task = void (*)(const void* context, int64_t index);
+
+// Runs task(context, 0) ... task(context, tasks - 1), each once, and returns when all have run. At most
+// `threads` threads take part, the caller's among them; with fewer than asked for (a busy pool, a process
+// that cannot make more) the rest of them do all the work. Never throws; may be called from several threads
+// at once, from inside a task, and in a process that was forked.
+void run_tasks(int64_t tasks, int32_t threads, Task task, const void* context);
+
+// The same for body(index). A task must not throw.
+template <typename Body>
+void parallel_for(int64_t tasks, int32_t threads, const Body& body) {
+    if (threads <= 1 || tasks <= 1) {
+        for (int64_t i = 0; i < tasks; ++i) body(i);
+        return;
+    }
+    run_tasks(
+        tasks, threads, [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); },
+        &body);
+}
+
+// Whose threads `run_tasks` borrows in this process: "OpenMP of the process" or "own pool".
+const char* thread_source();
+
+}  // namespace dqk
