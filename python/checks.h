@@ -2,6 +2,7 @@
 // (device, dtype, shape, stride) are in dqkernels/kernels/native.py, which still has the tensors.
 #pragma once
 #include <cstdint>
+#include <new>
 #include <stdexcept>
 #include <string>
 
@@ -14,6 +15,7 @@ namespace dqk::binding {
 inline void raise_unless_ok(Status status, const char* where) {
     if (status == Status::ok) return;
     const std::string text = std::string(where) + ": " + sentence(status);
+    if (status == Status::no_memory) throw std::bad_alloc();  // MemoryError
     if (status >= Status::cuda_no_driver) throw std::runtime_error(text);
     throw std::invalid_argument(text);
 }

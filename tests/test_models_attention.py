@@ -19,6 +19,7 @@ from torch import nn
 import dqkernels
 from dqkernels import DQConfig, ops
 from dqkernels.cli import main
+from dqkernels.kernels import native
 from dqkernels.models import attention
 
 INT8 = DQConfig(attention="int8")
@@ -300,15 +301,19 @@ def test_another_class_is_refused_by_name_and_left_alone(call, build, message):
         assert model.config._attn_implementation == before._attn_implementation
 
 
-def test_what_the_op_refuses_names_the_module():
+def test_what_the_op_refuses_names_the_module(monkeypatch):
     model = make("bart").double()
     attention.enable(model, DQConfig())
     with pytest.raises(ValueError, match=r"^model.encoder.layers.0.self_attn: q must be float32, float16 or bfloat16"):
         logits(model)
     model = make("bart")
     attention.enable(model, DQConfig(strict=True))
+    monkeypatch.setattr(dqkernels.backends, "ORDER", {"cpu": ("eager",)})  # a machine without a kernel
+    dqkernels.backends.refresh()
     with pytest.raises(dqkernels.backends.BackendError, match=r"^model.encoder.layers.0.self_attn: strict=True"):
         logits(model)
+    monkeypatch.undo()
+    dqkernels.backends.refresh()
 
 
 def test_a_model_that_was_not_prepared_is_refused_rather_than_guessed():
@@ -392,8 +397,10 @@ def test_the_report_tells_what_is_not_what_was_asked_for():
     in_float = logits(model)
     attention.enable(model, DQConfig(act_granularity="static", act_clip=2.5))
     report = dqkernels.report(model)
+    choice = dqkernels.backends.choose("qattention", "cpu", mode="per_token", head_dim=8)
+    assert choice.backend == ("eager" if native.native() is None else "cpu")
     assert report.attention == (
-        "int8 per_token (static has no scales for it), clip 2.5 on eager (cpu: has no qattention): "
+        f"int8 per_token (static has no scales for it), clip 2.5 on {choice.backend} ({choice.reason}): "
         "model.encoder.layers.0-1.self_attn, model.decoder.layers.0.self_attn, model.decoder.layers.0.encoder_attn"
     )
     assert "\nAttention: int8 per_token" in str(report) and report.to_dict()["attention"] == report.attention

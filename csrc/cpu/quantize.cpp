@@ -33,6 +33,8 @@ int32_t scalar_codes(const void* x, int64_t k, float inv, float clip, int8_t* q)
     return sum;
 }
 
+}  // namespace
+
 RowFunctions row_functions(DType dtype, Isa isa) {
 #if defined(__x86_64__)
     if (isa == Isa::avx512_vnni || isa == Isa::amx_int8) return avx512_row_functions(dtype);
@@ -41,8 +43,6 @@ RowFunctions row_functions(DType dtype, Isa isa) {
     (void)isa;
     return scalar_row_functions(dtype);
 }
-
-}  // namespace
 
 RowFunctions scalar_row_functions(DType dtype) {
     switch (dtype) {

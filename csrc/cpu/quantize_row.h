@@ -14,6 +14,9 @@ struct RowFunctions {
     int32_t (*codes)(const void* x, int64_t k, float inv, float clip, int8_t* q);
 };
 
+// Those of `isa`.
+RowFunctions row_functions(DType dtype, Isa isa);
+
 RowFunctions scalar_row_functions(DType dtype);
 
 #if defined(__x86_64__)

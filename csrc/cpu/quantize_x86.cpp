@@ -44,11 +44,11 @@ DQK_AVX2 uint32_t avx2_amax_bits(const void* x, int64_t k) {
     int64_t i = 0;
     for (; i + 8 <= k; i += 8)
         amax = _mm256_max_epu32(amax, _mm256_and_si256(_mm256_castps_si256(load8<kType>(x, i)), mask));
-    alignas(32) uint32_t lanes[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), amax);
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128(amax), _mm256_extracti128_si256(amax, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4E));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0xB1));
     const auto* row = static_cast<const typename Element<kType>::type*>(x);
-    uint32_t result = 0;
-    for (const uint32_t lane : lanes) result = lane > result ? lane : result;
+    auto result = static_cast<uint32_t>(_mm_cvtsi128_si32(four));
     for (; i < k; ++i) {
         const uint32_t bits = magnitude_bits(Element<kType>::widen(row[i]));
         result = bits > result ? bits : result;

@@ -6,7 +6,7 @@ import torch
 
 from dqkernels import qmath, reference
 from dqkernels.config import LayerConfig
-from dqkernels.kernels import native
+from dqkernels.kernels import cpu_attention, native
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -59,3 +59,22 @@ def quantize_by_step(
     """Codes by `qmath`, packed by the core."""
     quantized = qmath.quantize_by_step(weight, step, bits, quantizer, clip)
     return native.pack(quantized.codes, bits), quantized.scale
+
+
+def qattention(q, k, v, mask, bias, *, causal, softmax_scale, mode, clip):
+    """See `reference.qattention`; bits differ from it only where `exp` moves a code."""
+    return cpu_attention.qattention(q, k, v, mask, bias, causal, softmax_scale, mode, clip)
+
+
+def qattention_decode(
+    q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, *, causal, softmax_scale, mode, clip
+):
+    """See `reference.qattention_decode`; the bits of `qattention` over the same keys."""
+    return cpu_attention.qattention_decode(
+        q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, causal, softmax_scale, mode, clip
+    )
+
+
+def quantize_into_cache(k, v, k_cache, k_scale, v_cache, v_scale, position, *, mode, clip):
+    """See `reference.quantize_into_cache`; the same bits."""
+    cpu_attention.quantize_into_cache(k, v, k_cache, k_scale, v_cache, v_scale, position, mode, clip)

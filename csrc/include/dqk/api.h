@@ -8,7 +8,7 @@
 namespace dqk {
 
 // Raised whenever a signature below or the packed format changes; dqkernels/kernels/native.py holds its twin.
-constexpr int32_t kAbiVersion = 2;
+constexpr int32_t kAbiVersion = 3;
 
 // ---- CPU instruction sets ---------------------------------------------------------------------------------
 
@@ -58,6 +58,81 @@ Status quantize_rows(const QuantizeRows& args);
 // `act_scale`, if not null, is a device pointer read in place of args.act_scale: a layer's own tensor, so
 // that no call waits for the device.
 Status cuda_quantize_rows(const QuantizeRows& args, const float* act_scale, void* stream);
+
+// ---- attention on a CPU (docs/design.md, "Attention") -----------------------------------------------------
+
+// Elements [batch, heads, tokens, last]; a stride in elements is 0 where the operand is broadcast.
+struct Operand {
+    const void* data;  // nullptr: not given
+    DType dtype;
+    int64_t stride[4];
+};
+
+constexpr int64_t kMaxHeadDim = 1040;  // fp32 products of codes stay exact in the reference
+constexpr int64_t kMaxKeys = 131071;   // and int32 sums of shares in a kernel
+
+// What both forms share.
+struct AttentionSizes {
+    int64_t batch;  // of a cache: rows
+    int64_t heads;
+    int64_t queries;
+    int64_t keys;  // of a cache: its capacity
+    int64_t head_dim;
+    bool causal;  // query i sees keys up to keys - queries + i; of a cache, lengths[row] - queries + i
+    float softmax_scale;
+    ActMode mode;     // per_token or per_tensor
+    float clip;       // 0 = none
+    int32_t threads;  // that may take part
+};
+
+// Float q, k, v, quantized here.
+struct Attention {
+    AttentionSizes sizes;
+    Operand q, k, v;  // of one dtype; elements of a row adjacent
+    Operand mask;     // bool bytes [batch, heads, queries, keys], not 0 where a key is visible
+    Operand bias;     // [batch, heads, queries, keys]
+    void* out;        // [batch, heads, queries, head_dim] contiguous, of q's dtype
+};
+
+Status attention(const Attention& args);
+
+// Codes and scales of keys or values: int8 [caches, heads, capacity, head_dim] with elements of a row
+// adjacent, fp32 [caches, heads, capacity].
+struct Cache {
+    int8_t* codes;
+    int64_t stride[3];
+    float* scale;
+    int64_t scale_stride[3];
+};
+
+// Over codes in a cache.
+struct AttentionDecode {
+    AttentionSizes sizes;
+    Operand q;
+    int64_t caches;
+    Cache k, v;              // only read
+    const int32_t* lengths;  // [batch], visible keys of each row
+    const int32_t* source;   // [batch] or, with source_per_key, [batch, keys]; nullptr: row r reads cache r
+    bool source_per_key;     //
+    Operand bias;            //
+    void* out;               // as above
+};
+
+Status attention_decode(const AttentionDecode& args);
+
+// Writes the codes of new keys and values into a cache: row r's token t to place position[r] + t of cache r.
+struct CacheWrite {
+    Operand k, v;  // [batch, heads, tokens, head_dim] of one dtype; elements of a row adjacent
+    int64_t batch, heads, tokens, head_dim;
+    int64_t caches, capacity;
+    const int32_t* position;  // [batch]; nullptr: 0
+    ActMode mode;             // per_tensor: only without positions
+    float clip;
+    int32_t threads;
+    Cache k_cache, v_cache;
+};
+
+Status cache_write(const CacheWrite& args);
 
 // ---- the skinny GEMM: few tokens, packed weights ---------------------------------------------------------
 

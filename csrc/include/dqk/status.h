@@ -22,6 +22,9 @@ enum class Status : int32_t {
     bad_prologue,
     bad_plan,
     no_workspace,
+    bad_attention,
+    bad_keys,
+    no_memory,
     unknown_isa,
     unsupported_isa,
     cuda_no_driver,
@@ -74,6 +77,15 @@ constexpr const char* sentence(Status status) {
                    "the activations in 40 KiB of shared memory";
         case Status::no_workspace:
             return "a GEMM that is split over blocks needs its workspace and its counters";
+        case Status::bad_attention:
+            return "attention needs sizes >= 0, head_dim 1 to 1040, at most 131071 keys, strides >= 0 with "
+                   "elements "
+                   "of a row adjacent, and mode per_token or per_tensor";
+        case Status::bad_keys:
+            return "lengths and positions must lie inside the capacity, and source must name caches that "
+                   "exist";
+        case Status::no_memory:
+            return "no memory was left for the buffers of a kernel";
         case Status::unknown_isa:
             return "DQKERNELS_CPU must be one of scalar, avx2, avx_vnni, avx512_vnni, amx_int8, dotprod";
         case Status::unsupported_isa:
