@@ -241,7 +241,7 @@ class QLinear(PackedModule):
     # `input`, as nn.Linear and nn.Embedding call it: a call by keyword goes on working.
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         layer = self.layer
-        return ops.qlinear(
+        return ops.linear(
             input,
             self.qweight,
             self.weight_scale,

@@ -10,6 +10,7 @@
 #include "build_config.h"  // written by CMake: how this binary was compiled
 #include "checks.h"
 #include "cpu_attention.h"
+#include "cpu_gemm.h"
 #include "dqk/api.h"
 #include "dqk/format.h"
 #include "skinny.h"
@@ -128,6 +129,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("q_ptr"), py::arg("scale_ptr"), py::arg("sum_ptr"),
           "Float rows -> int8 codes, fp32 scales, int32 row sums.");
     dqk::binding::define_cpu_attention(m);
+    dqk::binding::define_cpu_gemm(m);
 #if DQK_BUILD_CUDA
     m.def("cuda_quantize_rows", &cuda_quantize_rows, no_gil(), py::arg("x_ptr"), py::arg("dtype"),
           py::arg("rows"), py::arg("k"), py::arg("row_stride"), py::arg("mode"), py::arg("clip"),

@@ -86,8 +86,7 @@ def test_qlinear_has_no_element_that_differs_from_the_oracle(case):
         got = ops.qlinear(
             x, qweight, torch.from_numpy(scale), multipliers, bias, residual, case.bits, case.four_level,
             case.group_size, case.n, case.mode, case.clip,
-            None if act_scale is None else torch.tensor([act_scale]), case.activation, case.dtype,
-            "auto" if backend == "cpu" else backend,
+            None if act_scale is None else torch.tensor([act_scale]), case.activation, case.dtype, backend,
         )  # fmt: skip
         assert got.dtype == case.dtype
         assert_equal(got, wanted, f"{backend} {case}", may_be_zero=case.m * case.n < 8)

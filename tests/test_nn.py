@@ -397,7 +397,10 @@ def test_repr_and_kernel_say_what_runs():
     assert packed.kernel().startswith("none (backend='cuda' cannot run qgemm on cpu")
     table = QEmbedding.from_embedding(nn.Embedding(24, 40), W4)
     assert repr(table) == "QEmbedding(24, 40, bits=4, absmax, per_channel)"
-    assert table.kernel().startswith("eager")
+    first = backends.choose("qembedding", "cpu")  # the core, where there is one
+    assert table.kernel() == f"{first.backend} ({first.reason})"
+    table.backend = "eager"
+    assert table.kernel() == "eager (forced by backend='eager')"
 
 
 def test_packed_bytes_counts_codes_scales_and_multipliers():

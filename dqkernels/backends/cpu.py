@@ -6,7 +6,7 @@ import torch
 
 from dqkernels import qmath, reference
 from dqkernels.config import LayerConfig
-from dqkernels.kernels import cpu_attention, native
+from dqkernels.kernels import cpu_attention, cpu_gemm, native
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -15,12 +15,108 @@ def available(device_type: str) -> tuple[bool, str]:
         return False, f"takes cpu tensors, not {device_type}"
     if native.native() is None:
         return False, native.why_absent()
-    return True, f"compiled core, {native.native().cpu_isa()}"
+    core = native.native()
+    isa, kernel = core.cpu_isa(), core.cpu_gemm_kernel()
+    return True, f"compiled core, {isa}" + ("" if kernel == isa else f" (its GEMM: {kernel})")
 
 
-def supports(op: str, **facts) -> str | None:
-    """The ops defined here take every option of the op table."""
+_GROUP_SIZES = (-1, 32, 64, 128)
+
+
+def supports(op: str, *, bits: int = 8, group_size: int = -1, norm: bool | None = None, **facts) -> str | None:
+    """Everything that the formats have; a LayerNorm before a GEMM is a step of its own."""
+    if op == "qlinear_multi" and norm is not None:
+        return "has no LayerNorm inside its GEMM"
+    if group_size not in _GROUP_SIZES or (group_size != -1 and bits == 8):
+        return f"has no {op} with group_size={group_size} at {bits} bits, only -1, and 32, 64 or 128 at 2 and 4 bits"
     return None
+
+
+def qgemm(
+    q,
+    act_scale,
+    row_sum,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    *,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    activation,
+    out_dtype,
+):
+    """See `reference.qgemm`; the same bits but for GELU. Needs no row sums."""
+    return cpu_gemm.gemm(
+        q,
+        [cpu_gemm.part(qweight, weight_scale, group_mult, bias, residual, out_features)],
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        act_scale=act_scale,
+    )[0]
+
+
+def qlinear(
+    x,
+    qweight,
+    weight_scale,
+    group_mult,
+    bias,
+    residual,
+    *,
+    bits,
+    four_level,
+    group_size,
+    out_features,
+    act_mode,
+    act_clip,
+    act_scale,
+    activation,
+    out_dtype,
+):
+    """Quantizes x [..., K], then `qgemm` -> [..., out_features], in one call of the core."""
+    return cpu_gemm.gemm(
+        x,
+        [cpu_gemm.part(qweight, weight_scale, group_mult, bias, residual, out_features)],
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        act_scale=act_scale,
+        mode=act_mode,
+        clip=act_clip,
+    )[0]
+
+
+def qlinear_multi(
+    x, norm, parts, *, bits, four_level, group_size, act_mode, act_clip, act_scale, activation, out_dtype
+):
+    """`qlinear` of each (qweight, weight_scale, group_mult, bias, out_features) on one x [..., K], quantized once. norm
+    is None."""
+    return cpu_gemm.gemm(
+        x,
+        [cpu_gemm.part(*part[:4], None, part[4]) for part in parts],
+        bits=bits,
+        four_level=four_level,
+        group_size=group_size,
+        activation=activation,
+        out_dtype=out_dtype,
+        act_scale=act_scale,
+        mode=act_mode,
+        clip=act_clip,
+    )
+
+
+def qembedding(ids, qweight, weight_scale, group_mult, position, **facts):
+    """See `reference.qembedding`; the same bits."""
+    return cpu_gemm.embedding(ids, qweight, weight_scale, group_mult, position, **facts)
 
 
 def quantize_activation(

@@ -53,7 +53,7 @@ def project(
     qweight, scale, mult, bias, sizes = (list(each) for each in lists)
     given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
     inside = "none" if activation is None else epilogue(activation)
-    found = fused.qlinear_multi(
+    found = fused.linears(
         x, *given, qweight, scale, mult, bias, layer.bits, layer.four_level, layer.group_size, sizes,
         layer.act_granularity, layer.act_clip, _act_scale(first), inside or "none", x.dtype,
         first.backend, first.strict,
@@ -70,7 +70,7 @@ def project_onto(x: torch.Tensor, linear: nn.Module, base: torch.Tensor | None) 
         out = linear(x)
         return out if base is None else base + out
     layer = linear.layer
-    return ops.qlinear(
+    return ops.linear(
         x, *linear.packed(), linear.bias, base, layer.bits, layer.four_level, layer.group_size, linear.out_features,
         layer.act_granularity, layer.act_clip, _act_scale(linear), "none", x.dtype, linear.backend, linear.strict,
     )  # fmt: skip

@@ -25,6 +25,7 @@ struct Buffer {
 constexpr uint32_t kGiven = 1, kWanted = 2, kNull = 4;
 
 struct Request {
+    uint64_t seed = 0;
     std::string function;
     std::vector<uint64_t> scalars;
     std::vector<Buffer> buffers;
@@ -85,7 +86,8 @@ inline Buffer read_buffer() {
     ::dup2(2, 1);  // whatever prints must not end up in an answer
     for (;;) {
         Request request;
-        set_seed(read_one<uint64_t>());
+        request.seed = read_one<uint64_t>();
+        set_seed(request.seed);
         request.function.resize(read_one<uint32_t>());
         read_all(&request.function[0], request.function.size());
         request.scalars.resize(read_one<uint32_t>());

@@ -134,9 +134,88 @@ struct CacheWrite {
 
 Status cache_write(const CacheWrite& args);
 
-// ---- the skinny GEMM: few tokens, packed weights ---------------------------------------------------------
-
 enum class Activation : int32_t { none = 0, relu = 1, gelu = 2 };
+
+// ---- the GEMM of a CPU ------------------------------------------------------------------------------------
+
+// Weights of one linear. Up to kMaxParts of them share the input.
+struct CpuPart {
+    const uint8_t* qweight;     // packed v1 [ceil16(n), ceil128(k) * bits / 8]
+    const float* weight_scale;  // [n], or [1] with tensor_scale
+    bool tensor_scale;
+    const uint8_t* group_mult;  // [n, ceil(k / group_size)], read when group_size > 0
+    const void* bias;           // [n] of bias_dtype, or nullptr
+    DType bias_dtype;
+    const void* residual;  // [m, n] of residual_dtype, or nullptr
+    DType residual_dtype;
+    void* y;  // [m, n] of y_dtype
+    int64_t n;
+};
+
+// y = act(float(q . code) * act_scale[m] * weight_scale[n] + bias[n]) + residual, each step rounded on its
+// own (docs/design.md, section 3). A float x is quantized on the way in, once for all parts; an int8 x brings
+// its scales, and its codes lie in -127..127.
+struct CpuGemm {
+    const void* x;  // [m, k], elements of a row adjacent
+    DType x_dtype;
+    int64_t m;
+    int64_t k;
+    int64_t row_stride;      // of x, in elements
+    ActMode mode;            // of a float x
+    float clip;              // of a float x; 0 = none
+    float static_scale;      // of a float x under static_scale
+    const float* act_scale;  // int8 x: [m]; else not read
+
+    int32_t bits;
+    bool four_level;
+    int32_t group_size;  // 0 = per channel or per tensor
+    const CpuPart* parts;
+    int32_t part_count;
+    Activation activation;
+    DType y_dtype;
+
+    // Results do not depend on these.
+    int32_t threads;  // at most so many
+    int32_t kernel;   // 0: the one for active_isa(); 1 + i: gemm_kernel_name(i), where this CPU has it
+};
+
+// Any m; returns when it is done. GELU aside, every kernel and every number of threads gives the same bits;
+// with GELU too, since all of them compute it in the same way.
+Status cpu_gemm(const CpuGemm& args);
+
+// The kernels of this build: nullptr behind the last one. An instruction set without a kernel of its own
+// takes the one of the best set that it includes.
+const char* gemm_kernel_name(int32_t index);
+Status active_gemm_kernel(int32_t* index);
+
+// Rows of a packed table, as floats: y = level * weight_scale, * embed_scale, + position, one rounding.
+struct CpuEmbedding {
+    const void* ids;  // [count] int64, or int32 with ids32
+    bool ids32;
+    int64_t count;
+    const uint8_t* qweight;     // packed v1 of [rows, k]
+    const float* weight_scale;  // [rows], or [1] with tensor_scale
+    bool tensor_scale;
+    const uint8_t* group_mult;  // [rows, ceil(k / group_size)], read when group_size > 0
+    int64_t rows;
+    int64_t k;
+    int32_t bits;
+    bool four_level;
+    int32_t group_size;
+    float embed_scale;
+    const void* position;  // [count, k] of position_dtype, position_stride elements a row, or nullptr
+    DType position_dtype;
+    int64_t position_stride;  // 0: the same row for all
+    void* y;                  // [count, k] of y_dtype
+    DType y_dtype;
+    int32_t threads;
+    int32_t kernel;  // as in CpuGemm
+};
+
+// An id outside 0..rows-1 is refused before anything is written.
+Status cpu_embedding(const CpuEmbedding& args);
+
+// ---- the skinny GEMM: few tokens, packed weights ---------------------------------------------------------
 
 // One linear of a launch. Up to kMaxParts of them share the input: Q, K and V, or K and V of a
 // cross-attention.

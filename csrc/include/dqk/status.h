@@ -25,6 +25,9 @@ enum class Status : int32_t {
     bad_attention,
     bad_keys,
     no_memory,
+    bad_cpu_part,
+    bad_kernel,
+    bad_id,
     unknown_isa,
     unsupported_isa,
     cuda_no_driver,
@@ -33,6 +36,7 @@ enum class Status : int32_t {
     cuda_bad_stream,
     cuda_failed,
     cuda_shared_memory,
+    out_of_memory,
 };
 
 // One sentence, without the caller's values: those are added where they are known, in the binding.
@@ -86,6 +90,14 @@ constexpr const char* sentence(Status status) {
                    "exist";
         case Status::no_memory:
             return "no memory was left for the buffers of a kernel";
+        case Status::bad_cpu_part:
+            return "a call takes 1 to 3 parts, each with n >= 1, weights, scales, an output and, with "
+                   "groups, "
+                   "multipliers; codes as input bring their scales";
+        case Status::bad_kernel:
+            return "kernel must be 0, or 1 + the index of a kernel that this CPU can run";
+        case Status::bad_id:
+            return "ids must lie in 0..rows-1";
         case Status::unknown_isa:
             return "DQKERNELS_CPU must be one of scalar, avx2, avx_vnni, avx512_vnni, amx_int8, dotprod";
         case Status::unsupported_isa:
@@ -103,6 +115,8 @@ constexpr const char* sentence(Status status) {
             return "the CUDA runtime refused the launch";
         case Status::cuda_shared_memory:
             return "a kernel was asked to run with more than 48 KiB of dynamic shared memory";
+        case Status::out_of_memory:
+            return "there is no memory for the activations of this call";
     }
     return "unknown status";
 }

@@ -1,0 +1,109 @@
+// The CPU GEMM for AVX-512 with VNNI: vpdpbusd on 512 bits. Plain<64> (gemm_plain.h) is its model.
+#if defined(__x86_64__)
+#define DQK_TARGET __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
+#include "cpu/gemm_avx2.h"
+
+namespace dqk {
+namespace {
+
+DQK_TARGET inline __m512i load512(const void* base, int64_t i) {
+    return _mm512_loadu_si512(static_cast<const __m512i*>(base) + i);
+}
+DQK_TARGET inline void store512(void* base, int64_t i, __m512i v) {
+    _mm512_storeu_si512(static_cast<__m512i*>(base) + i, v);
+}
+DQK_TARGET inline __m512i both(__m256i low, __m256i high) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
+}
+
+struct Dot512 {
+    using Vec = __m512i;
+    using X = __m512i;
+    using Sum = __m512i;
+    using Partial = __m512i;
+    static constexpr int64_t kCodes = 64, kGrain = 64, kXBytes = 1, kVecBytes = 64, kSteps = 0;
+    static constexpr int kTokens = 4;
+    static constexpr int32_t kOffset8 = 128, kMultiplierWord = 1;
+
+    static DQK_TARGET inline Sum sum_zero() { return _mm512_setzero_si512(); }
+    static DQK_TARGET inline Partial zero() { return _mm512_setzero_si512(); }
+    static DQK_TARGET inline Vec splat(int32_t code) { return _mm512_set1_epi8(static_cast<char>(code)); }
+    static DQK_TARGET inline Vec load(const uint8_t* base, int64_t i) { return load512(base, i); }
+    static DQK_TARGET inline void store(Vec v, uint8_t* base, int64_t i) { store512(base, i, v); }
+    static DQK_TARGET inline void store_x(const int8_t* q, uint8_t* row, int64_t i) {
+        store512(row, i, load512(q, 0));
+    }
+    static DQK_TARGET inline X load_x(const uint8_t* row, int64_t i) { return load512(row, i); }
+    static DQK_TARGET inline Partial load_partial(const uint8_t* base, int64_t i) { return load512(base, i); }
+    static DQK_TARGET inline void store_partial(Partial p, uint8_t* base, int64_t i) { store512(base, i, p); }
+
+    static DQK_TARGET inline Partial multiply(Partial p, Vec u, X x) { return _mm512_dpbusd_epi32(p, u, x); }
+    static DQK_TARGET inline Partial negate(Partial p) { return _mm512_sub_epi32(zero(), p); }
+    static DQK_TARGET inline Sum drain(Sum s, Partial p) { return _mm512_add_epi32(s, p); }
+    // A vector holds two groups of 32, or part of one.
+    static DQK_TARGET inline __m512i multipliers(const int32_t* words, int32_t group_size) {
+        return both(_mm256_set1_epi32(words[0]), _mm256_set1_epi32(words[group_size == 32 ? 1 : 0]));
+    }
+    // A group's sum fits in the low int16 of its lane (8 products of at most 15 * 128), which vpmaddwd
+    // multiplies.
+    static DQK_TARGET inline Sum drain_scaled(Sum s, Partial p, __m512i m) {
+        return _mm512_add_epi32(s, _mm512_madd_epi16(p, m));
+    }
+
+    static DQK_TARGET inline void pin(Partial& p) { __asm__ volatile("" : "+v"(p)); }
+    static DQK_TARGET inline __m128i reduced(const Sum (&s)[kGemmRows]) {
+        __m256i halves[kGemmRows];
+        for (int64_t r = 0; r < kGemmRows; ++r)
+            halves[r] = _mm256_add_epi32(_mm512_castsi512_si256(s[r]), _mm512_extracti64x4_epi64(s[r], 1));
+        return reduce256(halves);
+    }
+    static DQK_TARGET inline void reduce(const Sum (&s)[kGemmRows], int32_t* acc) {
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(acc), reduced(s));
+    }
+    static DQK_TARGET inline void add_reduced(const Sum (&s)[kGemmRows], int32_t* acc) {
+        __m128i* to = reinterpret_cast<__m128i*>(acc);
+        _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), reduced(s)));
+    }
+
+    // The 128 codes of a block as unsigned bytes, in the order of k.
+    template <typename F>
+    static DQK_TARGET inline void unpack(const uint8_t* block, Vec (&u)[2]) {
+        if constexpr (F::kBits == 8) {
+            const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
+            for (int j = 0; j < 2; ++j) u[j] = _mm512_xor_si512(load512(block, j), flip);
+        } else if constexpr (F::kBits == 4) {
+            const __m512i v = _mm512_xor_si512(load512(block, 0), _mm512_set1_epi8(static_cast<char>(0x88)));
+            const __m512i mask = _mm512_set1_epi8(0x0F);
+            u[0] = _mm512_and_si512(v, mask);
+            u[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+        } else {
+            // 32 bytes hold the block: planes 0 and 1 side by side, then planes 2 and 3.
+            const __m256i flipped =
+                _mm256_xor_si256(load256(block, 0), _mm256_set1_epi8(static_cast<char>(0xAA)));
+            const __m512i v = both(flipped, flipped), mask = _mm512_set1_epi8(0x03);
+            for (int j = 0; j < 2; ++j) {
+                const __m512i shift = both(_mm256_set1_epi16(static_cast<int16_t>(4 * j)),
+                                           _mm256_set1_epi16(static_cast<int16_t>(4 * j + 2)));
+                u[j] = _mm512_and_si512(_mm512_srlv_epi16(v, shift), mask);
+                if (F::kFactor == 2) u[j] = _mm512_add_epi8(u[j], u[j]);
+            }
+        }
+    }
+};
+
+struct Avx512Vnni : Convert256 {
+    using One8 = Dot512;
+    using Many8 = Dot512;
+    using Narrow4 = Dot512;
+    using Narrow2 = Dot512;
+};
+
+}  // namespace
+
+const GemmKernel& avx512_vnni_gemm() {
+    static constexpr GemmKernel kernel = kernel_of<Avx512Vnni>("avx512_vnni");
+    return kernel;
+}
+
+}  // namespace dqk
+#endif

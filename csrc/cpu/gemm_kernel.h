@@ -1,0 +1,401 @@
+// The loops of the CPU GEMM as templates over what an instruction set can do. Each gemm_<set>.cpp defines
+// DQK_TARGET, the function attribute of its set, then its operations, then instantiates them (`kernel_of`).
+//
+// Everything here has internal linkage and the attribute of the one file that includes it: code of one set
+// can never be linked into another. Lambdas do not inherit the attribute, so there are none.
+//
+// A set has up to four ways to multiply ("dots"). A dot is a struct with
+//     Vec        a register of weights, X one of activations (or two); each holds kCodes of them
+//     kXBytes    bytes of a prepared row for an activation; store_x writes kGrain activations at a time
+//     Sum        int32 lanes;  Partial, what products are added to first
+//     kSteps     vectors that a Partial holds without overflow; 0 for any number
+//     kOffset8   what the codes of 8-bit weights are larger than the signed ones: 128, or 0
+//     pin        nothing, to a compiler that copies an accumulator in every step once it has seen that it is
+//     0 zero, load, multiply(partial, w, x), drain(sum, partial), drain_scaled(sum, partial, multipliers),
+//     ...
+// The model of all of them in plain C++ is gemm_plain.h.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "cpu/gelu.h"
+#include "cpu/gemm_loops.h"
+#include "dqk/element.h"
+#include "dqk/format.h"
+#include "dqk/rounding.h"
+
+#if defined(__clang__)
+#define DQK_UNROLL_2 _Pragma("unroll 2")
+#else
+#define DQK_UNROLL_2 _Pragma("GCC unroll 2")
+#endif
+#ifndef DQK_TARGET
+#error "define DQK_TARGET first: the function attribute of the instruction set"
+#endif
+
+namespace dqk {
+namespace {
+
+// The weight formats. Unsigned code: (field of the byte ^ kFlip) * kFactor, which is kOffset more than the
+// level.
+struct W8 {
+    static constexpr int32_t kBits = 8, kFactor = 1;  // the offset is the dot's: some take signed bytes
+};
+struct W4 {
+    static constexpr int32_t kBits = 4, kFactor = 1, kOffset = 8;
+};
+struct W2 {
+    static constexpr int32_t kBits = 2, kFactor = 1, kOffset = 2;
+};
+struct W2F {  // four_level: a code c is the level 2c + 1 = 2 (c + 2) - 3
+    static constexpr int32_t kBits = 2, kFactor = 2, kOffset = 3;
+};
+template <typename Dot, typename F>
+constexpr int32_t offset_of() {
+    if constexpr (F::kBits == 8) {
+        return Dot::kOffset8;
+    } else {
+        return F::kOffset;
+    }
+}
+
+// With an offset of 128 a sum may pass 2^31 on its way to a result that does not.
+DQK_HD int32_t wrap_add(int32_t a, int32_t b) {
+    return static_cast<int32_t>(static_cast<uint32_t>(a) + static_cast<uint32_t>(b));
+}
+
+template <typename Dot>
+constexpr int64_t vectors(int64_t blocks) {
+    return blocks * (kBlockK / Dot::kCodes);
+}
+
+// With groups: the codes whose products are added before a multiplier is applied. A vector may hold two
+// groups.
+template <typename Dot>
+constexpr int64_t span_codes(int32_t group_size) {
+    return group_size > Dot::kCodes ? group_size : Dot::kCodes;
+}
+
+// ---- rows of activations ---------------------------------------------------------------------------------
+
+template <typename Dot, typename F, bool kGrouped>
+int64_t row_bytes(int64_t blocks, int32_t group_size) {
+    int64_t bytes = blocks * kBlockK * Dot::kXBytes;
+    if (kGrouped)
+        bytes += blocks * kBlockK / span_codes<Dot>(group_size) *
+                 static_cast<int64_t>(sizeof(typename Dot::Partial));
+    return (bytes + 63) / 64 * 64;
+}
+
+template <typename Dot, typename F, bool kGrouped>
+DQK_TARGET void prepare(const int8_t* q, int64_t k, int64_t blocks, int32_t group_size, uint8_t* row) {
+    const int64_t whole = k / Dot::kGrain, all = blocks * (kBlockK / Dot::kGrain);
+    for (int64_t i = 0; i < whole; ++i) Dot::store_x(q + i * Dot::kGrain, row, i);
+    int8_t tail[Dot::kGrain] = {};
+    if (k % Dot::kGrain != 0)
+        std::memcpy(tail, q + whole * Dot::kGrain, static_cast<size_t>(k % Dot::kGrain));
+    for (int64_t i = whole; i < all; ++i) {
+        Dot::store_x(tail, row, i);
+        std::memset(tail, 0, sizeof tail);
+    }
+    if constexpr (kGrouped) {
+        const int64_t steps = span_codes<Dot>(group_size) / Dot::kCodes, spans = vectors<Dot>(blocks) / steps;
+        uint8_t* starts = row + blocks * kBlockK * Dot::kXBytes;
+        const typename Dot::Vec offset = Dot::splat(offset_of<Dot, F>());
+        for (int64_t s = 0; s < spans; ++s) {
+            typename Dot::Partial sum = Dot::zero();
+            for (int64_t v = s * steps; v < (s + 1) * steps; ++v)
+                sum = Dot::multiply(sum, offset, Dot::load_x(row, v));
+            Dot::store_partial(Dot::negate(sum), starts, s);
+        }
+    }
+}
+
+// Multipliers of rows n .. n + 3 as the words that Dot::multipliers reads: [4][groups + 1], the last one 0
+// for the vector whose second group does not exist. Padding rows have none of their own; their sums are not
+// used.
+template <typename Dot>
+DQK_TARGET void multiplier_words(const GemmWeights& w, int64_t n, int32_t* words) {
+    for (int64_t r = 0; r < kGemmRows; ++r) {
+        const uint8_t* mult = w.mult + (n + r < w.n ? n + r : w.n - 1) * w.groups;
+        int32_t* out = words + r * (w.groups + 1);
+        for (int64_t g = 0; g < w.groups; ++g) out[g] = mult[g] * Dot::kMultiplierWord;
+        out[w.groups] = 0;
+    }
+}
+
+// ---- one row of activations: the weights are unpacked in registers ---------------------------------------
+
+template <typename Dot, typename F, bool kGrouped>
+DQK_TARGET void one_sums(const uint8_t* x, int64_t, int64_t, const GemmWeights& w, int64_t n0, int64_t count,
+                         int32_t* acc, uint8_t* scratch) {
+    constexpr int64_t kVecs = kBlockK / Dot::kCodes, kBytes = block_bytes(F::kBits);
+    constexpr int64_t kDrain = Dot::kSteps > 0 ? Dot::kSteps / kVecs : int64_t{1} << 40;  // blocks
+    int32_t* words = reinterpret_cast<int32_t*>(scratch + kGemmScratchBytes);
+    const uint8_t* starts = x + w.blocks * kBlockK * Dot::kXBytes;
+    for (int64_t c = 0; c < count; c += kGemmRows) {
+        const uint8_t* row = w.rows + (n0 + c) * w.row_bytes;
+        typename Dot::Sum sum[kGemmRows];
+        for (int64_t r = 0; r < kGemmRows; ++r) sum[r] = Dot::sum_zero();
+        if constexpr (kGrouped) {
+            multiplier_words<Dot>(w, n0 + c, words);
+            const int64_t steps = span_codes<Dot>(w.group_size) / Dot::kCodes;
+            const int64_t spans = kVecs / steps, per_block = kBlockK / w.group_size;
+            for (int64_t b = 0; b < w.blocks; ++b) {
+                typename Dot::X xs[kVecs];
+                for (int64_t j = 0; j < kVecs; ++j) xs[j] = Dot::load_x(x, b * kVecs + j);
+                for (int64_t r = 0; r < kGemmRows; ++r) {
+                    typename Dot::Vec u[kVecs];
+                    Dot::template unpack<F>(row + r * w.row_bytes + b * kBytes, u);
+                    const int32_t* mult = words + r * (w.groups + 1) + b * per_block;
+                    // The last block may lack groups; what would be multiplied by them is 0.
+                    const int64_t left = w.groups - b * per_block;
+                    for (int64_t s = 0, j = 0; s < spans && s * per_block < left * spans; ++s) {
+                        typename Dot::Partial part = Dot::load_partial(starts, b * spans + s);
+                        for (int64_t e = j + steps; j < e; ++j) part = Dot::multiply(part, u[j], xs[j]);
+                        sum[r] = Dot::drain_scaled(
+                            sum[r], part, Dot::multipliers(mult + s * per_block / spans, w.group_size));
+                    }
+                }
+            }
+        } else {
+            for (int64_t first = 0; first < w.blocks; first += kDrain) {
+                const int64_t last = first + kDrain < w.blocks ? first + kDrain : w.blocks;
+                typename Dot::Partial part[kGemmRows];
+                for (int64_t r = 0; r < kGemmRows; ++r) part[r] = Dot::zero();
+                for (int64_t b = first; b < last; ++b) {
+                    typename Dot::X xs[kVecs];
+                    for (int64_t j = 0; j < kVecs; ++j) xs[j] = Dot::load_x(x, b * kVecs + j);
+                    for (int64_t r = 0; r < kGemmRows; ++r) {
+                        typename Dot::Vec u[kVecs];
+                        Dot::template unpack<F>(row + r * w.row_bytes + b * kBytes, u);
+                        for (int64_t j = 0; j < kVecs; ++j) part[r] = Dot::multiply(part[r], u[j], xs[j]);
+                    }
+                }
+                for (int64_t r = 0; r < kGemmRows; ++r) sum[r] = Dot::drain(sum[r], part[r]);
+            }
+        }
+        Dot::reduce(sum, acc + c);
+    }
+}
+
+// ---- many rows of activations ----------------------------------------------------------------------------
+
+template <typename Dot, int kM>
+DQK_TARGET inline void clear(typename Dot::Partial (&part)[kM][kGemmRows]) {
+    for (int m = 0; m < kM; ++m)
+        for (int64_t r = 0; r < kGemmRows; ++r) {
+            part[m][r] = Dot::zero();
+            Dot::pin(part[m][r]);
+        }
+}
+
+// part[m][r] += products of kM rows of x and the four unpacked rows of weights, over vectors first .. last.
+template <typename Dot, int kM>
+DQK_TARGET inline void multiply_tile(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t first,
+                                     int64_t last, typename Dot::Partial (&part)[kM][kGemmRows]) {
+    DQK_UNROLL_2
+    for (int64_t v = first; v < last; ++v) {
+        typename Dot::X xs[kM];
+        for (int m = 0; m < kM; ++m) xs[m] = Dot::load_x(x + m * stride, v);
+        for (int64_t r = 0; r < kGemmRows; ++r) {
+            const typename Dot::Vec u = Dot::load(panel + r * kGemmPanelStride, v);
+            for (int m = 0; m < kM; ++m) part[m][r] = Dot::multiply(part[m][r], u, xs[m]);
+        }
+        for (int m = 0; m < kM; ++m)
+            for (int64_t r = 0; r < kGemmRows; ++r) Dot::pin(part[m][r]);
+    }
+}
+
+// acc[m][r] += the sums of kM rows of x and the four unpacked rows, `count` vectors long. Pointers stand on
+// the first vector; `mult` and `starts` on the first group's, where there are groups.
+template <typename Dot, int kM, bool kGrouped>
+DQK_TARGET __attribute__((noinline)) void tile(const uint8_t* x, int64_t stride, const uint8_t* panel,
+                                               int64_t count, const uint8_t* starts, const int32_t* mult,
+                                               int64_t mult_stride, int64_t groups, int32_t group_size,
+                                               int32_t* acc) {
+    typename Dot::Sum sum[kM][kGemmRows];
+    for (int m = 0; m < kM; ++m)
+        for (int64_t r = 0; r < kGemmRows; ++r) sum[m][r] = Dot::sum_zero();
+    if constexpr (kGrouped) {
+        const int64_t steps = span_codes<Dot>(group_size) / Dot::kCodes;
+        for (int64_t first = 0, s = 0; first < count; first += steps, ++s) {
+            const int64_t g = first * Dot::kCodes / group_size;
+            if (g >= groups) break;  // a last block that is not full: its codes are padding
+            typename Dot::Partial part[kM][kGemmRows];
+            for (int m = 0; m < kM; ++m)
+                for (int64_t r = 0; r < kGemmRows; ++r)
+                    part[m][r] = Dot::load_partial(starts + m * stride, s);
+            multiply_tile<Dot, kM>(x, stride, panel, first, first + steps, part);
+            for (int64_t r = 0; r < kGemmRows; ++r) {
+                const auto multipliers = Dot::multipliers(mult + r * mult_stride + g, group_size);
+                for (int m = 0; m < kM; ++m)
+                    sum[m][r] = Dot::drain_scaled(sum[m][r], part[m][r], multipliers);
+            }
+        }
+    } else if constexpr (Dot::kSteps > 0) {
+        for (int64_t first = 0; first < count; first += Dot::kSteps) {
+            typename Dot::Partial part[kM][kGemmRows];
+            clear<Dot, kM>(part);
+            multiply_tile<Dot, kM>(x, stride, panel, first,
+                                   first + Dot::kSteps < count ? first + Dot::kSteps : count, part);
+            for (int m = 0; m < kM; ++m)
+                for (int64_t r = 0; r < kGemmRows; ++r) sum[m][r] = Dot::drain(sum[m][r], part[m][r]);
+        }
+    } else {
+        clear<Dot, kM>(sum);
+        multiply_tile<Dot, kM>(x, stride, panel, 0, count, sum);
+    }
+    for (int m = 0; m < kM; ++m) Dot::add_reduced(sum[m], acc + m * kGemmColumns);
+}
+
+template <typename Dot, typename F, bool kGrouped>
+DQK_TARGET void many_sums(const uint8_t* x, int64_t stride, int64_t rows, const GemmWeights& w, int64_t n0,
+                          int64_t count, int32_t* acc, uint8_t* scratch) {
+    constexpr int64_t kVecs = kBlockK / Dot::kCodes, kBytes = block_bytes(F::kBits);
+    constexpr int64_t kBlocks = kGemmPanelBytes / (kVecs * Dot::kVecBytes);  // that the panel holds
+    int32_t* words = reinterpret_cast<int32_t*>(scratch + kGemmScratchBytes);
+    std::memset(acc, 0, static_cast<size_t>(rows * kGemmColumns) * sizeof(int32_t));
+    for (int64_t c = 0; c < count; c += kGemmRows) {
+        if constexpr (kGrouped) multiplier_words<Dot>(w, n0 + c, words);
+        for (int64_t first = 0; first < w.blocks; first += kBlocks) {
+            const int64_t blocks = first + kBlocks < w.blocks ? kBlocks : w.blocks - first;
+            for (int64_t r = 0; r < kGemmRows; ++r) {
+                const uint8_t* row = w.rows + (n0 + c + r) * w.row_bytes + first * kBytes;
+                for (int64_t b = 0; b < blocks; ++b) {
+                    typename Dot::Vec u[kVecs];
+                    Dot::template unpack<F>(row + b * kBytes, u);
+                    for (int64_t j = 0; j < kVecs; ++j)
+                        Dot::store(u[j], scratch + r * kGemmPanelStride, b * kVecs + j);
+                }
+            }
+            const uint8_t* part = x + first * kBlockK * Dot::kXBytes;
+            const uint8_t* starts = x + w.blocks * kBlockK * Dot::kXBytes;
+            const int32_t* mult = words;
+            int64_t groups = 0;
+            if constexpr (kGrouped) {
+                starts += first * kBlockK / span_codes<Dot>(w.group_size) *
+                          static_cast<int64_t>(sizeof(typename Dot::Partial));
+                mult += first * kBlockK / w.group_size;
+                groups = w.groups - first * kBlockK / w.group_size;
+            }
+            int64_t m = 0;
+            for (; m + Dot::kTokens <= rows; m += Dot::kTokens)
+                tile<Dot, Dot::kTokens, kGrouped>(part + m * stride, stride, scratch, blocks * kVecs,
+                                                  starts + m * stride, mult, w.groups + 1, groups,
+                                                  w.group_size, acc + m * kGemmColumns + c);
+            for (; m < rows; ++m)
+                tile<Dot, 1, kGrouped>(part + m * stride, stride, scratch, blocks * kVecs,
+                                       starts + m * stride, mult, w.groups + 1, groups, w.group_size,
+                                       acc + m * kGemmColumns + c);
+        }
+    }
+}
+
+// ---- the epilogue ----------------------------------------------------------------------------------------
+
+// Ops::widen and Ops::narrow convert elements between a stored type and fp32; the loops between them are
+// plain C++, each step rounded on its own, which the compiler vectorises with the file's attribute. Most rows
+// are as wide as a tile: with a count that the compiler knows nothing is left of the loops.
+template <typename Ops, bool kFull>
+DQK_TARGET inline void finish(const GemmEpilogue& args) {
+    float t[kGemmColumns], other[kGemmColumns];
+    const int64_t count = kFull ? kGemmColumns : args.count;
+    if (args.tensor_scale) {
+        const float scale = *args.weight_scale;
+        for (int64_t c = 0; c < count; ++c)
+            t[c] = static_cast<float>(wrap_add(args.acc[c], args.add)) * args.act_scale * scale;
+    } else {
+        for (int64_t c = 0; c < count; ++c)
+            t[c] =
+                static_cast<float>(wrap_add(args.acc[c], args.add)) * args.act_scale * args.weight_scale[c];
+    }
+    if (args.bias != nullptr) {
+        Ops::widen(args.bias, args.bias_dtype, count, other);
+        for (int64_t c = 0; c < count; ++c) t[c] = t[c] + other[c];
+    }
+    if (args.activation == Activation::relu)
+        for (int64_t c = 0; c < count; ++c) t[c] = t[c] < 0.0f ? 0.0f : t[c];  // a NaN stays one
+    if (args.activation == Activation::gelu)
+        for (int64_t c = 0; c < count; ++c) t[c] = gelu(t[c]);
+    if (args.residual != nullptr) {
+        Ops::widen(args.residual, args.residual_dtype, count, other);
+        for (int64_t c = 0; c < count; ++c) t[c] = t[c] + other[c];
+    }
+    Ops::narrow(t, count, args.y, args.y_dtype);
+}
+
+template <typename Ops>
+DQK_TARGET void epilogue(const GemmEpilogue& args) {
+    if (args.count == kGemmColumns) {
+        finish<Ops, true>(args);
+    } else {
+        finish<Ops, false>(args);
+    }
+}
+
+// ---- rows of a table -------------------------------------------------------------------------------------
+
+template <typename Ops, typename F>
+DQK_TARGET void embed(const EmbeddingRow& args) {
+    constexpr int64_t kRun = block_bytes(F::kBits);
+    for (int64_t first = 0; first < args.k; first += kBlockK) {
+        const uint8_t* packed = args.packed + first / planes(F::kBits);
+        float t[kBlockK], other[kBlockK];
+        for (int32_t p = 0; p < planes(F::kBits); ++p)
+            for (int64_t j = 0; j < kRun; ++j) {
+                const int32_t code = code_of(packed[j], F::kBits, p);
+                t[p * kRun + j] = static_cast<float>(F::kFactor == 2 ? 2 * code + 1 : code);
+            }
+        const int64_t count = args.k - first < kBlockK ? args.k - first : kBlockK;
+        if (args.mult != nullptr)  // an exact integer: a level is at most 8, a multiplier 127
+            for (int64_t c = 0; c < count; c += args.group_size) {
+                const float mult = static_cast<float>(args.mult[(first + c) / args.group_size]);
+                for (int64_t e = c; e < c + args.group_size; ++e) t[e] = t[e] * mult;
+            }
+        for (int64_t c = 0; c < count; ++c) t[c] = t[c] * args.scale;
+        if (args.embed_scale != 1.0f)
+            for (int64_t c = 0; c < count; ++c) t[c] = t[c] * args.embed_scale;
+        if (args.position != nullptr) {
+            const auto* from =
+                static_cast<const char*>(args.position) + first * element_bytes(args.position_dtype);
+            Ops::widen(from, args.position_dtype, count, other);
+            for (int64_t c = 0; c < count; ++c) t[c] = t[c] + other[c];
+        }
+        Ops::narrow(t, count, static_cast<char*>(args.y) + first * element_bytes(args.y_dtype), args.y_dtype);
+    }
+}
+
+// ---- the table -------------------------------------------------------------------------------------------
+
+template <typename Dot, typename F, bool kGrouped>
+constexpr GemmLoops one_loops() {
+    return {kGrouped ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGrouped>, prepare<Dot, F, kGrouped>,
+            one_sums<Dot, F, kGrouped>};
+}
+template <typename Dot, typename F, bool kGrouped>
+constexpr GemmLoops many_loops() {
+    return {kGrouped ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGrouped>, prepare<Dot, F, kGrouped>,
+            many_sums<Dot, F, kGrouped>};
+}
+
+// Ops names the dot of each use: One8 and Many8 for 8-bit weights, Narrow4 and Narrow2 for the others.
+template <typename Ops>
+constexpr GemmKernel kernel_of(const char* name) {
+    using D8 = typename Ops::One8;
+    using M8 = typename Ops::Many8;
+    using D4 = typename Ops::Narrow4;
+    using D2 = typename Ops::Narrow2;
+    return {name,
+            {one_loops<D8, W8, false>(), one_loops<D4, W4, false>(), one_loops<D2, W2, false>(),
+             one_loops<D2, W2F, false>(), one_loops<D4, W4, true>(), one_loops<D2, W2, true>(),
+             one_loops<D2, W2F, true>()},
+            {many_loops<M8, W8, false>(), many_loops<D4, W4, false>(), many_loops<D2, W2, false>(),
+             many_loops<D2, W2F, false>(), many_loops<D4, W4, true>(), many_loops<D2, W2, true>(),
+             many_loops<D2, W2F, true>()},
+            epilogue<Ops>,
+            {embed<Ops, W8>, embed<Ops, W4>, embed<Ops, W2>, embed<Ops, W2F>}};
+}
+
+}  // namespace
+}  // namespace dqk

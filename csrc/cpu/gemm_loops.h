@@ -1,0 +1,100 @@
+// What one instruction set offers the CPU GEMM: a few loops for each weight format. Everything else, once, is
+// in gemm.cpp; the loops themselves are templates (gemm_kernel.h), made for an instruction set in gemm_*.cpp.
+#pragma once
+#include <cstdint>
+
+#include "dqk/api.h"
+
+namespace dqk {
+
+// The weight formats that differ in their loops.
+enum GemmFormat : int32_t { kW8 = 0, kW4, kW2, kW2FourLevel, kW4Grouped, kW2Grouped, kW2FourLevelGrouped };
+constexpr int32_t kGemmFormats = 7;
+
+// Columns that `many` finishes at a time, and rows of weights that share one walk along K.
+constexpr int64_t kGemmColumns = 32;
+constexpr int64_t kGemmRows = 4;
+
+struct GemmWeights {
+    const uint8_t* rows;  // packed v1
+    int64_t row_bytes;
+    int64_t blocks;       // of 128 codes
+    int64_t n;            // without padding
+    const uint8_t* mult;  // [n, groups], or nullptr
+    int64_t groups;
+    int32_t group_size;
+};
+
+// Weights become unsigned bytes (code + offset) on their way into a dot product, because that is what the
+// instructions take. The offset comes off through the activations: without groups as offset * row_sum from
+// the int32 sum, with groups in the values that the sums of a group start from.
+//
+// A prepared row is q [k], padded to whole blocks and laid out for the loops, then those starting values.
+struct GemmLoops {
+    int32_t offset;                                            // what gemm.cpp takes off: 0 with groups
+    int64_t (*row_bytes)(int64_t blocks, int32_t group_size);  // of a prepared row
+    void (*prepare)(const int8_t* q, int64_t k, int64_t blocks, int32_t group_size, uint8_t* row);
+    // acc[m][c] = the sum of row m and column n0 + c, for c < count. acc has kGemmColumns columns, x `stride`
+    // bytes a row. `scratch` holds kGemmScratchBytes + 4 * 4 * (groups + 1), aligned to 64. The padding rows
+    // of the weights are read like any other, up to a multiple of 4.
+    void (*sums)(const uint8_t* x, int64_t stride, int64_t m, const GemmWeights& w, int64_t n0, int64_t count,
+                 int32_t* acc, uint8_t* scratch);
+};
+// One row of unpacked weights: four of them stay in the first cache, 64 bytes off the multiple of 4096 at
+// which they would share its sets.
+constexpr int64_t kGemmPanelBytes = 4096, kGemmPanelStride = kGemmPanelBytes + 64;
+constexpr int64_t kGemmScratchBytes = kGemmRows * kGemmPanelStride;
+
+// One row of the epilogue, `count` <= kGemmColumns columns of it.
+struct GemmEpilogue {
+    const int32_t* acc;
+    int32_t add;  // to every sum
+    float act_scale;
+    const float* weight_scale;  // [count], or [1]
+    bool tensor_scale;
+    const void* bias;  // of the first column, or nullptr
+    DType bias_dtype;
+    const void* residual;
+    DType residual_dtype;
+    Activation activation;
+    void* y;
+    DType y_dtype;
+    int64_t count;
+};
+
+// A row of a packed table, as floats.
+struct EmbeddingRow {
+    const uint8_t* packed;  // of the row
+    int64_t k;
+    float scale;
+    const uint8_t* mult;  // of the row, or nullptr
+    int32_t group_size;
+    float embed_scale;
+    const void* position;  // of the row, or nullptr
+    DType position_dtype;
+    void* y;
+    DType y_dtype;
+};
+
+struct GemmKernel {
+    const char* name;
+    GemmLoops one[kGemmFormats];   // for a single row: unpacks the weights on the way, m is 1
+    GemmLoops many[kGemmFormats];  // unpacks four rows of weights at a time for all rows of x
+    void (*epilogue)(const GemmEpilogue& args);
+    void (*embed[4])(const EmbeddingRow& args);  // W8, W4, W2, four_level: kW8 ... kW2FourLevel
+};
+
+// kernel: 0 for the one of active_isa(), 1 + i for gemm_kernel_name(i).
+Status find_gemm_kernel(int32_t kernel, const GemmKernel** found);
+
+const GemmKernel& scalar_gemm();
+#if defined(__x86_64__)
+const GemmKernel& avx2_gemm();
+const GemmKernel& avx_vnni_gemm();
+const GemmKernel& avx512_vnni_gemm();
+#endif
+#if defined(DQK_SIM)
+const GemmKernel& model_512_gemm();
+#endif
+
+}  // namespace dqk

@@ -1,0 +1,9 @@
+// The CPU GEMM's part of the extension module.
+#pragma once
+#include <pybind11/pybind11.h>
+
+namespace dqk::binding {
+
+void define_cpu_gemm(pybind11::module_& m);
+
+}  // namespace dqk::binding
