@@ -30,6 +30,7 @@ ACT_GRANULARITIES = ("per_token", "per_tensor", "static")
 GROUP_SIZES = (-1, 32, 64, 128)
 ATTENTION = ("auto", "int8", "float")
 HEADS = ("quantized", "float")
+FUSED = ("auto", False)
 BACKENDS = ("auto", "eager", "triton", "cuda", "cpu")
 #: What an entry of `overrides` may set; `skip` leaves the module in float.
 OVERRIDE_KEYS = (
@@ -45,7 +46,7 @@ OVERRIDE_KEYS = (
     "skip",
 )
 #: What describes the machine that runs a model and not the model: never in a file.
-RUNTIME_FIELDS = ("backend", "strict")
+RUNTIME_FIELDS = ("backend", "strict", "fused")
 #: Keys that transformers adds to a stored quantization_config; ignored on reading.
 _TRANSFORMERS_KEYS = ("quant_method", "modules_to_not_convert")
 _PRESET = re.compile(r"dq-bart-(\d+)-(\d+)-(\d+)")
@@ -107,6 +108,9 @@ class DQConfig:
             module in float, a later `{"skip": False}` packs it again.
         strict: raise instead of taking a slower or wider path. Of the machine, not the model: never in a file.
         backend: `auto`, or the one to force: `eager`, `triton`, `cuda`, `cpu`. Never in a file either.
+        fused: `auto` computes attention and feed-forward of BART, mBART, Marian and Pegasus in fused steps at inference
+            (`dqkernels.models.patch`), other models module by module; False does so with all. `report()` says what
+            runs, and why. Never in a file either: in fp32 the results do not depend on it.
 
     Raises:
         ValueError: naming the argument, the value found and the values wanted.
@@ -127,6 +131,7 @@ class DQConfig:
     overrides: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     strict: bool = False
     backend: str = "auto"
+    fused: str | bool = "auto"
 
     #: Read by transformers to find the quantizer plug-in.
     quant_method = QUANT_METHOD
@@ -252,7 +257,7 @@ class DQConfig:
         """Plain JSON, with `quant_method` and `format_version`, as it stands in config.json.
 
         `overrides` is a list of `[regex, {key: value}]`: their order counts, and transformers writes the keys of
-        every JSON object sorted. `backend` and `strict` are left out: a file must run on other machines too.
+        every JSON object sorted. `backend`, `strict` and `fused` are left out: a file must run on other machines too.
         """
         fields = (f.name for f in dataclasses.fields(self) if f.name not in RUNTIME_FIELDS)
         body = {name: getattr(self, name) for name in fields}
@@ -322,6 +327,7 @@ _CHOICES = {
     "head": HEADS,
     "backend": BACKENDS,
     "strict": (True, False),
+    "fused": FUSED,
 }
 
 

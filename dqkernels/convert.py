@@ -1,4 +1,4 @@
-"""`quantize_`, the one place that assembles: walks a model, packs its linears and embeddings, swaps them."""
+"""`quantize_`, the one place that assembles: walks a model, packs its linears and embeddings, swaps them, fuses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from dqkernels import checks, qmath, reporting
 from dqkernels.config import DQConfig, LayerConfig
-from dqkernels.models import attention
+from dqkernels.models import attention, blocks
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
 logger = logging.getLogger("dqkernels")
@@ -51,6 +51,7 @@ class Decision:
 def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     """Replaces every `nn.Linear` and token embedding of `model` by its packed form, in place.
 
+    Attention and feed-forward of BART, mBART, Marian and Pegasus run in fused steps from then on (`dqkernels.models`).
     Tied weights stay tied: an lm_head that shares the embedding's weight shares its packed table. Everything is
     packed before anything is swapped, so an error leaves the model as it was. Modules that are packed already
     stay as they are, and a warning on the logger `dqkernels` counts them; what is skipped, and why, is in
@@ -66,7 +67,8 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     Raises:
         ValueError: if there is nothing to quantize, a weight is not finite or on the meta device (the message
             names the module), or `config` asks for attention="int8" of a class that does not have it (the message
-            names the class; see `dqkernels.models.attention`).
+            names the class; see `dqkernels.models.attention`), or under `strict` a transformers is unknown to the fused
+            blocks.
     """
     config = DQConfig() if config is None else config
     if not isinstance(config, DQConfig):
@@ -105,6 +107,7 @@ def install(
     for name, module in packed.items():
         set_submodule(model, name, module)
     attention.apply(model, config)
+    blocks.apply(model, config)
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
     for hook in after_convert:
         hook(model, config)
@@ -115,10 +118,12 @@ def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
     """What `quantize_(model, config)` does to each linear and embedding; changes nothing; works on meta.
 
     Raises:
-        ValueError: for attention="int8" of another model. Every way to a packed model comes through here.
+        ValueError: for attention="int8" of another model, and what `blocks.apply` refuses under `strict`. Every way to
+            a packed model comes through here.
     """
     if config.attention == "int8":
         attention.check(model, config)
+    blocks.check(model, config)
     decisions: list[Decision] = []
     first_of: dict[Any, Decision] = {}
     head = _output_head(model) if config.head == "float" else None

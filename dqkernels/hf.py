@@ -13,6 +13,7 @@ finished `transformers`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -33,8 +34,8 @@ from dqkernels import config as plain
 from dqkernels import convert, serialize, tying
 from dqkernels.checks import FLOAT_DTYPES
 from dqkernels.config import FORMAT_VERSION, QUANT_METHOD, RUNTIME_FIELDS, VERSION
-from dqkernels.models import attention
-from dqkernels.nn import PackedModule, QEmbedding, QLinear, take_over
+from dqkernels.models import attention, blocks
+from dqkernels.nn import PackedModule, QEmbedding, QLinear, float_module, take_over
 
 
 @register_quantization_config(QUANT_METHOD)
@@ -131,6 +132,7 @@ class DQHfQuantizer(HfQuantizer):
                 new.backend, new.strict = self.quantization_config.backend, self.quantization_config.strict
                 by_module[id(decision.module)] = new
             by_name[decision.name] = new
+        blocks.apply(model, self.quantization_config)  # before accelerate, which keeps each forward that it finds
         if not self.pre_quantized:
             self._expect_floats(model, decisions, by_name)
         old_names = dict(model.all_tied_weights_keys)
@@ -289,7 +291,7 @@ class DQHfQuantizer(HfQuantizer):
             wide = torch.float32 if module.compute_dtype == torch.float32 else dtype
             if id(module.qweight) not in weights:
                 weights[id(module.qweight)] = nn.Parameter(module.dequantize().to(wide))
-            convert.set_submodule(model, name, _float_module(module, weights[id(module.qweight)]))
+            convert.set_submodule(model, name, float_module(module, weights[id(module.qweight)]))
         for inner in tying.hf_models(model):
             inner._tied_weights_keys = {
                 target.replace(".qweight", ".weight"): source.replace(".qweight", ".weight")
@@ -300,6 +302,9 @@ class DQHfQuantizer(HfQuantizer):
         for attribute in ("resize_token_embeddings", "dqkernels_skipped"):
             model.__dict__.pop(attribute, None)
         attention.disable(model)
+        # Where accelerate keeps a fused forward it stays: on float linears it runs what it is made of.
+        with contextlib.suppress(ValueError):
+            blocks.unpatch(model)
         return model
 
 
@@ -309,6 +314,7 @@ def load(
     device=None,
     backend: str = "auto",
     strict: bool = False,
+    fused: str | bool = "auto",
 ) -> nn.Module:
     """Loads a packed model from a local folder; the folder is checked before anything is allocated.
 
@@ -316,7 +322,7 @@ def load(
         folder: written by `save_pretrained`, `dqkernels.train.export` or the command line.
         dtype: of all that is not packed: float32, float16 or bfloat16; default: what the folder records.
         device: where to; default: the CPU.
-        backend, strict: as in `DQConfig`. They are of this machine: a folder does not hold them.
+        backend, strict, fused: as in `DQConfig`. They are of this machine: a folder does not hold them.
 
     Returns:
         The model, in eval mode, of the class that the folder's config.json names.
@@ -324,9 +330,9 @@ def load(
     Raises:
         serialize.FileFormatError: if the folder is not a packed model as this release writes it, or lacks a tensor
             of the model, or holds one that the model has no place for.
-        ValueError: if `folder` is not a folder, or `backend` or `strict` is no value of these.
+        ValueError: if `folder` is not a folder, or `backend`, `strict` or `fused` is no value of these.
     """
-    plain.DQConfig(backend=backend, strict=strict)
+    running = plain.DQConfig(backend=backend, strict=strict, fused=fused)
     if not Path(folder).is_dir():
         raise ValueError(
             f"folder must be a local folder, got {os.fspath(folder)!r}; for a model on the Hugging Face hub "
@@ -352,7 +358,9 @@ def load(
     # Not through quantization_config=, at which transformers warns.
     for target in (model.config.quantization_config, *(m for m in model.modules() if isinstance(m, PackedModule))):
         target.backend, target.strict = backend, strict
+    model.config.quantization_config.fused = fused
     attention.configure(model, backend, strict)
+    blocks.apply(model, running)
     return model if device is None else model.to(device)
 
 
@@ -372,31 +380,6 @@ def _empty(decision: convert.Decision, kept_dtype: torch.dtype | None) -> Packed
         bias = old.bias is not None
         new = QLinear(old.in_features, old.out_features, bias, layer=layer, dtype=dtype, device="meta")
     return take_over(old, new)
-
-
-class ScaledWordEmbedding(nn.Embedding):
-    """An embedding times `embed_scale`, as BART's; what `model.dequantize()` puts in its place."""
-
-    def __init__(self, *args, embed_scale: float, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.embed_scale = embed_scale
-
-    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
-        return super().forward(input_ids) * self.embed_scale
-
-
-def _float_module(module: PackedModule, weight: nn.Parameter) -> nn.Module:
-    if isinstance(module, QEmbedding):
-        shape = (module.num_embeddings, module.embedding_dim, module.padding_idx)
-        if module.embed_scale != 1.0:
-            new = ScaledWordEmbedding(*shape, device="meta", embed_scale=module.embed_scale)
-        else:
-            new = nn.Embedding(*shape, device="meta")
-    else:
-        new = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
-        new.bias = module.bias
-    new.weight = weight
-    return take_over(module, new)
 
 
 def _pack_op() -> type:

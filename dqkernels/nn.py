@@ -399,6 +399,32 @@ def take_over(old: nn.Module, new: PackedModule) -> PackedModule:
     return new
 
 
+class ScaledWordEmbedding(nn.Embedding):
+    """An embedding times `embed_scale`, as BART's."""
+
+    def __init__(self, *args, embed_scale: float, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.embed_scale = embed_scale
+
+    def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(input_ids) * self.embed_scale
+
+
+def float_module(module: PackedModule, weight: nn.Parameter) -> nn.Module:
+    """The linear or embedding of torch that `module` was, on `weight`; `model.dequantize()` puts it in its place."""
+    if isinstance(module, QEmbedding):
+        shape = (module.num_embeddings, module.embedding_dim, module.padding_idx)
+        if module.embed_scale != 1.0:
+            new = ScaledWordEmbedding(*shape, device="meta", embed_scale=module.embed_scale)
+        else:
+            new = nn.Embedding(*shape, device="meta")
+    else:
+        new = nn.Linear(module.in_features, module.out_features, bias=False, device="meta")
+        new.bias = module.bias
+    new.weight = weight
+    return take_over(module, new)
+
+
 def _resolved(layer: LayerConfig | DQConfig, is_embedding: bool) -> tuple[LayerConfig, str, bool]:
     """The choice for one module without a name, and backend and `strict`, of which a `LayerConfig` says nothing."""
     if isinstance(layer, LayerConfig):

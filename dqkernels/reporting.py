@@ -87,7 +87,7 @@ class Report:
             a table is packed and another left in float.
         attention: how the products inside attention are computed: int8, in which modules and by which kernel, or why in
             float.
-        blocks: which layers run in fused steps, and what keeps some apart; empty where `models.patch` was not called.
+        blocks: which layers run in fused steps, and what keeps some apart; or why none does. Empty in a float model.
     """
 
     model: str
@@ -234,9 +234,8 @@ def report(model: nn.Module) -> Report:
             )
     codes, scales, other = _stored_bytes(model)
     sizes = codes, scales, other, teacher_bytes(model)
-    return Report(
-        type(model).__name__, tuple(_grouped(rows)), *sizes, attention=_attention(model), blocks=blocks.describe(model)
-    )
+    fused = blocks.describe(model) if any(row.kind != "float" for row in rows) else ""
+    return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, attention=_attention(model), blocks=fused)
 
 
 def info() -> Info:

@@ -33,6 +33,8 @@ BAD_VALUES = [
     ("backend", "Eager"),
     ("strict", 1),
     ("strict", "true"),
+    ("fused", True),
+    ("fused", 0),
 ]
 
 
@@ -301,14 +303,14 @@ def test_the_order_of_overrides_survives_sorted_keys():
 
 
 def test_what_describes_the_machine_is_not_in_a_file():
-    body = DQConfig(backend="cuda", strict=True).to_dict()
-    assert body == DQConfig().to_dict() and not {"backend", "strict"} & set(body)
+    body = DQConfig(backend="cuda", strict=True, fused=False).to_dict()
+    assert body == DQConfig().to_dict() and not {"backend", "strict", "fused"} & set(body)
 
 
 def test_to_dict_names_method_and_version():
     body = DQConfig().to_dict()
     assert body["quant_method"] == "dqkernels" and body["format_version"] == 1
-    fields = {f.name for f in dataclasses.fields(DQConfig)} - {"backend", "strict"}
+    fields = {f.name for f in dataclasses.fields(DQConfig)} - {"backend", "strict", "fused"}
     assert set(body) == fields | {"quant_method", "format_version"}
 
 
@@ -320,6 +322,7 @@ BAD_DICTS = [
     ({"format_version": True}, "format_version is True"),
     ({"backend": "cuda"}, r"unknown keys \['backend'\]: they are of a machine.*dqkernels.load"),
     ({"strict": False}, r"unknown keys \['strict'\]"),
+    ({"fused": False}, r"unknown keys \['fused'\]"),
     ({"overrides": "fc1"}, "overrides must be a dict"),
     ({"overrides": [{"fc1": {}}]}, r"must be a list of \[regex, dict\], one of them is \{'fc1'"),
     ({"overrides": [["fc1", {}, {}]]}, r"must be a list of \[regex, dict\]"),

@@ -10,9 +10,10 @@ import tiny_models
 import torch
 
 import dqkernels
-from dqkernels import warmup
+from dqkernels import fused, warmup
 from dqkernels.backends import Choice
 from dqkernels.cli import main
+from dqkernels.models import blocks
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
 
 
@@ -46,8 +47,29 @@ def test_every_kind_at_every_number_of_tokens_once(model, on_triton):
     assert {(kind, shape) for kind, shape, _, _ in on_triton} == shapes and len(on_triton) == 2 * len(shapes)
     assert {shape[0] for _, _, shape, _ in on_triton} == {1, 64}
     assert found.compiled == 2 * len(on_triton) and found.modules == len(shapes) and found.tokens == (1, 64)
-    assert steps[0] == (0, len(on_triton), "QEmbedding (100, 40) at 1") and steps[-1][:2] == (len(on_triton),) * 2
+    # Two kinds of fused layers: 1 token; 64 sequences of one, and one of 64.
+    total = len(on_triton) + 2 * 3
+    assert steps[0] == (0, total, "QEmbedding (100, 40) at 1") and steps[-1][:2] == (total, total)
+    assert [words for _, _, words in steps[-7:-1]] == [
+        f"Bart{part}Layer at {count}" for part in ("Encoder", "Decoder") for count in (1, 64, 64)
+    ]
     assert f"{found.compiled} new kernels ready in " in str(found) and "1, 64 tokens" in str(found)
+    assert "kinds of modules and 2 of fused layers at" in str(found) and found.to_dict()["layers"] == 2
+
+
+def test_fused_layers_run_as_they_serve(model, on_triton, monkeypatch):
+    """Their launches: a norm, GELU and residuals inside, which no module alone has."""
+    ops_called = []
+    multi = fused.qlinear_multi
+    monkeypatch.setattr(fused, "qlinear_multi", lambda x, *a: ops_called.append(tuple(x.shape)) or multi(x, *a))
+    warmup.warmup(model, [5])
+    # Encoder: qkv and fc1; decoder: qkv, cross q, cross kv and fc1; five sequences of one token and one of five.
+    assert sorted(ops_called) == [(1, 5, 40)] * 6 + [(5, 1, 40)] * 6
+    ops_called.clear()
+    for layer in blocks.fused_layers(model):
+        layer.fc1.register_forward_pre_hook(lambda *_: None)
+    assert warmup.warmup(model, [5]).layers == 0 and not ops_called
+    assert warmup.warmup(blocks.unpatch(model), [5]).layers == 0 and not ops_called
 
 
 def test_what_makes_another_kernel_is_another_kind(on_triton):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import logging
 import sys
 from collections.abc import Iterator
 from importlib import metadata
@@ -22,7 +23,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from dqkernels.config import DQConfig
 from dqkernels.models import steps
+
+logger = logging.getLogger("dqkernels")
 
 #: `model_type` -> prefix of its classes, and whether a LayerNorm stands behind its block (post) or before it (pre).
 FAMILIES = {
@@ -59,15 +63,7 @@ def patch(model: nn.Module) -> nn.Module:
         ValueError: if it has no attention of these families, or a forward of theirs takes what fused blocks do not
             know, as in a later transformers; nothing is changed then.
     """
-    found = [(module, base) for module in model.modules() if (base := _base_of(module)) is not None]
-    if not found:
-        raise ValueError(
-            f"{type(model).__name__} has no attention of {', '.join(FAMILIES)}, or a forward of its own: "
-            "nothing to fuse. Its packed linears run as they are"
-        )
-    for base in dict.fromkeys(base for _, base in found):
-        _cache_name(base)
-    for module, _ in found:
+    for module in _fusable(model):
         if not is_fused(module):
             module.__class__ = _fused_class(type(module))
     return model
@@ -83,7 +79,7 @@ def unpatch(model: nn.Module) -> nn.Module:
     fused = [(name, module) for name, module in model.named_modules() if is_fused(module)]
     for name, module in fused:
         for key, value in module.__dict__.items():
-            if getattr(value, "__func__", None) is type(module).forward:
+            if _is_fused_forward(module, value):
                 raise ValueError(
                     f"{name}.{key} holds the fused forward and would go on calling it: remove the hook that was put on "
                     "after patch, then unpatch"
@@ -93,16 +89,56 @@ def unpatch(model: nn.Module) -> nn.Module:
     return model
 
 
+def check(model: nn.Module, config: DQConfig) -> None:
+    """Raises what `apply` would raise, and changes nothing; works on the meta device."""
+    if config.fused and config.strict and _bases(model):
+        _fusable(model)
+
+
+def apply(model: nn.Module, config: DQConfig) -> None:
+    """`patch` for fused="auto" where the model has something to fuse, `unpatch` for fused=False.
+
+    Raises:
+        ValueError: under `strict`, for a transformers that fused blocks do not know. Otherwise that is a warning, and
+            the model runs module by module; `describe` says so.
+    """
+    if not config.fused:
+        unpatch(model)
+    elif _bases(model):
+        try:
+            patch(model)
+        except ValueError as error:
+            if config.strict:
+                raise
+            logger.warning("%s is not fused: %s", type(model).__name__, error)
+
+
 def is_fused(module: nn.Module) -> bool:
     """Whether `patch` changed this module."""
     return "dqkernels_base" in type(module).__dict__
 
 
+def fused_layers(model: nn.Module) -> list[nn.Module]:
+    """The fused encoder and decoder layers inside `model`."""
+    return [module for module in model.modules() if is_fused(module) and isinstance(module, _Layer)]
+
+
+def example(layer: nn.Module, batch: int, tokens: int) -> tuple:
+    """Arguments for `layer.forward` of a fused layer: zeros [batch, tokens, d_model], as the source as well."""
+    like = layer.self_attn_layer_norm.weight
+    x = torch.zeros(batch, tokens, layer.embed_dim, dtype=like.dtype, device=like.device)
+    return (x, None, x, None) if isinstance(layer, _DecoderLayer) else (x, None)
+
+
 def describe(model: nn.Module) -> str:
-    """How many layers are fused, and what keeps steps of them apart, in words; empty where no layer is patched."""
-    layers = [module for module in model.modules() if is_fused(module) and isinstance(module, _Layer)]
+    """How many layers are fused, and what keeps steps of them apart; or why none is. In words."""
+    layers = fused_layers(model)
     if not layers:
-        return ""
+        try:
+            _fusable(model)
+        except ValueError as error:
+            return f"not fused: {error}"
+        return "not fused: fused=False, or unpatched"
     reasons: dict[str, int] = {}
     for layer in layers:
         for reason in dict.fromkeys(_obstacles(layer)):
@@ -112,6 +148,8 @@ def describe(model: nn.Module) -> str:
 
 
 def _obstacles(layer: nn.Module) -> Iterator[str]:
+    if "forward" in layer.__dict__ and not any(_is_fused_forward(layer, each) for each in layer.__dict__.values()):
+        yield "a forward put on it before patch runs instead"
     for name, module in layer.named_modules():
         if name and steps.hooked(module):
             yield f"a hook keeps {name} apart"
@@ -134,6 +172,29 @@ def _obstacles(layer: nn.Module) -> Iterator[str]:
 
 
 # ---- classes ------------------------------------------------------------------------------------------------
+
+
+def _is_fused_forward(module: nn.Module, value: Any) -> bool:
+    """Whether somebody keeps the fused forward of `module` as `value`, to call it."""
+    return getattr(value, "__func__", None) is type(module).forward
+
+
+def _bases(model: nn.Module) -> dict[nn.Module, type]:
+    """Every module of `model` that can be fused -> the class of transformers that it is."""
+    return {module: base for module in model.modules() if (base := _base_of(module)) is not None}
+
+
+def _fusable(model: nn.Module) -> list[nn.Module]:
+    """The modules that `patch` changes; raises ValueError as it says."""
+    found = _bases(model)
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no attention of {', '.join(FAMILIES)}, or a forward of its own: "
+            "nothing to fuse. Its packed linears run as they are"
+        )
+    for base in dict.fromkeys(found.values()):
+        _cache_name(base)
+    return list(found)
 
 
 def _base_of(module: nn.Module) -> type | None:

@@ -6,7 +6,8 @@ layers work. Each step decides for itself: what is frozen in one may be trained 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import sys
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -14,12 +15,25 @@ from torch.nn.modules.module import _has_any_global_hook
 
 from dqkernels import fused, ops
 
+#: Where transformers makes the hooks that capture outputs.
+_CAPTURING = "transformers.utils.output_capturing"
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 def hooked(module: nn.Module) -> bool:
-    """Whether calls of this module are watched or replaced: hooks, or a `forward` on the instance (as accelerate's)."""
-    return any(getattr(module, name) for name in _HOOKS) or "forward" in module.__dict__ or _has_any_global_hook()
+    """Whether calls of this module are watched or replaced: hooks, or a `forward` on the instance (as accelerate's).
+
+    transformers leaves a hook on every attention once maps or hidden states were asked for: it counts when it captures.
+    """
+    watched = any(_watches(hook) for name in _HOOKS for hook in getattr(module, name).values())
+    return watched or "forward" in module.__dict__ or _has_any_global_hook()
+
+
+def _watches(hook: Callable) -> bool:
+    if getattr(hook, "__module__", None) != _CAPTURING:
+        return True
+    collector = getattr(sys.modules.get(_CAPTURING), "_active_collector", None)
+    return collector is None or bool(collector.get())  # an empty one captures nothing
 
 
 def under_autocast(x: torch.Tensor) -> bool:

@@ -10,7 +10,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dqkernels import autocast, ops, reference, straight_through
 from dqkernels.config import LayerConfig
-from dqkernels.nn import PackedModule, QEmbedding, QLinear, take_over
+from dqkernels.nn import PackedModule, QEmbedding, QLinear, ScaledWordEmbedding, take_over
 
 #: Where an activation keeps its codes for the next layer that reads it (q, k and v read one tensor).
 _CODES = "_dqkernels_codes"
@@ -293,8 +293,6 @@ class QATEmbedding(QATModule, nn.Embedding):
         if self.embed_scale == 1.0:
             new = nn.Embedding(*size, device="meta")
         else:
-            from dqkernels.hf import ScaledWordEmbedding
-
             new = ScaledWordEmbedding(*size, device="meta", embed_scale=self.embed_scale)
         new.weight = self.weight
         return take_over(self, new)

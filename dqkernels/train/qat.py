@@ -27,7 +27,7 @@ from torch import nn
 from dqkernels import convert, serialize
 from dqkernels.checks import FLOAT_DTYPES
 from dqkernels.config import DQConfig
-from dqkernels.models import attention
+from dqkernels.models import attention, blocks
 from dqkernels.nn import PackedModule
 from dqkernels.train.modules import QATEmbedding, QATLinear, QATModule
 
@@ -38,8 +38,9 @@ CONFIG_KEY = "dqkernels_qat"
 def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale: bool = False) -> nn.Module:
     """Makes every `nn.Linear` and token embedding of `model` train through its packed form, in place.
 
-    The choice of layers, bits and rules is that of `quantize_(model, config)`. Tied weights stay tied and are quantized
-    once; master weights become float32 and stay it. What stays in float, and why, is in `model.dqkernels_skipped`.
+    The choice of layers, bits and rules is that of `quantize_(model, config)`, and evaluation runs in its fused steps.
+    Tied weights stay tied and are quantized once; master weights become float32 and stay it. What stays in float, and
+    why, is in `model.dqkernels_skipped`.
 
     Args:
         model: a float model on any device but meta.
@@ -92,6 +93,7 @@ def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale:
     for name, module in made.items():
         convert.set_submodule(model, name, module)
     attention.apply(model, config)
+    blocks.apply(model, config)
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
     model.dqkernels_qat = config
     if getattr(model, "config", None) is not None:

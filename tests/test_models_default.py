@@ -1,0 +1,180 @@
+"""What `quantize_`, `from_pretrained`, `load`, `prepare_qat` and `export` do without being asked: fused blocks."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import logging
+
+import pytest
+import torch
+import transformers
+from attention_models import peaked, run
+from torch import nn
+
+import dqkernels
+from dqkernels import DQConfig, quantize_, report
+from dqkernels.models import blocks
+from dqkernels.train import export, load_trained, packed_copy, prepare_qat
+
+PATCHED = list(blocks.FAMILIES)
+
+
+@torch.no_grad()
+def logits(model) -> torch.Tensor:
+    return run(model).logits
+
+
+def fused(model) -> int:
+    return sum(map(blocks.is_fused, model.modules()))
+
+
+# ---- fused blocks ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", PATCHED)
+def test_quantize_fuses(family):
+    model = quantize_(peaked(family))
+    assert fused(model) == 4 + 3 and report(model).blocks == "3 fused layers"
+    apart = quantize_(peaked(family), DQConfig(fused=False))
+    assert fused(apart) == 0 and report(apart).blocks == "not fused: fused=False, or unpatched"
+    assert torch.equal(logits(model), logits(apart))
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_every_way_to_a_packed_model_fuses(family, tmp_path):
+    peaked(family).save_pretrained(tmp_path / "float")
+    made = quantize_(peaked(family))
+    wanted = logits(made)
+    read = functools.partial(type(made).from_pretrained, dtype=torch.float32)
+    made.save_pretrained(tmp_path / "packed")
+    assert "fused" not in (tmp_path / "packed" / "config.json").read_text()
+    off = DQConfig(fused=False)
+    ways = {
+        "quantized while loading": (read(tmp_path / "float", quantization_config=DQConfig()), 7),
+        "the same, off": (read(tmp_path / "float", quantization_config=off), 0),
+        "packed": (read(tmp_path / "packed"), 7),
+        "packed, off": (read(tmp_path / "packed", quantization_config=off), 0),
+        "load": (dqkernels.load(tmp_path / "packed", dtype="float32"), 7),
+        "load, off": (dqkernels.load(tmp_path / "packed", dtype="float32", fused=False), 0),
+        "a copy": (copy.deepcopy(made), 7),
+    }
+    for way, (model, count) in ways.items():
+        assert fused(model) == count and torch.equal(logits(model), wanted), way
+        assert model.config.quantization_config.fused == ("auto" if count else False), way
+        model.save_pretrained(tmp_path / "again")
+        assert fused(dqkernels.load(tmp_path / "again")) == 7, f"{way}: no file holds it"
+
+
+def test_fused_is_checked(tmp_path):
+    with pytest.raises(ValueError, match=r"fused must be one of \['auto', False\], got True"):
+        dqkernels.load(tmp_path, fused=True)
+    assert DQConfig(fused=False).get_loading_attributes()["fused"] is False
+
+
+def test_others_run_module_by_module_and_are_named(caplog):
+    with caplog.at_level(logging.WARNING, logger="dqkernels"):
+        t5 = quantize_(peaked("t5"), DQConfig(strict=True, backend="eager"))
+        plain = quantize_(nn.Sequential(nn.Linear(8, 8)))
+    assert not caplog.records and fused(t5) == fused(plain) == 0
+    for model, name in ((t5, "T5ForConditionalGeneration"), (plain, "Sequential")):
+        assert report(model).blocks.startswith(f"not fused: {name} has no attention of bart, mbart, marian, pegasus")
+    assert report(peaked("bart")).blocks == "", "nothing is packed"
+
+
+def test_a_transformers_that_is_not_known_runs_module_by_module(monkeypatch, caplog):
+    """P4: a warning and the report name it; `strict` refuses, before anything is changed."""
+    wanted = logits(quantize_(peaked("bart"), DQConfig(fused=False)))
+    bart = transformers.models.bart.modeling_bart.BartDecoderLayer
+    forward = bart.forward
+
+    def later(self, hidden_states, *args, memory=None, **kwargs):
+        return forward(self, hidden_states, *args, **kwargs)
+
+    later.__module__ = bart.__module__
+    monkeypatch.setattr(bart, "forward", later)
+    with caplog.at_level(logging.WARNING, logger="dqkernels"):
+        model = quantize_(peaked("bart"))
+    told = "BartDecoderLayer.forward of transformers"
+    assert len(caplog.records) == 1 and told in caplog.text and "do not know args, memory" in caplog.text
+    assert fused(model) == 0 and report(model).blocks.startswith(f"not fused: {told}")
+    assert torch.equal(logits(model), wanted)
+    strict = DQConfig(strict=True, backend="eager")
+    for way in (quantize_, prepare_qat):
+        untouched = peaked("bart")
+        with pytest.raises(ValueError, match=told):
+            way(untouched, strict)
+        assert not any("dqkernels" in type(m).__module__ for m in untouched.modules())
+
+
+def test_dequantized_is_transformers_own(tmp_path):
+    model = quantize_(peaked("bart"))
+    assert fused(model) and not fused(model.dequantize())
+    assert type(model.get_decoder().layers[0]) is transformers.models.bart.modeling_bart.BartDecoderLayer
+    kept = quantize_(peaked("bart"))
+    layer = kept.get_decoder().layers[0]
+    layer._old_forward = layer.forward  # as accelerate keeps it
+    wanted = logits(model)
+    assert torch.equal(logits(kept.dequantize()), wanted), "it may stay: on floats it runs what it is made of"
+
+
+def test_layers_that_accelerate_holds_are_told_apart():
+    """A device_map puts a `forward` on modules, which keeps the one it found: of transformers, or the fused one."""
+    hooks = pytest.importorskip("accelerate.hooks")
+    wanted = logits(quantize_(peaked("bart")))
+    for late in (True, False):
+        model = quantize_(peaked("bart"), DQConfig(fused=False if late else "auto"))
+        layer = model.get_decoder().layers[0]
+        hooks.add_hook_to_module(layer, hooks.AlignDevicesHook(io_same_device=True))
+        blocks.patch(model)
+        instead = "; a forward put on it before patch runs instead in 1" if late else ""
+        assert report(model).blocks == "3 fused layers" + instead
+        assert torch.equal(logits(model), wanted)
+
+
+# ---- training -------------------------------------------------------------------------------------------------
+
+
+def trained(family: str, config: DQConfig, learned: bool = False):
+    model = prepare_qat(peaked(family), config, learned).train()
+    torch.manual_seed(0)  # of dropout
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    for _ in range(2):
+        run(model).logits.float().square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.mark.parametrize(
+    "family, dtype",
+    [*((family, torch.bfloat16) for family in PATCHED), ("bart", torch.float32), ("mbart", torch.float16)],
+)
+def test_p2_with_both_sides_fused(family, dtype, tmp_path):
+    """In 16 bits a fused step rounds once less, so both sides have to be."""
+    model = trained(family, DQConfig(weight_bits=2, embedding_bits=2), learned=True)
+    with torch.no_grad():  # what a loss on maps leaves behind: hooks, in the model in training alone
+        run(model, output_attentions=True, output_hidden_states=True)
+    assert fused(model) == 7 and blocks.describe(model) == "3 fused layers"
+    same = copy.deepcopy(model).to(dtype)
+    wanted = logits(same)
+    assert torch.isfinite(wanted).all()
+    exported = export(model, tmp_path / "x", dtype=dtype)
+    for packed in (packed_copy(model, dtype), exported, dqkernels.load(tmp_path / "x")):
+        assert fused(packed) == 7 and torch.equal(logits(packed), wanted)
+    if dtype != torch.float32:
+        assert not torch.equal(logits(blocks.unpatch(same)), wanted), "or one side could be left out"
+
+
+def test_training_is_what_it_was():
+    """Fused steps have no gradients: the same steps as without, bit for bit."""
+    states = [trained("mbart", DQConfig(weight_bits=4, fused=fuse)).state_dict() for fuse in ("auto", False)]
+    assert all(torch.equal(a, b) for a, b in zip(*(state.values() for state in states), strict=True))
+
+
+def test_a_checkpoint_is_fused_again(tmp_path):
+    model = trained("bart", DQConfig(weight_bits=4))
+    model.save_pretrained(tmp_path)
+    assert "fused" not in (tmp_path / "config.json").read_text()
+    again = load_trained(tmp_path)
+    assert fused(again) == 7 and torch.equal(logits(again), logits(model))
