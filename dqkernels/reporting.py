@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dqkernels import backends
+from dqkernels import backends, decode
 from dqkernels.config import FORMAT_VERSION, VERSION
 from dqkernels.environment import ENVIRONMENT
 from dqkernels.kernels import measured, native
@@ -88,6 +88,8 @@ class Report:
         attention: how the products inside attention are computed: int8, in which modules and by which kernel, or why in
             float.
         blocks: which layers run in fused steps, and what keeps some apart; or why none does. Empty in a float model.
+        decode: how `generate` decodes, and why; empty where `decode.attach` was not called.
+        cache_bytes, workspace_bytes: what is kept for its next calls: keys and values; indices, captured steps.
     """
 
     model: str
@@ -98,6 +100,9 @@ class Report:
     float32_bytes: int
     attention: str = _FLOAT
     blocks: str = ""
+    decode: str = ""
+    cache_bytes: int = 0
+    workspace_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -138,6 +143,9 @@ class Report:
         lines += [_wrap(f"Left in float ({note}): {_list(names)}") for note, names in left.items()]
         lines.append(_wrap(f"Attention: {self.attention}"))
         lines += [_wrap(f"Blocks: {self.blocks}")] if self.blocks else []
+        if self.decode:
+            held = f"caches {_megabytes(self.cache_bytes)}, workspace {_megabytes(self.workspace_bytes)}"
+            lines += [_wrap(f"Decoding: {self.decode}"), _wrap(f"Kept for the next calls of generate: {held}")]
         parts = (("codes", self.codes_bytes), ("scales", self.scales_bytes), ("other", self.other_bytes))
         sizes = ", ".join(f"{name} {_megabytes(value)}" for name, value in parts)
         total = f"{self.model}: {_megabytes(self.total_bytes)} ({sizes}); in fp32 {_megabytes(self.float32_bytes)}"
@@ -218,24 +226,14 @@ def report(model: nn.Module) -> Report:
             weight = module.weight
             owner = seen.setdefault(id(weight), name)
             size = weight.numel() if owner == name else 0
-            rows.append(
-                Row(
-                    name,
-                    1,
-                    "float",
-                    weight.element_size() * 8,
-                    "none",
-                    tuple(weight.shape),
-                    size * weight.element_size(),
-                    0 if name in copies else size * 4,
-                    "torch",
-                    skipped[name],
-                )
-            )
+            sizes = size * weight.element_size(), 0 if name in copies else size * 4
+            facts = "float", weight.element_size() * 8, "none", tuple(weight.shape)
+            rows.append(Row(name, 1, *facts, *sizes, "torch", skipped[name]))
     codes, scales, other = _stored_bytes(model)
     sizes = codes, scales, other, teacher_bytes(model)
     fused = blocks.describe(model) if any(row.kind != "float" for row in rows) else ""
-    return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, attention=_attention(model), blocks=fused)
+    how = _attention(model), fused, decode.describe(model)
+    return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, *how, *decode.memory(model))
 
 
 def info() -> Info:

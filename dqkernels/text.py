@@ -8,6 +8,7 @@ float and packed models alike. Floor: just above `hf`. It knows tokenizers and `
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
@@ -19,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from tqdm.auto import tqdm
 
-from dqkernels import reporting
+from dqkernels import decode, reporting
 
 logger = logging.getLogger("dqkernels")
 
@@ -53,6 +54,7 @@ def stream_texts(
     progress: bool | Callable[[int], Any] = False,
     total: int | None = None,
     warn_cut: bool = True,
+    plain: bool = False,
     **generate_options: Any,
 ) -> Iterator[str]:
     """Yields one output per text, in the order of `texts`, while it batches texts of like length.
@@ -70,6 +72,7 @@ def stream_texts(
         progress: show a bar where stderr is a terminal; or a function that is told how many are done.
         total: number of texts, for the bar, where `texts` has no length.
         warn_cut: log how many sources were longer than `max_source_length`.
+        plain: Hugging Face's own decode loop, where `dqkernels.decode` has put another one into the model.
         **generate_options: for `model.generate`; an option that is None is left to the model.
 
     Raises:
@@ -89,11 +92,14 @@ def stream_texts(
     hidden = None if progress is True else True
     bar = tqdm(total=total, desc="generate", unit="text", disable=hidden, leave=False)
     done = progress if callable(progress) else bar.update
-    return _stream(model, tokenizer, iter(texts), batch_size, prefix, limit, options, bar, done, warn_cut)
+    loop = decode.plain if plain else contextlib.nullcontext
+    return _stream(model, tokenizer, iter(texts), batch_size, prefix, limit, options, bar, done, warn_cut, loop)
 
 
 @torch.no_grad()
-def _stream(model, tokenizer, source, batch_size, prefix, limit, options, bar, advance, warn_cut) -> Iterator[str]:
+def _stream(
+    model, tokenizer, source, batch_size, prefix, limit, options, bar, advance, warn_cut, loop
+) -> Iterator[str]:
     cut = 0
     with bar:
         while window := list(itertools.islice(source, WINDOW_BATCHES * batch_size)):
@@ -106,7 +112,9 @@ def _stream(model, tokenizer, source, batch_size, prefix, limit, options, bar, a
             done = 0
             for start in range(0, len(order), batch_size):
                 part = order[start : start + batch_size]
-                for i, text in zip(part, _run(model, tokenizer, [rows[i][0] for i in part], options), strict=True):
+                with loop(model):  # for as long as nothing is yielded: it holds for this thread
+                    texts = _run(model, tokenizer, [rows[i][0] for i in part], options)
+                for i, text in zip(part, texts, strict=True):
                     outputs[i] = text
                 advance(len(part))
                 while done < len(outputs) and outputs[done] is not None:

@@ -21,8 +21,9 @@ from test_text import make_tiny
 
 from dqkernels import text
 from dqkernels.cli import main
+from dqkernels.launcher import Processes
 from dqkernels.train import parts
-from dqkernels.train.distill_data import Processes, distill
+from dqkernels.train.distill_data import distill
 
 WORDS = ("hello", "world", "a", "b", "c")
 SOURCES = [" ".join(WORDS[(n * k) % 5] for k in range(1, 3 + n * 7 % 11)) for n in range(1, 24)]

@@ -135,9 +135,10 @@ def distill_data(
 
     from dqkernels import text as library
     from dqkernels.data import prepare, sources
+    from dqkernels.launcher import Processes
     from dqkernels.train import distill_data as teacher
 
-    processes = teacher.Processes.of_launcher(cpu=device == "cpu")
+    processes = Processes.of_launcher(cpu=device == "cpu")
     limit = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
     gold = select != "all" or min_rouge2 is not None
     with common.checking_input():

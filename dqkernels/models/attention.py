@@ -162,6 +162,12 @@ def describe(model: nn.Module) -> list[tuple[str, list[str]]]:
     return list(found.items())
 
 
+def in_use(module: nn.Module) -> Options | None:
+    """How this attention module computes in int8 now; None where it does not."""
+    options = module.__dict__.get(_OPTIONS)
+    return options if options is not None and module.config._attn_implementation == NAME else None
+
+
 # ------------------------------------------------------------------------------------------------- the function
 
 

@@ -19,7 +19,6 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,40 +26,13 @@ import torch
 from tqdm.auto import tqdm
 
 from dqkernels import text
+from dqkernels.launcher import Processes
 from dqkernels.train import parts
 
 logger = logging.getLogger("dqkernels")
 
 _FORMAT = 1  # of the shards
 _SAMPLED = 4096  # values of each tensor that a model is known by
-
-
-@dataclass(frozen=True)
-class Processes:
-    """Which of how many processes this one is, and how they wait for each other."""
-
-    index: int = 0
-    count: int = 1
-    device: torch.device | None = None
-    wait: Callable[[], None] = lambda: None
-
-    @classmethod
-    def of_launcher(cls, cpu: bool = False) -> Processes:
-        """As `accelerate launch` or `torchrun` set the environment; one process without them.
-
-        Raises:
-            ImportError: in a launch of several without the package accelerate.
-        """
-        if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
-            return cls()
-        try:
-            from accelerate import PartialState
-        except ImportError as error:
-            wanted = "several processes need the package accelerate: pip install 'dqkernels[train]'"
-            raise ImportError(wanted) from error
-        # The longest share may end hours after the shortest: the default of ten minutes would end the run.
-        state = PartialState(cpu=cpu, timeout=timedelta(days=14))
-        return cls(state.process_index, state.num_processes, state.device, state.wait_for_everyone)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,73 @@
+"""What stands between logits and the next token: processors and criteria of transformers, called as it calls them.
+
+Those that `generate` makes itself (the length, the end of sequence) are looked at directly: theirs is most of the time
+that a loop in Python takes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+
+def processor(processors: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """`LogitsProcessorList` as a function of (ids, scores).
+
+    The list looks at the signature of every member at every call; here they are looked at once.
+    """
+    from transformers import LogitsProcessorList
+
+    members = list(processors)
+    plain = type(processors) is LogitsProcessorList
+    if not plain or any(len(inspect.signature(each.__call__).parameters) > 2 for each in members):
+        return processors  # its own errors, and whatever a list of the user's does
+    if not members:
+        return lambda ids, scores: scores
+
+    def run(ids, scores):
+        for each in members:
+            scores = each(ids, scores)
+        return scores
+
+    return run
+
+
+class Stop:
+    """Which sequences end: `StoppingCriteriaList`, in the short form where it allows one.
+
+    Attributes:
+        simple: whether length and end of sequence are all there is, so that nobody asks for the whole sequences.
+        pads: whether finished sequences go on with padding: where a criterion knows an end of sequence.
+    """
+
+    def __init__(self, criteria: Any):
+        from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+        self.criteria = criteria
+        self.pads = any(hasattr(each, "eos_token_id") for each in criteria)
+        lengths = [each for each in criteria if type(each) is MaxLengthCriteria]
+        ends = [each for each in criteria if type(each) is EosTokenCriteria]
+        most = min((each.max_length for each in lengths), default=None)
+        # One that would warn, of positions that a model may not have, is asked itself.
+        warns = any(
+            each.max_position_embeddings is not None and most > each.max_position_embeddings for each in lengths
+        )
+        self.simple = type(criteria) is StoppingCriteriaList and len(lengths) + len(ends) == len(criteria) and not warns
+        self.most = most
+        self.ends = [each.eos_token_id for each in ends]
+        self._ends: torch.Tensor | None = None
+
+    def quick(self, tokens: torch.Tensor, length: int) -> torch.Tensor:
+        """For `simple` ones. tokens int64 [...], which made sequences of `length` -> bool [...]."""
+        if self.most is not None and length >= self.most:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        if not self.ends:
+            return torch.zeros_like(tokens, dtype=torch.bool)
+        if self._ends is None:
+            self._ends = torch.cat([each.reshape(-1).to(tokens.device) for each in self.ends])
+        if self._ends.numel() == 1:
+            return tokens == self._ends
+        return torch.isin(tokens, self._ends)
