@@ -9,7 +9,7 @@ import torch
 from compare import assert_same_bits
 from torch import nn
 
-from dqkernels import packing, qmath
+from dqkernels import backends, packing, qmath
 from dqkernels.config import DQConfig, LayerConfig
 from dqkernels.nn import QEmbedding, QLinear
 

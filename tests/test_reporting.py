@@ -154,7 +154,8 @@ def test_info_says_why_cuda_is_missing(build, wanted, monkeypatch):
     from dqkernels.backends import cuda
     from dqkernels.kernels import native
 
-    core = type("Core", (), {"cpu_isa": staticmethod(lambda: "avx2")})
+    avx2 = staticmethod(lambda: "avx2")
+    core = type("Core", (), {"cpu_isa": avx2, "cpu_gemm_kernel": avx2})
     monkeypatch.setattr(native, "native", lambda: core)
     monkeypatch.setattr(native, "build_info", lambda: {**build, "cpu": True, "cuda": False})
     assert cuda.available("cuda") == (False, f"the compiled core has {wanted}")

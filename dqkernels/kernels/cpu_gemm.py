@@ -37,9 +37,7 @@ def part(qweight, weight_scale, group_mult, bias, residual, out_features: int) -
     """A `Part` of tensors of any layout; residual [..., N]."""
     if residual is not None and residual.dim() != 2:
         residual = residual.reshape(-1, out_features)
-    return Part(
-        _ready(qweight), _ready(weight_scale), _ready(group_mult), _ready(bias), _ready(residual), out_features
-    )
+    return Part(_ready(qweight), _ready(weight_scale), _ready(group_mult), _ready(bias), _ready(residual), out_features)
 
 
 def _ready(tensor: torch.Tensor | None) -> torch.Tensor | None:

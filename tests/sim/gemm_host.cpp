@@ -1,6 +1,6 @@
-// The CPU GEMM and embedding under sanitizers, called as the binding calls them, with one kernel more: the model of
-// the 512-bit dot product (gemm_plain.h), which no machine of ours can run. Plain<32>, the scalar kernel, is that of
-// the 256-bit one.
+// The CPU GEMM and embedding under sanitizers, called as the binding calls them, with one kernel more: the
+// model of the 512-bit dot product (gemm_plain.h), which no machine of ours can run. Plain<32>, the scalar
+// kernel, is that of the 256-bit one.
 #define DQK_TARGET
 #include "cpu/gemm_plain.h"
 #include "dqk/api.h"
@@ -15,9 +15,10 @@ const GemmKernel& model_512_gemm() {
 
 namespace {
 
-// scalars: kernel, m, k, row_stride, x_dtype, mode, clip, static_scale, bits, four_level, group_size, activation,
-// y_dtype, parts, then for each part: n, tensor_scale, bias_dtype, residual_dtype. buffers: x, act_scale, then for
-// each part: qweight, weight_scale, group_mult, bias, residual, y. The seed: threads less one.
+// scalars: kernel, m, k, row_stride, x_dtype, mode, clip, static_scale, bits, four_level, group_size,
+// activation, y_dtype, parts, then for each part: n, tensor_scale, bias_dtype, residual_dtype. buffers: x,
+// act_scale, then for each part: qweight, weight_scale, group_mult, bias, residual, y. The seed: threads less
+// one.
 Status gemm(const sim::Request& request) {
     CpuGemm args = {};
     args.kernel = static_cast<int32_t>(request.integer(0));
@@ -55,8 +56,8 @@ Status gemm(const sim::Request& request) {
     return cpu_gemm(args);
 }
 
-// scalars: kernel, ids32, count, rows, k, bits, four_level, group_size, tensor_scale, embed_scale, position_dtype,
-// position_stride, y_dtype. buffers: ids, qweight, weight_scale, group_mult, position, y.
+// scalars: kernel, ids32, count, rows, k, bits, four_level, group_size, tensor_scale, embed_scale,
+// position_dtype, position_stride, y_dtype. buffers: ids, qweight, weight_scale, group_mult, position, y.
 Status embedding(const sim::Request& request) {
     CpuEmbedding args = {};
     args.kernel = static_cast<int32_t>(request.integer(0));
