@@ -32,6 +32,20 @@ def supports(op: str, *, bits: int = 8, group_size: int = -1, norm: bool | None 
     return None
 
 
+def _gemm(x, parts, *, activation, out_dtype, **facts):
+    """`cpu_gemm.gemm`, with torch's own GELU: then a fused block has the bits of its modules one by one."""
+    if activation != "gelu":
+        return cpu_gemm.gemm(x, parts, activation=activation, out_dtype=out_dtype, **facts)
+    bare = [one._replace(residual=None) for one in parts]
+    found = []
+    for y, one in zip(cpu_gemm.gemm(x, bare, activation="none", out_dtype=torch.float32, **facts), parts, strict=True):
+        y = reference.activate(y, "gelu")
+        if one.residual is not None:
+            y = y.add_(one.residual.float().reshape(y.shape))
+        found.append(y.to(out_dtype))
+    return found
+
+
 def qgemm(
     q,
     act_scale,
@@ -49,8 +63,8 @@ def qgemm(
     activation,
     out_dtype,
 ):
-    """See `reference.qgemm`; the same bits but for GELU. Needs no row sums."""
-    return cpu_gemm.gemm(
+    """See `reference.qgemm`; the same bits. Needs no row sums."""
+    return _gemm(
         q,
         [cpu_gemm.part(qweight, weight_scale, group_mult, bias, residual, out_features)],
         bits=bits,
@@ -81,7 +95,7 @@ def qlinear(
     out_dtype,
 ):
     """Quantizes x [..., K], then `qgemm` -> [..., out_features], in one call of the core."""
-    return cpu_gemm.gemm(
+    return _gemm(
         x,
         [cpu_gemm.part(qweight, weight_scale, group_mult, bias, residual, out_features)],
         bits=bits,
@@ -100,7 +114,7 @@ def qlinear_multi(
 ):
     """`qlinear` of each (qweight, weight_scale, group_mult, bias, out_features) on one x [..., K], quantized once. norm
     is None."""
-    return cpu_gemm.gemm(
+    return _gemm(
         x,
         [cpu_gemm.part(*part[:4], None, part[4]) for part in parts],
         bits=bits,
