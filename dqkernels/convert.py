@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 from tqdm.auto import tqdm
 
-from dqkernels import checks, qmath, reporting
+from dqkernels import checks, decode, qmath, reporting
 from dqkernels.config import DQConfig, LayerConfig
 from dqkernels.models import attention, blocks
 from dqkernels.nn import PackedModule, QEmbedding, QLinear
@@ -52,6 +52,8 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     """Replaces every `nn.Linear` and token embedding of `model` by its packed form, in place.
 
     Attention and feed-forward of BART, mBART, Marian and Pegasus run in fused steps from then on (`dqkernels.models`).
+    With attention="int8", `model.generate` of these and of T5 runs a loop over int8 caches that writes the same tokens
+    (`dqkernels.decode`; `decode.plain(model)` is transformers' own).
     Tied weights stay tied: an lm_head that shares the embedding's weight shares its packed table. Everything is
     packed before anything is swapped, so an error leaves the model as it was. Modules that are packed already
     stay as they are, and a warning on the logger `dqkernels` counts them; what is skipped, and why, is in
@@ -108,10 +110,17 @@ def install(
         set_submodule(model, name, module)
     attention.apply(model, config)
     blocks.apply(model, config)
+    attach_decode(model, config)
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
     for hook in after_convert:
         hook(model, config)
     return model
+
+
+def attach_decode(model: nn.Module, config: DQConfig) -> None:
+    """Puts the decode loop behind `model.generate` where attention is int8: its caches hold codes, not floats."""
+    if config.attention == "int8" and decode.serves(model):
+        decode.attach(model)
 
 
 def plan(model: nn.Module, config: DQConfig) -> list[Decision]:

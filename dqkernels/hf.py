@@ -240,6 +240,7 @@ class DQHfQuantizer(HfQuantizer):
         if self.pre_quantized:
             serialize.check_values(model, model.config.name_or_path or serialize.WEIGHTS_FILE)
         attention.apply(model, self.quantization_config)
+        convert.attach_decode(model, self.quantization_config)
         _finish(model, self._skipped)
         return model
 

@@ -7,13 +7,15 @@ import functools
 import logging
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from attention_models import peaked, run
 from torch import nn
 
 import dqkernels
-from dqkernels import DQConfig, quantize_, report
+from dqkernels import DQConfig, decode, quantize_, report
+from dqkernels.decode import engine
 from dqkernels.models import blocks
 from dqkernels.train import export, load_trained, packed_copy, prepare_qat
 
@@ -178,3 +180,18 @@ def test_a_checkpoint_is_fused_again(tmp_path):
     assert "fused" not in (tmp_path / "config.json").read_text()
     again = load_trained(tmp_path)
     assert fused(again) == 7 and torch.equal(logits(again), logits(model))
+
+
+def test_int8_attention_brings_the_decode_loop(tmp_path):
+    """Without being asked for, by every way to a packed model; a float attention keeps transformers' loop."""
+    model = quantize_(tiny_models.make("bart").eval(), DQConfig(weight_bits=4, attention="int8"))
+    assert decode.is_attached(model)
+    assert not decode.is_attached(quantize_(tiny_models.make("bart").eval(), DQConfig()))
+    given = {"input_ids": torch.arange(4, 12).reshape(1, 8), "max_new_tokens": 6, "min_new_tokens": 6}
+    ours = model.generate(**given)
+    assert engine.state_of(model).served == 1
+    with decode.plain(model):
+        assert torch.equal(ours, model.generate(**given))
+    model.save_pretrained(tmp_path)
+    again = dqkernels.load(tmp_path)
+    assert decode.is_attached(again) and torch.equal(ours, again.generate(**given))
