@@ -369,7 +369,7 @@ def test_relative_positions(most):
     model = t5(relative_attention_max_distance=most)
     model.generation_config.eos_token_id = None
     assert model.decoder.block[0].layer[0].SelfAttention.relative_attention_max_distance == most
-    assert t5_file._safe(32, most) == (most == 128)
+    assert t5_file._safe(32, most)
     alike(model, given(2), max_new_tokens=150 if most == 128 else 70, lively=False)
     alike(model, given(1), max_new_tokens=66, num_beams=2, lively=False)
 

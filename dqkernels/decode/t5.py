@@ -144,7 +144,10 @@ def _inner(ffn: nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
 
 def _head(model: nn.Module, norm: nn.Module, head: nn.Module):
     alone = layers.alone(head)
-    scale = model.model_dim**-0.5 if model.config.scale_decoder_outputs else None
+    file = layers.modeling("t5")
+    # mT5's forward never scales, whatever its config says.
+    scales = file is not None and isinstance(model, file.T5ForConditionalGeneration)
+    scale = model.model_dim**-0.5 if scales and model.config.scale_decoder_outputs else None
 
     def logits(x: torch.Tensor) -> torch.Tensor:
         x = norm(x[:, -1:] if alone else x)
