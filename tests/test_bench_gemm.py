@@ -498,7 +498,8 @@ def test_peers_of_a_layer_are_candidates_or_have_a_reason(fakes):
 
 def test_record_and_table(tmp_path):
     path = tmp_path / "gemm.json"
-    made = gemm.run([(32, 128)], (1, 3), (4,), (-1, 64), device="cpu", seconds=1000, out=path, probe=False)
+    where = {"device": "cpu", "backends": ["eager"], "probe": False}
+    made = gemm.run([(32, 128)], (1, 3), (4,), (-1, 64), seconds=1000, out=path, **where)
     assert record.read(path) == made and made["kind"] == "gemm"
     assert made["settings"]["cells"] == ["1x32x128", "3x32x128", "1x32x128 g64", "3x32x128 g64"]
     timed = [row for row in made["rows"] if row["status"] == "timed"]
@@ -513,7 +514,7 @@ def test_record_and_table(tmp_path):
 
 def test_a_cpu_meets_no_goal(monkeypatch):
     monkeypatch.setattr(gemm_goals, "SAMPLES", 1)
-    made = gemm.run([(768, 768)], (1,), (2,), device="cpu", seconds=1000, probe=False)
+    made = gemm.run([(768, 768)], (1,), (2,), device="cpu", backends=["eager"], seconds=1000, probe=False)
     assert any(row.get("backend") == "eager" and row["status"] == "timed" for row in made["rows"])
     assert {line["verdict"] for line in made["protocol"]["goals"]} == {"not measured"}
 
@@ -526,7 +527,7 @@ def test_cells_that_time_does_not_reach_are_named():
 
 def test_the_table_of_a_gpu_fits_with_large_figures():
     """Every column, the longest names and figures that a card can give; made up, and in no record."""
-    made = gemm.run([(50265, 128)], (64,), (2,), (-1,), device="cpu", seconds=1000, probe=False)
+    made = gemm.run([(50265, 128)], (64,), (2,), (-1,), device="cpu", backends=["eager"], seconds=1000, probe=False)
     made["settings"]["device"], made["environment"]["gpu"] = "cuda", "NVIDIA H200"
     made["protocol"]["floor"]["device"] = "H200"
     figures = {"median_us": 12345.6, "p10_us": 12000.4, "p90_us": 13000.6, "host_us": 1234.5, "floor_us": 345.6}
