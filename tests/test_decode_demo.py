@@ -23,11 +23,11 @@ def teacher():
 
 @pytest.fixture(scope="module")
 def sources(teacher):
-    """Bodies of functions of numpy, short and long ones together."""
-    found = sorted({pair.body for pair in docstrings.mine(split="test", packages=["numpy"])}, key=len)
+    """Bodies of functions of numpy and torch, short and long ones together."""
+    found = sorted({pair.body for pair in docstrings.mine(split="test", packages=["numpy", "torch"])}, key=len)
     assert len(found) > 40
     some = found[:: len(found) // 12][:12]
-    return teacher[1](some, truncation=True, max_length=256, padding=True, return_tensors="pt")
+    return teacher[1](some, truncation=True, max_length=120, padding=True, return_tensors="pt")
 
 
 @pytest.mark.parametrize("options", [{"num_beams": 1}, {"num_beams": 4}], ids=["greedy", "4 beams"])
