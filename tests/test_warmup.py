@@ -60,8 +60,8 @@ def test_every_kind_at_every_number_of_tokens_once(model, on_triton):
 def test_fused_layers_run_as_they_serve(model, on_triton, monkeypatch):
     """Their launches: a norm, GELU and residuals inside, which no module alone has."""
     ops_called = []
-    multi = fused.qlinear_multi
-    monkeypatch.setattr(fused, "qlinear_multi", lambda x, *a: ops_called.append(tuple(x.shape)) or multi(x, *a))
+    multi = fused.linears
+    monkeypatch.setattr(fused, "linears", lambda x, *a: ops_called.append(tuple(x.shape)) or multi(x, *a))
     warmup.warmup(model, [5])
     # Encoder: qkv and fc1; decoder: qkv, cross q, cross kv and fc1; five sequences of one token and one of five.
     assert sorted(ops_called) == [(1, 5, 40)] * 6 + [(5, 1, 40)] * 6
