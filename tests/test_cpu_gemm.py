@@ -1,6 +1,6 @@
 """The CPU GEMM and embedding through torch: exact on every kernel of this CPU, threads, processes, refusals, names.
 
-Under sanitizers, with the models of the instruction sets that are not here: tests/sim/test_cpu_gemm.py.
+Under sanitizers, with the models of the instruction sets that are not here: tests/sim/test_cpu_gemm_sim.py.
 """
 
 import functools
