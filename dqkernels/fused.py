@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import autocast, backends, checks, direct, gradients, ops
+from dqkernels import autocast, backends, checks, direct, gradients
 
 _LIB = torch.library.Library("dqkernels", "FRAGMENT")
 
@@ -64,7 +64,9 @@ def _qlinear_multi(
     rows = x.numel() // x.shape[-1]
     one_scale = {scale.numel() == 1 for _, scale, _, _, n in parts if n > 1}
     facts = {
-        **{"bits": bits, "group_size": group_size, "many_rows": rows > ops.FEW_ROWS, "prologue": rows <= PROLOGUE_ROWS},
+        # Up to 16 rows all of this is one launch, which no single GEMM was measured against.
+        **backends.gemm_facts(x, sum(out_features), bits, group_size, own=PROLOGUE_ROWS),
+        "prologue": rows <= PROLOGUE_ROWS,
         # One kernel for all parts reads one kind of bias and of scale, and norms in the type of x.
         "uniform": len(one_scale) < 2 and len({b.dtype for b in bias if b is not None}) < 2,
         "norm": None if norm_weight is None else all(t is None or t.dtype == x.dtype for t in (norm_weight, norm_bias)),

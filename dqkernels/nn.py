@@ -266,10 +266,10 @@ class QLinear(PackedModule):
         try:
             facts = device, layer.bits, layer.group_size, layer.act_granularity, self.backend, self.strict
             ranges = [(ops.FEW_ROWS, False, None), (None, True, None)]
-            if self.qweight.is_cuda:  # a table may know better
+            if self.qweight.is_cuda:  # as `backends.gemm_facts` has them
                 index, (n, k) = self.qweight.get_device(), (self.out_features, self.in_features)
-                measured = [(m, False, (index, m, n, k)) for m in plans.ROWS if m > plans.FLOAT_ROWS]
-                ranges[:1] = [(plans.FLOAT_ROWS, False, None), *measured]
+                measured = [(m, False, (index, m, n, k)) for m in plans.ROWS if m > plans.FASTER_ROWS]
+                ranges[:1] = [(plans.FASTER_ROWS, False, None), *measured]
             found = [(last, *_kernels(*ops.choose_qlinear(*facts, *rest))) for last, *rest in ranges]
         except (backends.BackendError, TableError) as error:
             return f"none ({error})"
@@ -283,12 +283,13 @@ class QLinear(PackedModule):
 
 
 def _by_rows(found: list[tuple[int | None, str, str]]) -> str:
-    """`cuda to 32 rows, triton above (reason)` of (last number of rows, kernels, reason): the first reason; where they
-    change before the end, that they were measured; where they never change, the reason above if it is another."""
+    """`cuda to 32 rows, triton above (reason; reason)` of (last number of rows, kernels, reason): the first reason, and
+    that of the first change, or where nothing changes that of the last if it is another."""
     runs = [one for one, after in zip(found, [*found[1:], None], strict=True) if after is None or one[1] != after[1]]
     reason = found[0][2]
-    if any(last not in (None, ops.FEW_ROWS) for last, *_ in runs):
-        reason += ", measured"
+    if len(runs) > 1:
+        changed = next(why for (*_, name, why), before in zip(found[1:], found, strict=False) if name != before[1])
+        reason += f"; {changed}"
     if len(runs) == 1:
         if found[-1][2] != reason:
             reason += f"; above {found[-2][0]} rows {found[-1][2]}"

@@ -262,7 +262,8 @@ def test_a_layer_names_both_kernels(on_cuda, monkeypatch):
     layer = QLinear.from_linear(torch.nn.Linear(32, 16), dqkernels.DQConfig(weight_bits=4))
     real = ops.choose_qlinear
     monkeypatch.setattr(ops, "choose_qlinear", lambda device, *facts: real("cuda", *facts))
-    assert layer.kernel() == "cuda to 64 rows, triton above (first choice for this device)"
+    made_for = "first choice for this device; cuda: it is made for up to 64 rows"
+    assert layer.kernel() == f"cuda to 64 rows, triton above ({made_for})"
     layer.backend = "cuda"
     assert layer.kernel() == "cuda (forced by backend='cuda')"
     layer.backend = "auto"

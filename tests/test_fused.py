@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import types
+
 import pytest
 import torch
 from compare import assert_same_bits
@@ -131,7 +133,8 @@ def test_one_kernel_is_taken_where_there_is_one(monkeypatch):
     monkeypatch.setattr(backends, "_module", lambda name: stand_in)
     assert fused.qlinear_multi(*args)[0].numel() == 1
     assert asked == {
-        "op": "qlinear_multi", "backend": "auto", "bits": 4, "group_size": 32, "many_rows": False, "prologue": False,
+        "op": "qlinear_multi", "backend": "auto", "bits": 4, "group_size": 32, "many_rows": False, "where": None,
+        "prologue": False,
         "uniform": True, "norm": False,
     }  # fmt: skip
     ((_, norm, parts, options),) = stand_in.asked
@@ -159,3 +162,14 @@ def test_the_cuda_kernel_says_what_it_takes():
     assert "norm in the dtype of x" in cuda.supports("qlinear_multi", prologue=True, norm=False)
     assert "one kind of weight scales" in cuda.supports("qlinear_multi", uniform=False)
     assert "up to 64 rows" in cuda.defers("qlinear_multi", many_rows=True)
+    assert cuda.defers("qlinear_multi", many_rows=False, where=None) is None
+
+
+@pytest.mark.parametrize(("rows", "where"), [(1, None), (16, None), (17, (0, 32, 3072, 1024)), (65, None)])
+def test_one_launch_is_weighed_where_it_quantizes_elsewhere(rows, where):
+    """Up to 16 rows it stands for four launches; above, its GEMM is one of the others, of all parts together."""
+    x = types.SimpleNamespace(
+        is_cuda=True, shape=(rows, 1024), numel=lambda: rows * 1024, get_device=lambda: 0
+    )  # fmt: skip
+    facts = backends.gemm_facts(x, 3072, 4, -1, own=fused.PROLOGUE_ROWS)
+    assert facts["where"] == where and facts["many_rows"] is (rows > 64)

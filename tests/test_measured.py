@@ -29,9 +29,10 @@ PLAN = plans.Plan(2, 4)
 KERNELS = measured.cuda_kernels()
 
 
-def plan_row(m=64, n=1024, k=1024, bits=4, group_size=-1, input="int8", plan=PLAN, faster="cuda"):
+def plan_row(m=64, n=1024, k=1024, bits=4, group_size=-1, input="int8", plan=PLAN, faster="cuda", triton_us=6.0):
     return {"kernel": "cuda", "bits": bits, "group_size": group_size, "input": input, "m": m, "n": n, "k": k,
-            **plan._asdict(), "median_us": 5.5, "rule_us": 7.5, "is_rule": False, "faster": faster}  # fmt: skip
+            **plan._asdict(), "median_us": 5.5, "rule_us": 7.5, "is_rule": False, "triton_us": triton_us,
+            "faster": faster}  # fmt: skip
 
 
 def table(*rows, gpu="NVIDIA H200", capability="9.0", cuda=KERNELS):
@@ -298,22 +299,24 @@ def taken(m, backend="auto", **more):
 
 
 def test_the_dispatch_follows_the_measurement(both, monkeypatch):
-    assert {taken(m) for m in (1, 16, 17, 32, 33, 64)} == {"cuda"} and taken(65) == "triton"
+    tokens = (1, 8, 9, 16, 17, 32, 33, 64, 65)
+    assert [taken(m) for m in tokens] == ["cuda"] * 2 + ["triton"] * 7, "the rule, where nothing was measured"
     put(
         measured.user_file("NVIDIA H200"),
-        table(plan_row(faster="triton"), plan_row(m=32), plan_row(m=16, faster="triton")),
+        table(plan_row(faster="triton"), plan_row(m=32), plan_row(m=64, bits=2, triton_us=None)),
     )
     measured.refresh()
     backends._choose.cache_clear()
-    assert [taken(m) for m in (1, 16, 17, 32, 33, 64, 65)] == ["cuda"] * 4 + ["triton"] * 3
-    assert taken(64, bits=2) == taken(64, backend="cuda") == "cuda", "another format; asked for by name"
+    assert [taken(m) for m in tokens] == ["cuda"] * 2 + ["triton"] * 2 + ["cuda"] * 2 + ["triton"] * 3
+    assert taken(64, bits=2) == "triton", "a plan that was not raced with Triton says nothing about it"
+    assert taken(64, backend="cuda") == "cuda", "asked for by name"
     where = backends.gemm_facts(FakeRows(40, 1024), 1024, 4, -1)["where"]
-    assert where == (0, 64, 1024, 1024) and backends.gemm_facts(FakeRows(16, 1024), 1024, 4, -1)["where"] is None
+    assert where == (0, 64, 1024, 1024) and backends.gemm_facts(FakeRows(8, 1024), 1024, 4, -1)["where"] is None
     assert "measured faster at up to 64 rows" in backends.choose("qgemm", "cuda", bits=4, where=where).reason
     # A comparison with another Triton is none; the plans stay.
     monkeypatch.setattr(measured, "_triton", lambda: "3.9.0")
     backends._choose.cache_clear()
-    assert taken(64) == "cuda" and plan() == PLAN
+    assert taken(32) == "triton" and plan(m=32) == PLAN
 
 
 def test_a_layer_says_what_was_measured(both):
@@ -330,13 +333,12 @@ def test_a_layer_says_what_was_measured(both):
         backend="auto", strict=False, out_features=1024, in_features=1024,
     )  # fmt: skip
     layer.kernel = lambda: nn.QLinear.kernel(layer)
-    assert kernel() == "cuda to 64 rows, triton above (first choice for this device)"
-    loses = plan_row(faster="triton")
-    assert kernel(loses) == "cuda to 32 rows, triton above (first choice for this device, measured)"
-    assert kernel(loses, plan_row(m=32, faster="triton")).startswith("cuda to 16 rows, triton above (")
-    assert kernel(plan_row(m=32, faster="triton")).startswith(
-        "cuda to 16 rows, triton to 32, cuda to 64, triton above ("
-    )
+    rule = "first choice for this device; cuda: above 8 rows Triton's tile was faster on an H200"
+    assert kernel() == f"cuda to 8 rows, triton above ({rule})"
+    assert kernel(plan_row(m=32), plan_row(m=64)) == f"cuda to 8 rows, triton to 16, cuda to 64, triton above ({rule})"
+    loses = plan_row(m=32, faster="triton")
+    assert kernel(loses) == f"cuda to 8 rows, triton above ({rule})"
+    assert kernel(loses, plan_row(m=64)) == f"cuda to 8 rows, triton to 32, cuda to 64, triton above ({rule})"
     measured.user_file("NVIDIA H200").unlink()
 
 

@@ -15,6 +15,7 @@ FORMATS = ((8, 0), *((4, group) for group in (0, 32, 64, 128)), *((2, group) for
 def test_rows_are_those_of_the_launcher():
     assert plans.FLOAT_ROWS == skinny.PROLOGUE_ROWS == fused.PROLOGUE_ROWS
     assert plans.ROWS[-1] == skinny.ROWS == backends.FEW_ROWS
+    assert plans.FASTER_ROWS in plans.ROWS, "else rows on both sides of it would share an entry"
     assert [plans.bucket(m) for m in (1, 2, 8, 9, 16, 17, 32, 33, 64, 65)] == [1, 8, 8, 16, 16, 32, 32, 64, 64, None]
 
 

@@ -120,15 +120,16 @@ def _deferral(name: str, op: str, facts: dict) -> str | None:
     return None if defers is None else defers(op, **facts)
 
 
-def gemm_facts(x: torch.Tensor, out_features: int, bits: int, group_size: int) -> dict:
+def gemm_facts(x: torch.Tensor, out_features: int, bits: int, group_size: int, own: int = plans.FASTER_ROWS) -> dict:
     """The facts by which the backend of a GEMM of x [..., K] is chosen.
 
-    `many_rows`: more than `FEW_ROWS` of them. `where`: (device's index, rows, out_features, K) of 17 to 64 rows on a
-    GPU, for which a table may say who is faster; the rows as those of its entry, so that the choices stay few.
+    `many_rows`: more than `FEW_ROWS` of them. `where`: (device's index, rows, out_features, K) of 9 to 64 rows on a
+    GPU, where who is faster is a matter of measurement; the rows as those of a table's entry, so that the choices stay
+    few. own: rows up to which it is not asked.
     """
     size, k = x.numel(), x.shape[-1]
     many_rows, where = size > FEW_ROWS * k, None
-    if x.is_cuda and not many_rows and size > plans.FLOAT_ROWS * k:
+    if x.is_cuda and not many_rows and size > own * k:
         where = (x.get_device(), plans.bucket(size // k), out_features, k)
     return {"bits": bits, "group_size": group_size, "many_rows": many_rows, "where": where}
 

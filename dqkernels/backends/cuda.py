@@ -52,7 +52,8 @@ def defers(
 ) -> str | None:
     """The GEMM reads its weights again for every 64 rows, so that larger tiles win above; below, what was measured.
 
-    where: (index of the device, rows, out_features, in_features), given where a table may speak of them.
+    where: (index of the device, rows, out_features, in_features), given above `plans.FASTER_ROWS` rows of `qgemm` and
+    above those whose input `qlinear_multi` quantizes itself: one launch in place of four, not measured against them.
     """
     if op not in ("qgemm", "qlinear_multi"):
         return None

@@ -56,7 +56,8 @@ class Table:
         entries: tile and number of K splits by (bits, group_size, *bucket(m, n, k)).
         cuda: the CUDA kernels that were measured, as `cuda_kernels` names them; None without any.
         plans: of those by `plan_key`; empty where this release has other kernels.
-        slower: the keys, among them, at which Triton's tile was faster than the best plan.
+        compared: the keys, among them, at which Triton's tile was timed beside the best plan.
+        slower: those at which the tile was faster.
         plan_rows: how many plans the file has, of whatever kernels.
     """
 
@@ -67,6 +68,7 @@ class Table:
     entries: dict[Key, tuple[tiles.Config, int]]
     cuda: str | None = None
     plans: dict[PlanKey, plans.Plan] = field(default_factory=dict)
+    compared: frozenset[PlanKey] = frozenset()
     slower: frozenset[PlanKey] = frozenset()
     plan_rows: int = 0
 
@@ -101,13 +103,16 @@ def plan(m: int, n: int, k: int, bits: int, group_size: int, input_kind: str, de
 
 
 def triton_is_faster(m: int, n: int, k: int, bits: int, group_size: int, device: int) -> str | None:
-    """In words, where it was measured that Triton's GEMM of int8 rows beats the CUDA kernels' best plan; else None."""
+    """In words, why Triton's GEMM of M rows is taken to beat the CUDA kernels' best plan; None where it is not.
+
+    Above `plans.FASTER_ROWS` rows it is, unless this GPU's table compared the two on int8 rows at these sizes.
+    """
     table = table_of(_gpu(device), "cuda")
     key = plan_key(m, n, k, bits, group_size, "int8")
     # A comparison holds for both kernels: with another Triton nobody knows.
-    if table is None or key not in table.slower or _minor(table.triton) != _minor(_triton()):
-        return None
-    return f"Triton's tile was measured faster at up to {key[3]} rows"
+    if table is not None and key in table.compared and _minor(table.triton) == _minor(_triton()):
+        return f"Triton's tile was measured faster at up to {key[3]} rows" if key in table.slower else None
+    return None if m <= plans.FASTER_ROWS else f"above {plans.FASTER_ROWS} rows Triton's tile was faster on an H200"
 
 
 def _gpu(index: int) -> torch.device:
@@ -256,7 +261,7 @@ def read(path: str | os.PathLike[str], source: str = "yours") -> Table:
     if not named or not isinstance(environment.get("triton"), str | None):
         raise TableError(f"{path.name} must name the GPU and its compute_capability, got {gpu!r} and {capability!r}")
     cuda = settings.get("cuda_kernels")
-    entries, found, slower, plan_rows = {}, {}, set(), 0
+    entries, found, compared, slower, plan_rows = {}, {}, set(), set(), 0
     for index, row in enumerate(rows):
         where = f"{path.name}, row {index}"
         if not isinstance(row, dict):
@@ -272,9 +277,12 @@ def read(path: str | os.PathLike[str], source: str = "yours") -> Table:
         if not isinstance(cuda, str):
             raise TableError(f"{where} is a plan, and settings name no cuda_kernels, got {cuda!r}")
         if cuda == cuda_kernels():
-            key, found[key], is_slower = _plan_entry(where, row)
-            slower |= {key} if is_slower else set()
-    return Table(source, gpu, capability, environment.get("triton"), entries, cuda, found, frozenset(slower), plan_rows)
+            key, found[key] = _plan_entry(where, row)
+            # Without Triton at hand `faster` names CUDA, which nobody raced.
+            compared |= {key} if row.get("triton_us") is not None else set()
+            slower |= {key} if row["faster"] == "triton" else set()
+    sets = frozenset(compared | slower), frozenset(slower)
+    return Table(source, gpu, capability, environment.get("triton"), entries, cuda, found, *sets, plan_rows)
 
 
 def _number(where: str, row: dict, key: str) -> int:
@@ -295,7 +303,7 @@ def _problem(where: str, row: dict) -> tuple[int, int, tuple[int, int, int]]:
     return bits, group_size, sizes
 
 
-def _plan_entry(where: str, row: dict) -> tuple[PlanKey, plans.Plan, bool]:
+def _plan_entry(where: str, row: dict) -> tuple[PlanKey, plans.Plan]:
     bits, group_size, sizes = _problem(where, row)
     plan = plans.Plan(*(_number(where, row, key) for key in plans.Plan._fields))
     input_kind, faster = row.get("input"), row.get("faster")
@@ -309,7 +317,7 @@ def _plan_entry(where: str, row: dict) -> tuple[PlanKey, plans.Plan, bool]:
         raise TableError(f"{where}: {tuple(plan)} is no plan for {'x'.join(map(str, sizes))} at bits={bits}")
     if faster not in WORDS:
         raise TableError(f"{where}: faster must be one of {list(WORDS)}, got {faster!r}")
-    return plan_key(*sizes, bits, group_size, input_kind), plan, faster == "triton"
+    return plan_key(*sizes, bits, group_size, input_kind), plan
 
 
 def _entry(where: str, row: dict, capability: str) -> tuple[Key, tuple[tiles.Config, int]]:

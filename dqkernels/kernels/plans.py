@@ -26,6 +26,8 @@ SPLITS = (1, 2, 3, 4, 6, 8)
 MOST_SPLITS = 16
 #: Rows that share an entry, by the largest: one token of one sequence, then the kernels' 1, 2, 4 and 8 tiles of tokens.
 ROWS = (1, 8, 16, 32, 64)
+#: Above so many rows Triton's GEMM is taken where no table says otherwise (docs/measured.md: an H200, 16 and 64 rows).
+FASTER_ROWS = 8
 #: Above so many rows the input is int8: it was quantized by a launch of its own.
 FLOAT_ROWS = 16
 #: What comes in: float rows that the GEMM quantizes itself, or codes.
