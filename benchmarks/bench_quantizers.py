@@ -62,7 +62,7 @@ def main() -> None:
         model = load()
         if choice is not None:
             bits = choice["weight_bits"]
-            dqkernels.quantize_(model, dqkernels.DQConfig(embedding_bits=bits, **choice))
+            dqkernels.quantize_(model, dqkernels.DQConfig(embedding_bits=bits, attention="float", **choice))
         texts = demo.write_texts(model, tokenizer, drawn, lambda *_: None)
         rows.append(
             {

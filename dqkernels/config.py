@@ -101,7 +101,7 @@ class DQConfig:
         act_clip: clamp activations to +-act_clip before their maximum is taken (DQ-BART: 2.5).
         weight_clip: clamp weights to +-weight_clip before they are quantized (DQ-BART: 2.5).
         attention: `int8` (Q, K, V and probabilities; refused where `dqkernels.models.attention` cannot), `float`, or
-            `auto`, which is float until model families are patched.
+            `auto`: int8 in BART, mBART, Marian and Pegasus, float in others. Files hold which of the two it was.
         head: `quantized`, or `float` to leave the output head in float (what the DQ-BART code does).
         overrides: `{regex: {key: value}}`; a module whose full name matches takes these values. Of several
             matching entries the last one that sets a key wins, so their order counts. `{"skip": True}` leaves a

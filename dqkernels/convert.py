@@ -51,9 +51,10 @@ class Decision:
 def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     """Replaces every `nn.Linear` and token embedding of `model` by its packed form, in place.
 
-    Attention and feed-forward of BART, mBART, Marian and Pegasus run in fused steps from then on (`dqkernels.models`).
-    With attention="int8", `model.generate` of these and of T5 runs a loop over int8 caches that writes the same tokens
-    (`dqkernels.decode`; `decode.plain(model)` is transformers' own).
+    Attention and feed-forward of BART, mBART, Marian and Pegasus run in fused steps from then on, and attention in
+    int8 (`dqkernels.models`). Where it is int8 (T5 too, with attention="int8"), `model.generate` runs a loop over int8
+    caches that writes the same tokens (`dqkernels.decode`; `decode.plain(model)` is transformers' own).
+
     Tied weights stay tied: an lm_head that shares the embedding's weight shares its packed table. Everything is
     packed before anything is swapped, so an error leaves the model as it was. Modules that are packed already
     stay as they are, and a warning on the logger `dqkernels` counts them; what is skipped, and why, is in
@@ -77,8 +78,10 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
         raise ValueError(f"config must be a DQConfig, got {type(config).__name__}")
     if isinstance(model, nn.Linear | nn.Embedding):
         raise ValueError("model is a single layer, which has no parent to swap it in: use QLinear.from_linear")
-    decisions = plan(model, config)
     present = sum(isinstance(module, PackedModule) for module in model.modules())
+    if not present:  # else "auto" leaves attention as it was made with them
+        config = attention.resolved(model, config)
+    decisions = plan(model, config)
     if present:
         logger.warning(
             "%s has %d packed module%s already, left as found: bits %s do not reach them; quantize the float model",
@@ -108,7 +111,7 @@ def install(
     model.dqkernels_float_copies = {**reporting.float_copies(model), **_float_copies(decisions)}
     for name, module in packed.items():
         set_submodule(model, name, module)
-    attention.apply(model, config)
+    attention.apply(model, config, warn=False)
     blocks.apply(model, config)
     attach_decode(model, config)
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}

@@ -116,6 +116,10 @@ class DQHfQuantizer(HfQuantizer):
         files = list(checkpoint_files or ())
         tensors = serialize.check_files(files, self.quantization_config) if self.pre_quantized else {}
         tying.untie(model, tying.untied_targets(model, files, set(tensors)))
+        if not self.pre_quantized:
+            self.quantization_config = attention.resolved(model, self.quantization_config)
+        elif self.quantization_config.attention == "auto":  # of a file from before it was int8 anywhere
+            self.quantization_config = dataclasses.replace(self.quantization_config, attention="float")
         decisions = convert.plan(model, self.quantization_config)
         if all(decision.layer is None for decision in decisions):
             raise ValueError(f"nothing to quantize in {type(model).__name__}")
@@ -239,7 +243,7 @@ class DQHfQuantizer(HfQuantizer):
                 bias.requires_grad_(False)  # as quantize_ leaves it; transformers loads every float with a gradient
         if self.pre_quantized:
             serialize.check_values(model, model.config.name_or_path or serialize.WEIGHTS_FILE)
-        attention.apply(model, self.quantization_config)
+        attention.apply(model, self.quantization_config, warn=False)
         convert.attach_decode(model, self.quantization_config)
         _finish(model, self._skipped)
         return model

@@ -25,7 +25,7 @@ _PACKAGES = ("dqkernels", "torch", "transformers", "triton", "safetensors", "num
 _WIDTH = 80
 _NUMBER = re.compile(r"(?<=\.)\d+(?=\.|$)")
 _DIGIT = re.compile(r"\.\d")
-_FLOAT = "float (no model family is patched yet)"
+_FLOAT = "float"
 #: Auto classes and their tables in transformers. A class may stand in several: the first is the one users know.
 _AUTO_TABLES = {
     "AutoModelForSeq2SeqLM": "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM",
@@ -335,9 +335,12 @@ def _attention(model: nn.Module) -> str:
     if found:
         return "; ".join(f"{text}: {', '.join(_spanned(names))}" for text, names in found)
     config = getattr(getattr(model, "config", None), "quantization_config", None)
-    asked = getattr(config, "attention", "auto")
-    reasons = {"float": "float (attention='float')", "int8": "float (int8 attention was taken off)"}
-    return reasons.get(asked, _FLOAT)
+    asked = getattr(config, "attention", None)
+    if asked is None:
+        return _FLOAT
+    if asked == "int8":
+        return f"{_FLOAT} (int8 attention was taken off)"
+    return f"{_FLOAT} ({attention.why_float(model, config) or f'attention={asked!r}'})"
 
 
 def _stored_bytes(model: nn.Module) -> tuple[int, int, int]:

@@ -1,6 +1,7 @@
 """`quantize_` and `calibrate` on whole models: what is packed, what is shared, what is left alone and why."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -518,7 +519,7 @@ def test_after_convert_is_told(monkeypatch):
     monkeypatch.setattr(convert, "after_convert", [lambda model, config: told.append((model, config))])
     config = DQConfig()
     model = quantize_(Block(), config)
-    assert told == [(model, config)]
+    assert told == [(model, dataclasses.replace(config, attention="float"))], "what auto came to"
 
 
 # --------------------------------------------------------------------------------------------------- calibrate

@@ -22,14 +22,15 @@ from dqkernels.nn import QLinear
 from dqkernels.train import export, prepare_qat
 
 FAMILIES = list(blocks.FAMILIES)
+float_attention = functools.partial(DQConfig, attention="float")
 CONFIGS = {
-    "W8": DQConfig(weight_bits=8),
-    "W4 groups": DQConfig(weight_bits=4, group_size=32),
-    "W2": DQConfig(weight_bits=2, embedding_bits=2, weight_quantizer="four_level"),
-    "per tensor": DQConfig(weight_bits=4, act_granularity="per_tensor", act_clip=2.5),
+    "W8": float_attention(weight_bits=8),
+    "W4 groups": float_attention(weight_bits=4, group_size=32),
+    "W2": float_attention(weight_bits=2, embedding_bits=2, weight_quantizer="four_level"),
+    "per tensor": float_attention(weight_bits=4, act_granularity="per_tensor", act_clip=2.5),
     "int8 attention": DQConfig(weight_bits=4, attention="int8"),
-    "two widths": DQConfig(weight_bits=4, overrides={r"v_proj": {"weight_bits": 8}}),
-    "mixed": DQConfig(weight_bits=4, overrides={r"v_proj|fc1": {"weight_bits": 8}, r"k_proj": {"skip": True}}),
+    "two widths": float_attention(weight_bits=4, overrides={r"v_proj": {"weight_bits": 8}}),
+    "mixed": float_attention(weight_bits=4, overrides={r"v_proj|fc1": {"weight_bits": 8}, r"k_proj": {"skip": True}}),
 }
 
 
@@ -300,7 +301,7 @@ def test_names_of_classes_stay():
 def test_int8_attention_before_and_after():
     config = DQConfig(attention="int8")
     plain = outputs(packed("mbart", "int8 attention")).logits
-    model = quantize_(peaked("mbart"), DQConfig(weight_bits=4))
+    model = quantize_(peaked("mbart"), float_attention(weight_bits=4))
     attention.enable(model, config)
     assert torch.equal(outputs(model).logits, plain)
     attention.disable(model)

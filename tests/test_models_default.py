@@ -1,10 +1,12 @@
-"""What `quantize_`, `from_pretrained`, `load`, `prepare_qat` and `export` do without being asked: fused blocks."""
+"""What `quantize_`, `from_pretrained`, `load`, `prepare_qat` and `export` do unasked: fused blocks, int8 attention."""
 
 from __future__ import annotations
 
 import copy
 import functools
+import json
 import logging
+import re
 
 import pytest
 import tiny_models
@@ -14,9 +16,9 @@ from attention_models import peaked, run
 from torch import nn
 
 import dqkernels
-from dqkernels import DQConfig, decode, quantize_, report
+from dqkernels import DQConfig, checks, decode, quantize_, report
 from dqkernels.decode import engine
-from dqkernels.models import blocks
+from dqkernels.models import attention, blocks
 from dqkernels.train import export, load_trained, packed_copy, prepare_qat
 
 PATCHED = list(blocks.FAMILIES)
@@ -134,6 +136,89 @@ def test_layers_that_accelerate_holds_are_told_apart():
         assert torch.equal(logits(model), wanted)
 
 
+# ---- int8 attention -------------------------------------------------------------------------------------------
+
+
+def is_int8(model) -> bool:
+    return report(model).attention.startswith("int8 per_token on ")
+
+
+@pytest.mark.parametrize("family", PATCHED)
+def test_attention_is_int8_where_blocks_are_fused(family):
+    model = quantize_(peaked(family))
+    asked = quantize_(peaked(family), DQConfig(attention="int8"))
+    off = quantize_(peaked(family), DQConfig(attention="float"))
+    assert is_int8(model) and report(model).attention.count("self_attn") and model.config._attn_implementation
+    assert report(off).attention == "float (attention='float')"
+    assert torch.equal(logits(model), logits(asked)) and not torch.equal(logits(model), logits(off))
+
+
+@pytest.mark.parametrize("family", ["t5", "m2m_100"])
+def test_attention_is_float_elsewhere_and_the_report_says_so(family):
+    model = quantize_(peaked(family))
+    told = "float (attention='auto' is int8 in bart, mbart, marian, pegasus alone)"
+    assert report(model).attention == told
+    assert torch.equal(logits(model), logits(quantize_(peaked(family), DQConfig(attention="float"))))
+    pair = nn.ModuleDict({"one": peaked("bart"), "other": peaked(family)})
+    assert attention.resolved(pair, DQConfig()).attention == "float"
+    assert attention.resolved(pair["one"], DQConfig()).attention == "int8"
+
+
+def test_heads_that_are_too_wide_stay_in_float(monkeypatch):
+    monkeypatch.setattr(checks, "MAX_HEAD_DIM", 16)
+    model = quantize_(peaked("bart"))
+    wide = r"float \(model.encoder.layers.0.self_attn: head_dim must be at most 16 for int8 attention, got 20\)"
+    assert re.fullmatch(wide, report(model).attention)
+    with pytest.raises(ValueError, match="head_dim must be at most 16"):
+        quantize_(peaked("bart"), DQConfig(attention="int8"))
+
+
+@pytest.mark.parametrize("family, says", [("bart", "int8"), ("t5", "float")])
+def test_a_file_says_what_it_was(family, says, tmp_path):
+    """Not "auto", which may mean more in a later release, and meant less in an earlier one."""
+    peaked(family).save_pretrained(tmp_path / "source")
+    model = quantize_(peaked(family))
+    direct = type(model).from_pretrained(tmp_path / "source", dtype=torch.float32, quantization_config=DQConfig())
+    for made in (model, direct, packed_copy(prepare_qat(peaked(family)), torch.float32)):
+        made.save_pretrained(tmp_path / "x")
+        stored = json.loads((tmp_path / "x" / "config.json").read_text())["quantization_config"]
+        assert stored["attention"] == says == made.config.quantization_config.attention
+        assert torch.equal(logits(dqkernels.load(tmp_path / "x", dtype="float32")), logits(model))
+
+
+def test_a_file_from_before_stays_in_float(tmp_path):
+    made = quantize_(peaked("bart"), DQConfig(attention="float"))
+    student = prepare_qat(peaked("bart"), DQConfig(attention="float"))
+    for model, read in ((made, dqkernels.load), (student, load_trained)):
+        model.save_pretrained(tmp_path)
+        file = tmp_path / "config.json"
+        file.write_text(file.read_text().replace('"attention": "float"', '"attention": "auto"'))
+        found = read(tmp_path)
+        assert '"auto"' in file.read_text() and torch.equal(logits(found), logits(made))
+        key = "quantization_config" if model is made else "dqkernels_qat"
+        assert found.config.to_dict()[key]["attention"] == "float"
+
+
+def test_packed_in_two_calls(caplog):
+    """What the first one left to the second is packed, and attention stays as it was made."""
+    for first, says in (("float", "float (attention='float')"), ("int8", "int8 per_token")):
+        model = quantize_(peaked("bart"), DQConfig(attention=first, overrides={"fc1": {"skip": True}}))
+        quantize_(model, DQConfig(act_granularity="per_tensor", overrides={"fc1": {"act_granularity": "per_token"}}))
+        assert report(model).attention.startswith(says)
+
+
+def test_dropout_is_named_where_it_means_something(caplog):
+    model = peaked("bart")
+    for module in model.modules():
+        if hasattr(module, "is_decoder"):
+            module.dropout = 0.25
+    with caplog.at_level(logging.WARNING, logger="dqkernels"):
+        quantize_(copy.deepcopy(model))
+        assert not caplog.records
+        prepare_qat(model)
+    assert "attention dropout 0.25 is now 0 in BartForConditionalGeneration" in caplog.text
+
+
 # ---- training -------------------------------------------------------------------------------------------------
 
 
@@ -184,9 +269,9 @@ def test_a_checkpoint_is_fused_again(tmp_path):
 
 def test_int8_attention_brings_the_decode_loop(tmp_path):
     """Without being asked for, by every way to a packed model; a float attention keeps transformers' loop."""
-    model = quantize_(tiny_models.make("bart").eval(), DQConfig(weight_bits=4, attention="int8"))
+    model = quantize_(tiny_models.make("bart").eval(), DQConfig(weight_bits=4))
     assert decode.is_attached(model)
-    assert not decode.is_attached(quantize_(tiny_models.make("bart").eval(), DQConfig()))
+    assert not decode.is_attached(quantize_(tiny_models.make("bart").eval(), DQConfig(attention="float")))
     given = {"input_ids": torch.arange(4, 12).reshape(1, 8), "max_new_tokens": 6, "min_new_tokens": 6}
     ours = model.generate(**given)
     assert engine.state_of(model).served == 1

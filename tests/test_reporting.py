@@ -126,7 +126,9 @@ def test_a_float_model_is_told_what_to_call(model):
 
 def test_attention_has_its_line():
     report = dqkernels.report(dqkernels.quantize_(make("bart")))
-    assert "\nAttention: float (no model family is patched yet)\n" in str(report)
+    assert "\nAttention: int8 per_token on " in str(report)
+    report = dqkernels.report(dqkernels.quantize_(make("t5")))
+    assert "\nAttention: float (attention='auto' is int8 in bart, mbart, marian, pegasus" in str(report)
     assert report.to_dict()["attention"].startswith("float")
 
 

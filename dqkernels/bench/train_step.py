@@ -166,7 +166,7 @@ def measure(
         model = copy.deepcopy(work.model).train()
         reason = None
         if width is not None:
-            prepare_qat(model, DQConfig(weight_bits=width, embedding_bits=width), learned_scale)
+            prepare_qat(model, DQConfig(weight_bits=width, embedding_bits=width, attention="float"), learned_scale)
             try:
                 reason = proof(model, work)
             except Exception as error:  # noqa: BLE001 - whatever it raises is its refusal, not ours

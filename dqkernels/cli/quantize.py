@@ -26,7 +26,8 @@ DQ-BART's recipe.
                     per_tensor  the paper's rule; results depend on batch mates
                     static      one measured scale per layer: needs --calibration_file
 --attention         int8        its products in 8 bits too: BART, mBART, Marian, Pegasus, T5
-                    auto, float stay in float
+                    auto        int8 in BART, mBART, Marian and Pegasus
+                    float       stays in float
 
 \b
 Examples:

@@ -3,6 +3,8 @@
     names = enable(model, DQConfig(act_granularity="per_token"))     # BART, mBART, Marian, Pegasus, T5 and their kin
     disable(model)                                                   # what was there before
 
+attention="auto" enables it in the families that `blocks` fuses, and in no other.
+
 A model reaches its attention function, and the function that makes its mask, by the name `dqkernels_int8` in its
 config. The options of a module stand on the module. transformers is imported by the first `enable`, not before.
 """
@@ -22,6 +24,7 @@ from torch import nn
 
 from dqkernels import backends, checks, ops
 from dqkernels.config import DQConfig
+from dqkernels.models import blocks
 from dqkernels.models.attention_map import attention_map
 
 logger = logging.getLogger("dqkernels")
@@ -69,7 +72,7 @@ class Options:
     dropout: float
 
 
-def enable(model: nn.Module, config: DQConfig) -> list[str]:
+def enable(model: nn.Module, config: DQConfig, warn: bool = True) -> list[str]:
     """Makes every attention of `model` int8, in place: encoder, decoder and cross attention.
 
     `act_granularity`, `act_clip` (and the overrides that set them for a module of that name), `backend` and `strict`
@@ -79,6 +82,7 @@ def enable(model: nn.Module, config: DQConfig) -> list[str]:
 
     Args:
         model: of a family in `FAMILIES`, or a module that contains only such models; on any device.
+        warn: False where nothing is trained any more, and dropout has no meaning.
 
     Returns:
         Full names of the attention modules.
@@ -90,7 +94,8 @@ def enable(model: nn.Module, config: DQConfig) -> list[str]:
     _register()
     dropped = sorted({module.dropout for module, _ in chosen if module.dropout > 0})
     if dropped:
-        logger.warning(
+        logger.log(
+            logging.WARNING if warn else logging.INFO,
             "attention dropout %s is now 0 in %s: int8 attention has none", ", ".join(map(str, dropped)),
             type(model).__name__,
         )  # fmt: skip
@@ -126,10 +131,29 @@ def configure(model: nn.Module, backend: str, strict: bool) -> None:
         setattr(module, _OPTIONS, dataclasses.replace(options, backend=backend, strict=strict))
 
 
-def apply(model: nn.Module, config: DQConfig) -> None:
-    """`enable` for attention="int8", `disable` for "float"; "auto" leaves what there is."""
+def why_float(model: nn.Module, config: DQConfig) -> str | None:
+    """Why attention="auto" leaves that of `model` in float, in words; None where it makes it int8. Works on meta."""
+    types = {each.config.model_type for each in _models(model)}
+    if not types or not types <= set(blocks.FAMILIES):
+        return f"attention='auto' is int8 in {', '.join(blocks.FAMILIES)} alone"
+    try:
+        check(model, config)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+def resolved(model: nn.Module, config: DQConfig) -> DQConfig:
+    """`config` with "int8" or "float" in the place of attention="auto": what a model is, which later releases keep."""
+    if config.attention != "auto":
+        return config
+    return dataclasses.replace(config, attention="int8" if why_float(model, config) is None else "float")
+
+
+def apply(model: nn.Module, config: DQConfig, warn: bool = True) -> None:
+    """`enable` for attention="int8", `disable` for "float"; an "auto" that nobody resolved leaves what there is."""
     if config.attention == "int8":
-        enable(model, config)
+        enable(model, config, warn)
     elif config.attention == "float":
         disable(model)
 
@@ -251,8 +275,7 @@ def _register() -> None:
 
 def _chosen(model: nn.Module, config: DQConfig) -> list[tuple[nn.Module, Options]]:
     """Every attention module of `model` with its options; raises ValueError as `enable` says."""
-    modeling = sys.modules.get("transformers.modeling_utils")  # not imported: no module is one of its models
-    models = [m for m in model.modules() if modeling is not None and isinstance(m, modeling.PreTrainedModel)]
+    models = _models(model)
     other = next((m for m in models if m.config.model_type not in FAMILIES), None if models else model)
     chosen = []
     rules = _rules(config)
@@ -277,9 +300,15 @@ def _chosen(model: nn.Module, config: DQConfig) -> list[tuple[nn.Module, Options
     if other is not None or not chosen:
         raise ValueError(
             f"attention='int8' is not for {type(other or model).__name__}: of transformers' models, those of "
-            f"{', '.join(FAMILIES)} have it. attention='auto' leaves it in float"
+            f"{', '.join(FAMILIES)} have it. attention='auto' leaves others in float"
         )
     return chosen
+
+
+def _models(model: nn.Module) -> list[nn.Module]:
+    """The models of transformers inside `model`, itself among them."""
+    modeling = sys.modules.get("transformers.modeling_utils")  # not imported: no module is one of its models
+    return [m for m in model.modules() if modeling is not None and isinstance(m, modeling.PreTrainedModel)]
 
 
 def _rules(config: DQConfig) -> DQConfig:

@@ -71,6 +71,7 @@ def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale:
             "act_granularity must be 'per_token' or 'per_tensor' while training, got 'static': train, export, then "
             "quantize with static scales measured by dqkernels.calibrate"
         )
+    config = attention.resolved(model, config)
     decisions = convert.plan(model, config)
     if all(decision.layer is None for decision in decisions):
         reasons = sorted({d.reason for d in decisions}) or ["it has no nn.Linear and no token embedding"]
@@ -255,6 +256,8 @@ def read_qat(stored: Mapping[str, Any]) -> tuple[DQConfig, bool]:
     learned = stored.pop("learned_scale", False)
     if not isinstance(learned, bool):
         raise ValueError(f"{CONFIG_KEY}.learned_scale must be true or false, got {learned!r}")
+    if stored.get("attention") == "auto":  # of a release in which that was float
+        stored["attention"] = "float"
     return DQConfig.from_dict(stored), learned
 
 
