@@ -90,6 +90,7 @@ class Report:
         blocks: which layers run in fused steps, and what keeps some apart; or why none does. Empty in a float model.
         decode: how `generate` decodes, and why; empty where `decode.attach` was not called.
         cache_bytes, workspace_bytes: what is kept for its next calls: keys and values; indices, captured steps.
+        instructions: of the CPU, that native kernels use; empty where no module runs on them.
     """
 
     model: str
@@ -103,6 +104,7 @@ class Report:
     decode: str = ""
     cache_bytes: int = 0
     workspace_bytes: int = 0
+    instructions: str = ""
 
     @property
     def total_bytes(self) -> int:
@@ -137,6 +139,7 @@ class Report:
             for kernel, names in kernels.items():
                 who = f"every packed {kind}" if len(kernels) == 1 else _list(names)
                 lines.append(_wrap(f"Runs on {kernel}: {who}"))
+        lines += [_wrap(f"Instructions: {self.instructions}")] if self.instructions else []
         tied = _names_by((r.note, r.name) for r in self.rows if r.kind != "float" and r.note)
         lines += [_wrap(f"{note[0].upper()}{note[1:]}: {_list(names)}") for note, names in tied.items()]
         left = _names_by((r.note, r.name) for r in self.rows if r.kind == "float")
@@ -233,7 +236,9 @@ def report(model: nn.Module) -> Report:
     sizes = codes, scales, other, teacher_bytes(model)
     fused = blocks.describe(model) if any(row.kind != "float" for row in rows) else ""
     how = _attention(model), fused, decode.describe(model)
-    return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, *how, *decode.memory(model))
+    native_ = any(row.kernel.startswith("cpu") for row in rows)
+    instructions = backends.available("cpu", "cpu")[1].removeprefix("compiled core, ") if native_ else ""
+    return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, *how, *decode.memory(model), instructions)
 
 
 def info() -> Info:

@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "cpu_attention.h"
 #include "cpu_gemm.h"
+#include "cpu_norm.h"
 #include "dqk/api.h"
 #include "dqk/format.h"
 #include "skinny.h"
@@ -130,6 +131,7 @@ PYBIND11_MODULE(_C, m) {
           "Float rows -> int8 codes, fp32 scales, int32 row sums.");
     dqk::binding::define_cpu_attention(m);
     dqk::binding::define_cpu_gemm(m);
+    dqk::binding::define_cpu_norm(m);
 #if DQK_BUILD_CUDA
     m.def("cuda_quantize_rows", &cuda_quantize_rows, no_gil(), py::arg("x_ptr"), py::arg("dtype"),
           py::arg("rows"), py::arg("k"), py::arg("row_stride"), py::arg("mode"), py::arg("clip"),

@@ -12,6 +12,7 @@ import warnings
 
 import pytest
 import torch
+import torch_floats
 import transformers
 from attention_models import IDS, PADDED, peaked, run
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,6 +33,12 @@ CONFIGS = {
     "two widths": float_attention(weight_bits=4, overrides={r"v_proj": {"weight_bits": 8}}),
     "mixed": float_attention(weight_bits=4, overrides={r"v_proj|fc1": {"weight_bits": 8}, r"k_proj": {"skip": True}}),
 }
+
+
+@pytest.fixture(autouse=True)
+def _torch_floats(monkeypatch):
+    """Modules norm by torch: bits can be compared where fused steps do, too. test_models_native.py holds the rest."""
+    torch_floats.put_in(monkeypatch)
 
 
 class Mine(transformers.models.marian.modeling_marian.MarianEncoderLayer):
@@ -59,7 +66,7 @@ def classes(model) -> list[type]:
 @pytest.mark.parametrize("config", CONFIGS)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fused_is_unfused_in_fp32(family, config):
-    """In fp32 a residual in the epilogue is rounded as one behind it; LayerNorm and GELU are the same torch calls."""
+    """In fp32 a residual in the epilogue is rounded as one behind it; LayerNorm and GELU are torch's here."""
     model = packed(family, config)
     plain = outputs(model).logits
     assert blocks.patch(model) is model

@@ -11,6 +11,7 @@ import re
 import pytest
 import tiny_models
 import torch
+import torch_floats
 import transformers
 from attention_models import peaked, run
 from torch import nn
@@ -33,9 +34,16 @@ def fused(model) -> int:
     return sum(map(blocks.is_fused, model.modules()))
 
 
+@pytest.fixture
+def one_norm(monkeypatch):
+    """For tests that compare fused and unfused models bit by bit: LayerNorm and GELU by torch in both."""
+    torch_floats.put_in(monkeypatch)
+
+
 # ---- fused blocks ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.usefixtures("one_norm")
 @pytest.mark.parametrize("family", PATCHED)
 def test_quantize_fuses(family):
     model = quantize_(peaked(family))
@@ -45,6 +53,7 @@ def test_quantize_fuses(family):
     assert torch.equal(logits(model), logits(apart))
 
 
+@pytest.mark.usefixtures("one_norm")
 @pytest.mark.parametrize("family", ["bart", "mbart"])
 def test_every_way_to_a_packed_model_fuses(family, tmp_path):
     peaked(family).save_pretrained(tmp_path / "float")
@@ -122,6 +131,7 @@ def test_dequantized_is_transformers_own(tmp_path):
     assert torch.equal(logits(kept.dequantize()), wanted), "it may stay: on floats it runs what it is made of"
 
 
+@pytest.mark.usefixtures("one_norm")
 def test_layers_that_accelerate_holds_are_told_apart():
     """A device_map puts a `forward` on modules, which keeps the one it found: of transformers, or the fused one."""
     hooks = pytest.importorskip("accelerate.hooks")

@@ -55,6 +55,21 @@ RowFunctions scalar_row_functions(DType dtype) {
     }
 }
 
+void quantize_row(const RowFunctions& functions, const QuantizeRows& args, int64_t m, const void* in,
+                  uint32_t amax_bits) {
+    const float clip = args.clip == 0.0f ? kNoClip : args.clip;
+    const RowScale s = args.mode == ActMode::static_scale ? static_scale(amax_bits, args.act_scale)
+                                                          : dynamic_scale(amax_bits, clip);
+    int8_t* q = args.q + m * args.k;
+    int32_t sum = 0;
+    if (s.inv == 0.0f)
+        std::memset(q, 0, static_cast<size_t>(args.k));
+    else
+        sum = functions.codes(in, args.k, s.inv, clip, q);
+    args.scale[m] = s.scale;
+    if (args.row_sum != nullptr) args.row_sum[m] = sum;
+}
+
 Status check(const QuantizeRows& args) {
     int64_t count = 0;
     if (args.rows < 0 || args.k < 1 || args.row_stride < 0) return Status::bad_size;
@@ -81,7 +96,6 @@ Status quantize_rows(const QuantizeRows& args) {
     if (chosen != Status::ok) return chosen;
 
     const RowFunctions row = row_functions(args.dtype, isa);
-    const float clip = args.clip == 0.0f ? kNoClip : args.clip;
     const int64_t row_bytes = args.row_stride * element_bytes(args.dtype);
     const char* x = static_cast<const char*>(args.x);
 
@@ -91,20 +105,10 @@ Status quantize_rows(const QuantizeRows& args) {
             const uint32_t amax = row.amax_bits(x + m * row_bytes, args.k);
             tensor_amax = amax > tensor_amax ? amax : tensor_amax;
         }
-
     for (int64_t m = 0; m < args.rows; ++m) {
         const void* in = x + m * row_bytes;
-        int8_t* q = args.q + m * args.k;
-        const uint32_t amax = args.mode == ActMode::per_tensor ? tensor_amax : row.amax_bits(in, args.k);
-        const RowScale s = args.mode == ActMode::static_scale ? static_scale(amax, args.act_scale)
-                                                              : dynamic_scale(amax, clip);
-        int32_t sum = 0;
-        if (s.inv == 0.0f)
-            std::memset(q, 0, static_cast<size_t>(args.k));
-        else
-            sum = row.codes(in, args.k, s.inv, clip, q);
-        args.scale[m] = s.scale;
-        if (args.row_sum != nullptr) args.row_sum[m] = sum;
+        quantize_row(row, args, m, in,
+                     args.mode == ActMode::per_tensor ? tensor_amax : row.amax_bits(in, args.k));
     }
     return Status::ok;
 }

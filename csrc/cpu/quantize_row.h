@@ -17,6 +17,11 @@ struct RowFunctions {
 // Those of `isa`.
 RowFunctions row_functions(DType dtype, Isa isa);
 
+// Codes, scale and sum of row m of a call, which lies at `in`; amax_bits is its largest magnitude, or that of
+// the tensor.
+void quantize_row(const RowFunctions& functions, const QuantizeRows& args, int64_t m, const void* in,
+                  uint32_t amax_bits);
+
 RowFunctions scalar_row_functions(DType dtype);
 
 #if defined(__x86_64__)

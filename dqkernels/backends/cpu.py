@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels import qmath, reference
+from dqkernels import qmath
 from dqkernels.config import LayerConfig
-from dqkernels.kernels import cpu_attention, cpu_gemm, native
+from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -32,20 +32,6 @@ def supports(op: str, *, bits: int = 8, group_size: int = -1, norm: bool | None 
     return None
 
 
-def _gemm(x, parts, *, activation, out_dtype, **facts):
-    """`cpu_gemm.gemm`, with torch's own GELU: then a fused block has the bits of its modules one by one."""
-    if activation != "gelu":
-        return cpu_gemm.gemm(x, parts, activation=activation, out_dtype=out_dtype, **facts)
-    bare = [one._replace(residual=None) for one in parts]
-    found = []
-    for y, one in zip(cpu_gemm.gemm(x, bare, activation="none", out_dtype=torch.float32, **facts), parts, strict=True):
-        y = reference.activate(y, "gelu")
-        if one.residual is not None:
-            y = y.add_(one.residual.float().reshape(y.shape))
-        found.append(y.to(out_dtype))
-    return found
-
-
 def qgemm(
     q,
     act_scale,
@@ -63,8 +49,8 @@ def qgemm(
     activation,
     out_dtype,
 ):
-    """See `reference.qgemm`; the same bits. Needs no row sums."""
-    return _gemm(
+    """See `reference.qgemm`; the same bits but for GELU. Needs no row sums."""
+    return cpu_gemm.gemm(
         q,
         [cpu_gemm.part(qweight, weight_scale, group_mult, bias, residual, out_features)],
         bits=bits,
@@ -95,7 +81,7 @@ def qlinear(
     out_dtype,
 ):
     """Quantizes x [..., K], then `qgemm` -> [..., out_features], in one call of the core."""
-    return _gemm(
+    return cpu_gemm.gemm(
         x,
         [cpu_gemm.part(qweight, weight_scale, group_mult, bias, residual, out_features)],
         bits=bits,
@@ -114,7 +100,7 @@ def qlinear_multi(
 ):
     """`qlinear` of each (qweight, weight_scale, group_mult, bias, out_features) on one x [..., K], quantized once. norm
     is None."""
-    return _gemm(
+    return cpu_gemm.gemm(
         x,
         [cpu_gemm.part(*part[:4], None, part[4]) for part in parts],
         bits=bits,
@@ -141,14 +127,13 @@ def quantize_activation(
 
 
 def layernorm_quantize(x, residual, weight, bias, *, eps, mode, clip, act_scale, want_sum):
-    """See `reference.layernorm_quantize`: the norm by torch, its codes by the core."""
-    y = reference.layernorm(x, residual, weight, bias, eps)
-    return y, *native.quantize_rows(y, mode, clip, act_scale, want_sum)
+    """See `reference.layernorm_quantize`; codes exact given y, y within the contract's bound."""
+    return cpu_norm.layernorm_quantize(x, residual, weight, bias, eps, mode, clip, act_scale, want_sum)
 
 
 def gelu_quantize(x, *, mode, clip, act_scale, want_sum):
-    """See `reference.gelu_quantize`: GELU by torch, its codes by the core."""
-    return native.quantize_rows(reference.gelu(x), mode, clip, act_scale, want_sum)
+    """See `reference.gelu_quantize`; GELU within the contract's bound, its codes exact."""
+    return cpu_norm.gelu_quantize(x, mode, clip, act_scale, want_sum)
 
 
 def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:

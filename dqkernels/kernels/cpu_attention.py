@@ -10,8 +10,6 @@ import torch
 
 from dqkernels.kernels import native
 
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-
 
 def qattention(
     q: torch.Tensor,
@@ -39,7 +37,7 @@ def qattention(
         return qattention(*(x.to(wide) for x in (q, k, v)), mask, bias, causal, softmax_scale, mode, clip).to(q.dtype)
     scores = (batch, heads, queries, keys)
     out = torch.empty(q.shape, dtype=q.dtype)
-    q, k, v = _rows(q), _rows(k), _rows(v)
+    q, k, v = native.adjacent(q), native.adjacent(k), native.adjacent(v)
     mask, bias = _expanded(mask, scores), _expanded(bias, scores)
     core.attention(
         *(_operand(x) for x in (q, k, v)),
@@ -84,7 +82,7 @@ def qattention_decode(
     rows, heads, queries, head_dim = q.shape
     capacity = k_cache.shape[2]
     out = torch.empty(q.shape, dtype=q.dtype)
-    q, k_cache, v_cache = _rows(q), _rows(k_cache), _rows(v_cache)
+    q, k_cache, v_cache = native.adjacent(q), native.adjacent(k_cache), native.adjacent(v_cache)
     lengths = lengths.contiguous()
     source = None if source is None else source.contiguous()
     bias = _expanded(bias, (rows, heads, queries, capacity))
@@ -130,7 +128,7 @@ def quantize_into_cache(
     for name, tensor in (("k_cache", k_cache), ("v_cache", v_cache)):
         if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name} is written in place: elements of a key must be adjacent, got {tensor.stride()}")
-    k, v = _rows(k), _rows(v)
+    k, v = native.adjacent(k), native.adjacent(v)
     position = None if position is None else position.contiguous()
     core.cache_write(
         _operand(k),
@@ -149,15 +147,8 @@ def quantize_into_cache(
 
 def _check(**operands: torch.Tensor | None) -> None:
     for name, tensor in operands.items():
-        if tensor is not None and tensor.device.type != "cpu":
-            raise ValueError(f"{name} must be on cpu, got {tensor.device}")
-
-
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x, or a copy of it whose rows are adjacent elements in aligned memory."""
-    if x.shape[-1] > 1 and x.stride(-1) != 1:
-        x = x.contiguous()
-    return _aligned(x)
+        if tensor is not None:
+            native.check_device(name, tensor, "cpu")
 
 
 def _aligned(x: torch.Tensor) -> torch.Tensor:
@@ -172,7 +163,7 @@ def _expanded(x: torch.Tensor | None, shape: tuple[int, ...]) -> torch.Tensor | 
 
 def _operand(x: torch.Tensor) -> tuple:
     strides = x.stride()
-    return x.data_ptr(), _DTYPES[x.dtype], strides if strides[3] == 1 or x.shape[3] != 1 else (*strides[:3], 1)
+    return x.data_ptr(), native.DTYPES[x.dtype], strides if strides[3] == 1 or x.shape[3] != 1 else (*strides[:3], 1)
 
 
 def _cache(codes: torch.Tensor, scale: torch.Tensor) -> tuple:

@@ -23,9 +23,9 @@ import torch
 from dqkernels import packing
 
 #: Twin of kAbiVersion in csrc/include/dqk/api.h. An extension of another version is refused, not called.
-ABI_VERSION = 3
+ABI_VERSION = 4
 MODES = {"per_token": 0, "per_tensor": 1, "static": 2}
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKAGE = Path(__file__).resolve().parent.parent
 _lock = threading.Lock()
 _loaded: tuple[ModuleType | None, str] | None = None
@@ -176,7 +176,7 @@ def pack(codes: torch.Tensor, bits: int) -> torch.Tensor:
     _check_bits(bits)
     if codes.dtype != torch.int8 or codes.dim() != 2 or codes.shape[1] == 0:
         raise ValueError(f"codes must be int8 [N, K] with K >= 1, got {codes.dtype} {list(codes.shape)}")
-    _check_device("codes", codes, "cpu")
+    check_device("codes", codes, "cpu")
     codes = codes.contiguous()
     n, k = codes.shape
     packed = torch.empty(packing.packed_shape(n, k, bits), dtype=torch.uint8)
@@ -195,7 +195,7 @@ def unpack(qweight: torch.Tensor, n: int, k: int, bits: int) -> torch.Tensor:
     if n < 0 or k < 1:
         raise ValueError(f"n must be >= 0 and k >= 1, got n={n}, k={k}")
     packing.check_packed(qweight, n, k, bits)
-    _check_device("qweight", qweight, "cpu")
+    check_device("qweight", qweight, "cpu")
     qweight = qweight.contiguous()
     codes = torch.empty((n, k), dtype=torch.int8)
     core.unpack(qweight.data_ptr(), n, k, bits, codes.data_ptr())
@@ -229,8 +229,8 @@ def quantize_rows(
         ValueError: for another device, dtype, shape, mode, clip or act_scale.
     """
     core = require("quantize_rows")
-    _check_device("x", x, "cpu")
-    rows, clip, out = _quantize_arguments(x, mode, clip, act_scale, want_sum)
+    check_device("x", x, "cpu")
+    rows, clip, out = quantize_arguments(x, mode, clip, act_scale, want_sum)
     scale_value = float(act_scale) if mode == "static" else 0.0
     core.quantize_rows(*_pointers(rows, mode, clip, scale_value, out))
     return out
@@ -248,9 +248,9 @@ def cuda_quantize_rows(
     An `act_scale` tensor stays on the device: fp32, one element, on the device of x.
     """
     core = require("cuda_quantize_rows")
-    _check_device("x", x, "cuda")
+    check_device("x", x, "cuda")
     with torch.cuda.device(x.device):  # the core launches on the current device
-        rows, clip, out = _quantize_arguments(x, mode, clip, act_scale, want_sum)
+        rows, clip, out = quantize_arguments(x, mode, clip, act_scale, want_sum)
         value, address = 0.0, 0
         if mode == "static" and isinstance(act_scale, torch.Tensor):
             if act_scale.dtype != torch.float32 or act_scale.device != x.device:
@@ -265,9 +265,11 @@ def cuda_quantize_rows(
     return out
 
 
-def _quantize_arguments(x, mode, clip, act_scale, want_sum):
+def quantize_arguments(
+    x: torch.Tensor, mode: str, clip: float | None, act_scale: torch.Tensor | float | None, want_sum: bool
+) -> tuple[torch.Tensor, float, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Checks, x as rows [M, K] with adjacent elements, clip as a number (0 = none), and the empty outputs."""
-    if x.dtype not in _DTYPES:
+    if x.dtype not in DTYPES:
         raise ValueError(f"x must be float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() == 0 or x.shape[-1] == 0:
         raise ValueError(f"x must be [..., K] with K >= 1, got {list(x.shape)}")
@@ -280,26 +282,36 @@ def _quantize_arguments(x, mode, clip, act_scale, want_sum):
         if act_scale is None or elements != 1:
             found = "None" if act_scale is None else f"{elements} elements"
             raise ValueError(f"mode static needs act_scale with one element, got {found}")
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x  # a view where the strides allow it
-    if rows.shape[1] > 1 and rows.stride(1) != 1:
-        rows = rows.contiguous()
-    if rows.data_ptr() % rows.element_size():  # a tensor over a foreign buffer
-        rows = rows.clone(memory_format=torch.contiguous_format)
+    rows = adjacent_rows(x)
     q = torch.empty(x.shape, dtype=torch.int8, device=x.device)
     scale = torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device)
     row_sum = torch.empty(x.shape[:-1] if want_sum else (0,), dtype=torch.int32, device=x.device)
     return rows, 0.0 if clip is None else float(clip), (q, scale, row_sum)
 
 
+def adjacent_rows(x: torch.Tensor) -> torch.Tensor:
+    """x [..., K] as [M, K] whose rows are adjacent elements in aligned memory: a view where its strides allow it."""
+    return adjacent(x.reshape(-1, x.shape[-1]) if x.dim() != 2 else x)
+
+
+def adjacent(x: torch.Tensor) -> torch.Tensor:
+    """x, or a copy of it whose last axis is adjacent elements in aligned memory."""
+    if x.shape[-1] > 1 and x.stride(-1) != 1:
+        x = x.contiguous()
+    if x.data_ptr() % x.element_size():  # a tensor over a foreign buffer
+        x = x.clone(memory_format=torch.contiguous_format)
+    return x
+
+
 def _pointers(rows, mode, clip, act_scale, out):
     q, scale, row_sum = out
     return (
-        *(rows.data_ptr(), _DTYPES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0)),
+        *(rows.data_ptr(), DTYPES[rows.dtype], rows.shape[0], rows.shape[1], rows.stride(0)),
         *(MODES[mode], clip, act_scale, q.data_ptr(), scale.data_ptr(), row_sum.data_ptr()),
     )
 
 
-def _check_device(name: str, tensor: torch.Tensor, device_type: str) -> None:
+def check_device(name: str, tensor: torch.Tensor, device_type: str) -> None:
     if tensor.device.type != device_type:
         raise ValueError(f"{name} must be on {device_type}, got {tensor.device}")
 

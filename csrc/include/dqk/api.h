@@ -8,7 +8,7 @@
 namespace dqk {
 
 // Raised whenever a signature below or the packed format changes; dqkernels/kernels/native.py holds its twin.
-constexpr int32_t kAbiVersion = 3;
+constexpr int32_t kAbiVersion = 4;
 
 // ---- CPU instruction sets ---------------------------------------------------------------------------------
 
@@ -58,6 +58,35 @@ Status quantize_rows(const QuantizeRows& args);
 // `act_scale`, if not null, is a device pointer read in place of args.act_scale: a layer's own tensor, so
 // that no call waits for the device.
 Status cuda_quantize_rows(const QuantizeRows& args, const float* act_scale, void* stream);
+
+// ---- LayerNorm and GELU on a CPU --------------------------------------------------------------------------
+
+// y = LayerNorm of x (+ residual, in fp32), rounded to the type of x, then the codes of y.
+struct NormQuantize {
+    const void* x;            // [rows, k], elements of a row adjacent, of codes.dtype
+    int64_t row_stride;       // in elements
+    const void* residual;     // [rows, k] likewise, or nullptr
+    DType residual_dtype;     //
+    int64_t residual_stride;  //
+    const void* weight;       // [k]
+    DType weight_dtype;       //
+    const void* bias;         // [k] or nullptr
+    DType bias_dtype;         //
+    double eps;               //
+    void* y;                  // [rows, k] contiguous
+    QuantizeRows codes;       // of y: its x and row_stride are not read
+    int32_t threads;          // that may take part
+};
+
+Status norm_quantize(const NormQuantize& args);
+
+// The codes of GELU (the erf form) of x, rounded to its type in between.
+struct GeluQuantize {
+    QuantizeRows codes;  // of gelu(x); its x is the input
+    int32_t threads;
+};
+
+Status gelu_quantize(const GeluQuantize& args);
 
 // ---- attention on a CPU (docs/design.md, "Attention") -----------------------------------------------------
 

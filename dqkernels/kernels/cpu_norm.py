@@ -1,0 +1,73 @@
+"""Torch tensors in and out of the compiled core's LayerNorm and GELU on a CPU. No arithmetic here."""
+
+from __future__ import annotations
+
+import torch
+
+from dqkernels.kernels import native
+
+
+def layernorm_quantize(
+    x: torch.Tensor,
+    residual: torch.Tensor | None,
+    weight: torch.Tensor,
+    bias: torch.Tensor | None,
+    eps: float,
+    mode: str,
+    clip: float | None,
+    act_scale: torch.Tensor | float | None,
+    want_sum: bool,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """y, q, scale and row_sum; arguments and results as of `reference.layernorm_quantize`.
+
+    Raises:
+        ValueError: for operands that are not on the CPU, or what `native.quantize_rows` refuses.
+        RuntimeError: where the core is absent.
+    """
+    core = native.require("norm_quantize")
+    for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
+        if tensor is not None:
+            native.check_device(name, tensor, "cpu")
+    rows, clip, out = native.quantize_arguments(x, mode, clip, act_scale, want_sum)
+    count, k = rows.shape
+    y = torch.empty(x.shape, dtype=x.dtype)
+    added = None if residual is None else native.adjacent_rows(residual)
+    weight, bias = native.adjacent(weight), None if bias is None else native.adjacent(bias)
+    core.norm_quantize(
+        _rows(rows),
+        None if added is None else _rows(added),
+        (weight.data_ptr(), native.DTYPES[weight.dtype], 0),
+        None if bias is None else (bias.data_ptr(), native.DTYPES[bias.dtype], 0),
+        eps,
+        y.data_ptr(),
+        count,
+        k,
+        _codes(mode, clip, act_scale, out),
+        torch.get_num_threads(),
+    )
+    return y, *out
+
+
+def gelu_quantize(
+    x: torch.Tensor, mode: str, clip: float | None, act_scale: torch.Tensor | float | None, want_sum: bool
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """q, scale and row_sum; arguments and results as of `reference.gelu_quantize`.
+
+    Raises:
+        ValueError: for an x that is not on the CPU, or what `native.quantize_rows` refuses.
+        RuntimeError: where the core is absent.
+    """
+    core = native.require("gelu_quantize")
+    native.check_device("x", x, "cpu")
+    rows, clip, out = native.quantize_arguments(x, mode, clip, act_scale, want_sum)
+    core.gelu_quantize(_rows(rows), *rows.shape, _codes(mode, clip, act_scale, out), torch.get_num_threads())
+    return out
+
+
+def _rows(x: torch.Tensor) -> tuple[int, int, int]:
+    return x.data_ptr(), native.DTYPES[x.dtype], x.stride(0)
+
+
+def _codes(mode, clip, act_scale, out) -> tuple:
+    static_scale = float(act_scale) if mode == "static" else 0.0
+    return native.MODES[mode], clip, static_scale, *(t.data_ptr() for t in out)
