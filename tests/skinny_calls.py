@@ -18,7 +18,7 @@ import harness  # noqa: E402
 import skinny_cases as cases  # noqa: E402
 
 from dqkernels import packing, qmath, reference  # noqa: E402
-from dqkernels.kernels import native, skinny  # noqa: E402
+from dqkernels.kernels import counters, native, skinny  # noqa: E402
 
 SOURCES = ("skinny_host.cpp", "csrc/cuda/skinny.cpp", *(f"csrc/cuda/skinny_w{bits}.cu" for bits in (2, 4, 8)))
 _BYTES = (4, 2, 2, 1)  # by the code of a dtype, as in api.h
@@ -291,5 +291,5 @@ def on_this_machine(patch, plan: type) -> SimpleNamespace:
     properties = lambda device: SimpleNamespace(multi_processor_count=4, major=machine.major, minor=0)  # noqa: E731
     patch.setattr(torch.cuda, "get_device_properties", properties)
     skinny._plan.cache_clear()
-    skinny._counters.clear()
+    counters.kept.clear()
     return machine

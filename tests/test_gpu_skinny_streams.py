@@ -12,7 +12,7 @@ import skinny_calls
 import torch
 from skinny_calls import assert_expected, call_of, equal, outputs_of, plain, poison, same, weight_of
 
-from dqkernels.kernels import skinny
+from dqkernels.kernels import counters, skinny
 
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
@@ -128,9 +128,9 @@ def test_capture_as_the_very_first_call(kind):
     """No plan, no counters, nothing to compile: the first call of all may stand in a graph."""
     call, built = kind
     skinny._plan.cache_clear()
-    skinny._counters.clear()
+    counters.kept.clear()
     graph, captured = capture(call)
-    assert not skinny._counters, "counters of the stream were made under capture"
+    assert not counters.kept, "counters of the stream were made under capture"
     for _ in range(3):
         for result in captured:
             result.view(torch.uint8).fill_(0xA5)
@@ -173,7 +173,7 @@ def test_8_threads_with_streams_of_their_own(kind):
     """The first calls of all threads meet in the cache of plans; each has counters of its own."""
     call, built = kind
     skinny._plan.cache_clear()
-    skinny._counters.clear()
+    counters.kept.clear()
     torch.cuda.synchronize()
     barrier, wrong = threading.Barrier(8), []
 
@@ -198,7 +198,7 @@ def test_8_threads_with_streams_of_their_own(kind):
 def test_8_threads_on_one_stream(kind):
     """The default one, whose counters they share: it orders them."""
     call, built = kind
-    skinny._counters.clear()
+    counters.kept.clear()
     results, barrier = [], threading.Barrier(8)
 
     def work():

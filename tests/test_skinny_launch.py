@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from dqkernels import qmath, reference
 from dqkernels.backends import cuda
-from dqkernels.kernels import skinny
+from dqkernels.kernels import counters, skinny
 
 FORMS = ((8, "absmax", 0), *((4, "absmax", group) for group in (0, 32, 64, 128)),
          *((2, rule, group) for rule in ("ternary", "four_level") for group in (0, 32, 64, 128)))  # fmt: skip
@@ -25,7 +25,7 @@ def machine(skinny_program, monkeypatch):
     monkeypatch.setattr(SimulatedPlan, "made", [])
     yield skinny_calls.on_this_machine(monkeypatch, SimulatedPlan)
     skinny._plan.cache_clear()
-    skinny._counters.clear()
+    counters.kept.clear()
 
 
 def backend_arguments(built):
@@ -181,7 +181,7 @@ def test_counters_of_the_default_stream_are_kept_and_zero_again(machine):
     for seed in (0, 3):
         SimulatedPlan.seed = seed
         assert skinny_calls.wrong(skinny_calls.gemm(call), built.expected) is None
-        assert all(not counters.any() for counters in skinny._counters.values())
+        assert all(not arrivals.any() for arrivals in counters.kept.values())
     SimulatedPlan.seed = 0
     (plan,) = SimulatedPlan.made
     assert plan.workspace_bytes and plan.splits == 3
@@ -193,10 +193,10 @@ def test_on_another_stream_a_call_has_counters_of_its_own(machine):
     """It may be captured, or warm up in the memory of a graph to come, where nothing may stay."""
     built, call = split_call()
     skinny_calls.gemm(call)
-    assert not skinny._counters, "counters stayed"
+    assert not counters.kept, "counters stayed"
     machine.stream = 0
     skinny_calls.gemm(call)
-    held = skinny._counters[call.x.device]
+    held = counters.kept[call.x.device]
     machine.stream = 7
     held.fill_(1)  # whoever counted in these would see it
     for _ in range(2):
@@ -208,9 +208,9 @@ def test_on_another_stream_a_call_has_counters_of_its_own(machine):
 def test_more_counters_than_the_stream_has(machine):
     built, call = split_call()
     machine.stream = 0
-    skinny._counters[call.x.device] = torch.zeros(4, dtype=torch.uint8)
+    counters.kept[call.x.device] = torch.zeros(4, dtype=torch.uint8)
     assert skinny_calls.wrong(skinny_calls.gemm(call), built.expected) is None
-    assert skinny._counters[call.x.device].numel() >= SimulatedPlan.made[0].counter_bytes
+    assert counters.kept[call.x.device].numel() >= SimulatedPlan.made[0].counter_bytes
 
 
 def test_one_plan_per_kind_of_call(machine):

@@ -80,6 +80,22 @@ __device__ __forceinline__ int32_t dot4(uint32_t a, uint32_t b, int32_t c) {
     return __dp4a(static_cast<int32_t>(a), static_cast<int32_t>(b), c);
 }
 
+// Byte i of the result is byte s / 16^i % 8 of the eight bytes of a (0 .. 3) and b (4 .. 7).
+__device__ __forceinline__ uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t s) {
+    return __byte_perm(a, b, s);
+}
+
+__device__ __forceinline__ int32_t count_bits(uint32_t bits) {
+    return __popc(bits);
+}
+
+// 2^x with a relative error below 2^-22; results below 2^-126 are 0.
+__device__ __forceinline__ float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+}
+
 // Starts copying 16 bytes, of which `bytes` (0..16) are read and the rest is zero. Both ends aligned to 16.
 __device__ __forceinline__ void copy_async16(void* shared, const void* global, int32_t bytes) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(

@@ -2,6 +2,7 @@
 // simulator computes with these; tests/cuda/primitives.cu compares them with the instructions on a real GPU.
 // Plain C++17: no CUDA, no simulator. Fragment layouts: PTX ISA, "Warp-level matrix instructions".
 #pragma once
+#include <cmath>
 #include <cstdint>
 #include <cstring>
 
@@ -58,6 +59,27 @@ inline int32_t dot4_model(uint32_t a, uint32_t b, int32_t c) {
     int64_t sum = c;
     for (int32_t i = 0; i < 4; ++i) sum += byte_of(a, i) * byte_of(b, i);
     return wrapped(sum);
+}
+
+// prmt.b32 with selectors below 8.
+inline uint32_t permute_bytes_model(uint32_t a, uint32_t b, uint32_t s) {
+    const uint64_t bytes = uint64_t{b} << 32 | a;
+    uint32_t result = 0;
+    for (uint32_t i = 0; i < 4; ++i)
+        result |= static_cast<uint32_t>(bytes >> (8 * (s >> (4 * i) & 7u)) & 0xFFu) << (8 * i);
+    return result;
+}
+
+inline int32_t count_bits_model(uint32_t bits) {
+    int32_t count = 0;
+    for (; bits != 0; bits &= bits - 1) ++count;
+    return count;
+}
+
+// ex2.approx.ftz: the instruction errs by up to 2^-22 of the result, which this does not imitate.
+inline float exp2_approx_model(float x) {
+    const float y = std::exp2(x);
+    return y < 1.17549435e-38f ? 0.0f : y;  // a NaN stays one
 }
 
 // cp.async.cg 16 with a source size: `bytes` (0..16) are read, the rest is zero.

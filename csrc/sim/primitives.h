@@ -96,6 +96,16 @@ inline int32_t dot4(uint32_t a, uint32_t b, int32_t c) {
     return sim::dot4_model(a, b, c);
 }
 
+inline uint32_t permute_bytes(uint32_t a, uint32_t b, uint32_t s) {
+    return sim::permute_bytes_model(a, b, s);
+}
+inline int32_t count_bits(uint32_t bits) {
+    return sim::count_bits_model(bits);
+}
+inline float exp2_approx(float x) {
+    return sim::exp2_approx_model(x);
+}
+
 inline void copy_async16(void* shared, const void* global, int32_t bytes,
                          sim::Site site = sim::Site::here()) {
     if (bytes < 0 || bytes > 16)

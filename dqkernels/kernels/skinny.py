@@ -19,6 +19,7 @@ import torch
 from dqkernels import packing
 
 from . import measured, native
+from .counters import zeros
 
 #: Rows up to which a float input is quantized inside the GEMM.
 PROLOGUE_ROWS = 16
@@ -28,11 +29,8 @@ ROWS = 64
 OVERLAP_CODE = 90
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
-_DEFAULT_STREAM = 0
 _HERE = contextlib.nullcontext()
 _local = threading.local()
-_counters: dict[torch.device, torch.Tensor] = {}
-_lock = threading.Lock()
 
 
 class Part(NamedTuple):
@@ -151,8 +149,8 @@ def gemm(
         workspace, counters = 0, 0
         if plan.workspace_bytes:
             room = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=x.device)  # lives until this is queued
-            zeros = _zeros(x.device, stream, plan.counter_bytes)
-            workspace, counters = room.data_ptr(), zeros.data_ptr()
+            arrivals = zeros(x.device, stream, plan.counter_bytes)
+            workspace, counters = room.data_ptr(), arrivals.data_ptr()
         plan.run(
             x.data_ptr(),
             _address(act_scale),
@@ -240,22 +238,6 @@ def _plan(x, eps, weight, bias_dtype, residual_dtype, activation, out_dtype, siz
         sms=properties.multi_processor_count,
         overlap=settled and can_overlap((properties.major, properties.minor)),
     )
-
-
-def _zeros(device: torch.device, stream: int, count: int) -> torch.Tensor:
-    """`count` bytes of zeros that nobody else counts in while this call runs.
-
-    Only those of the default stream are kept, which cannot be captured: two graphs never share any. On another stream
-    what stays may lie in the pool of a graph to come: torch.compile(mode="reduce-overhead") warms up there and refuses.
-    """
-    if stream != _DEFAULT_STREAM:
-        return torch.zeros(count, dtype=torch.uint8, device=device)
-    found = _counters.get(device)
-    if found is None or found.numel() < count:
-        # A larger one does not replace a smaller one under a kernel that still runs: the stream orders them.
-        with _lock:
-            found = _counters[device] = torch.zeros(max(count, 4096), dtype=torch.uint8, device=device)
-    return found
 
 
 def _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype, one_scale) -> None:

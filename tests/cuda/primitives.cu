@@ -1,8 +1,10 @@
 // Every primitive of cuda/primitives.cuh beside its model of sim/models.h, on random registers. Exit code 0:
 // no bit differs. benchmarks/gpu_lane.py builds and runs this.
 #include <cinttypes>
+#include <cmath>
 #include <cstdio>
 #include <cstdlib>
+#include <limits>
 #include <random>
 #include <vector>
 
@@ -48,6 +50,17 @@ __global__ void ldmatrix(const uint32_t* x, const int32_t* rows, uint32_t* out) 
 __global__ void dot(const uint32_t* a, const uint32_t* b, int32_t* c) {
     for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kRounds * kLanes; i += kLanes)
         c[i] = dot4(a[i], b[i], c[i]);
+}
+
+__global__ void words(const uint32_t* a, const uint32_t* b, uint32_t* permuted, uint32_t* counted) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < kRounds * kLanes; i += kLanes) {
+        permuted[i] = permute_bytes(a[i], b[i], (a[i] ^ b[i] >> 7) & 0x7777u);
+        counted[i] = static_cast<uint32_t>(count_bits(a[i]));
+    }
+}
+
+__global__ void powers(const float* x, float* y, int32_t count) {
+    for (int32_t i = static_cast<int32_t>(threadIdx.x); i < count; i += kLanes) y[i] = exp2_approx(x[i]);
 }
 
 __global__ void loads(const uint32_t* x, uint32_t* out16, uint32_t* out8) {
@@ -266,6 +279,43 @@ void check_dot4() {
     same("dot4", c.at, expected);
 }
 
+void check_words() {
+    Array<uint32_t> a(kRounds * kLanes), b(kRounds * kLanes), permuted(kRounds * kLanes),
+        counted(kRounds * kLanes);
+    fill(a), fill(b);
+    a.at[0] = 0, a.at[1] = 0xFFFFFFFFu;
+    std::vector<uint32_t> bytes(a.size), bits(a.size);
+    for (size_t i = 0; i < a.size; ++i) {
+        bytes[i] = sim::permute_bytes_model(a.at[i], b.at[i], (a.at[i] ^ b.at[i] >> 7) & 0x7777u);
+        bits[i] = static_cast<uint32_t>(sim::count_bits_model(a.at[i]));
+    }
+    run("words", words, 1, kLanes, a.at, b.at, permuted.at, counted.at);
+    same("permute_bytes", permuted.at, bytes);
+    same("count_bits", counted.at, bits);
+}
+
+// Not a comparison of bits: the model is exact, and the instruction may err by 2^-22.
+void check_exp2() {
+    constexpr int32_t kSteps = 1 << 16;
+    Array<float> x(kSteps + 3), y(kSteps + 3);
+    for (int32_t i = 0; i < kSteps; ++i)
+        x.at[i] = -24.0f * static_cast<float>(i) / kSteps - 1e-6f * (random_words() % 64);
+    x.at[kSteps] = -std::numeric_limits<float>::infinity();
+    x.at[kSteps + 1] = -200.0f;
+    x.at[kSteps + 2] = 0.0f;
+    run("exp2_approx", powers, 1, kLanes, x.at, y.at, kSteps + 3);
+    double worst = 0.0;
+    for (int32_t i = 0; i < kSteps; ++i) {
+        const double truth = std::exp2(static_cast<double>(x.at[i]));
+        const double error = std::fabs(y.at[i] - truth) / truth;
+        worst = error > worst ? error : worst;
+    }
+    std::printf("exp2_approx errs by up to 2^%.2f of the result\n", std::log2(worst + 1e-12));
+    demand(worst <= std::ldexp(1.0, -22), "exp2_approx", "a relative error above 2^-22");
+    demand(y.at[kSteps] == 0.0f && y.at[kSteps + 1] == 0.0f && y.at[kSteps + 2] == 1.0f, "exp2_approx",
+           "-inf and -200 give 0, and 0 gives 1");
+}
+
 void check_loads() {
     Array<uint32_t> x(kRounds * kLanes * 4), out16(kRounds * kLanes * 4), out8(kRounds * kLanes * 2);
     fill(x);
@@ -409,6 +459,8 @@ int main() {
     check_mma();
     check_ldmatrix();
     check_dot4();
+    check_words();
+    check_exp2();
     check_loads();
     check_shared_loads();
     check_copies();

@@ -28,6 +28,10 @@ constexpr bool checked_round_up(int64_t a, int64_t to, int64_t* out) {
     return true;
 }
 
+constexpr int64_t ceil_div(int64_t a, int64_t b) {
+    return (a + b - 1) / b;
+}
+
 // Tile loops may count in int32 when every element offset of the operand does.
 constexpr bool fits_int32_index(int64_t rows, int64_t cols) {
     int64_t total = 0;

@@ -57,10 +57,6 @@ struct SkinnyShape {
     int64_t tile_ints;     // workspace of one block
 };
 
-constexpr int64_t ceil_div(int64_t a, int64_t b) {
-    return (a + b - 1) / b;
-}
-
 // Everything but the choice of warps_n and splits; false if that choice has no room for the activations.
 constexpr bool skinny_cut(const SkinnyGemm& args, int32_t warps_n, int32_t splits, SkinnyShape* out) {
     SkinnyShape s = {};
