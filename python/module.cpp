@@ -12,6 +12,7 @@
 #include "cpu_attention.h"
 #include "cpu_gemm.h"
 #include "cpu_norm.h"
+#include "cuda_attention.h"
 #include "dqk/api.h"
 #include "dqk/format.h"
 #include "skinny.h"
@@ -141,5 +142,6 @@ PYBIND11_MODULE(_C, m) {
           "device, read "
           "instead of static_scale.");
     dqk::binding::define_skinny(m);
+    dqk::binding::define_cuda_attention(m);
 #endif
 }

@@ -1,7 +1,8 @@
 """Compiles the CUDA kernels for GPUs that need not be there, and counts what the machine code holds.
 
 nvcc compiles with the flags of CMakeLists.txt; the disassembler is that of the CUDA toolkit or of Triton's wheel.
-test_cuda_compile.py holds the budgets. By hand: `python tests/cuda_sass.py 80 90a` prints one line per kernel.
+test_cuda_compile.py and test_cuda_compile_attention.py hold the budgets. By hand: `python tests/cuda_sass.py 80 90a`
+prints one line per kernel.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import subprocess
 import sys
 import tempfile
 from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FILES = ("skinny_w4", "skinny_w2", "skinny_w8", "quantize")  # the longest first: two compile side by side
+ATTENTION_FILES = ("attention_decode",)
 UNPACKING = re.compile(r"0x(c0c0c0c0|f0f0f0f0)\b")
 LINE = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][A-Z0-9_.]*)\s*(.*?)\s*;")
 
@@ -79,7 +82,13 @@ def flags() -> list[str]:
 
 
 def kernel_name(mangled: str) -> str:
-    """`skinny W2 16B 1 tiles groups` (width, bytes per lane, token tiles), or the quantizer's own name and type."""
+    """`skinny W2 16B 1 tiles groups` (width, bytes per lane, token tiles), `attention 64 1 tiles keep` (dimensions,
+    tiles of slots, form, `words` where 16-byte loads will not do), or the quantizer's own name and type."""
+    attention = re.search(r"attention_decode_kernelILi(\d)ELi(\d)ELb([01])ELb([01])E", mangled)
+    if attention:
+        segments, tiles, vector, keep = attention.groups()
+        form = ("keep" if keep == "1" else "redo") + " words" * (vector == "0")
+        return f"attention {64 * int(segments)} {tiles} tiles {form}"
     skinny = re.search(r"skinny_kernelILi(\d+)ELi(\d+)ELi(\d+)ELb([01])E", mangled)
     if skinny:
         bits, size, tiles, groups = skinny.groups()
@@ -202,15 +211,15 @@ def compile_file(name: str, arch: str, folder: Path) -> dict[str, dict]:
     return found
 
 
-def compile_all(archs: list[str]) -> dict[str, dict]:
+def compile_all(archs: list[str], files: Sequence[str] = FILES) -> dict[str, dict]:
     """{kernel: counts} of every file, two compiling at a time."""
     with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(compile_file, name, arch, Path(folder)) for name in FILES for arch in archs]
+        jobs = [pool.submit(compile_file, name, arch, Path(folder)) for name in files for arch in archs]
         return {kernel: found for job in jobs for kernel, found in job.result().items()}
 
 
 def main() -> None:
-    for kernel, found in compile_all(sys.argv[1:]).items():
+    for kernel, found in compile_all(sys.argv[1:], (*FILES, *ATTENTION_FILES)).items():
         print(kernel, {k: dict(v) if isinstance(v, Counter) else v for k, v in found.items()})
 
 

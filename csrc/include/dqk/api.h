@@ -315,4 +315,63 @@ Status skinny_memory(const SkinnyGemm& args, SkinnyMemory* out);
 // nothing.
 Status cuda_skinny_gemm(const SkinnyGemm& args, void* stream);
 
+// ---- decode attention: a few queries per row over an int8 cache ------------------------------------------
+
+enum class AttentionForm : int32_t { rule = 0, keep, redo };
+
+// docs/design.md, "Attention". Row r sees the first lengths[r] keys (at most `capacity`; with `causal` query
+// i those up to lengths[r] - queries + i) of cache source[r], of cache r without a source, or with by_key key
+// j of cache source[r * capacity + j]. A source that is no cache makes NaN of the row, or of the queries that
+// see the key.
+struct CudaAttentionDecode {
+    const void* q;           // [rows, heads, queries, head_dim] by strides, the last one 1
+    DType dtype;             // of q and out
+    int64_t rows;            //
+    int64_t heads;           //
+    int64_t queries;         //
+    int64_t head_dim;        // 4, 8 .. 128
+    int64_t caches;          // rows of them without a source
+    int64_t capacity;        // 1 .. 131071
+    int64_t q_stride[3];     // in elements
+    const int8_t* k;         // [caches, heads, capacity, head_dim] contiguous
+    const float* k_scale;    // [caches, heads, capacity]
+    const int8_t* v;         // as k
+    const float* v_scale;    // as k_scale; 0 of a zero row
+    bool aligned;            // k and v start on 16 bytes, else on 4: pointers are held to it
+    const int32_t* lengths;  // [rows]
+    const int32_t* source;   // [rows], or [rows, capacity] with by_key, or nullptr
+    bool shared;             // there is a source per row
+    bool by_key;             // there is one per key
+    const void* bias;        // [rows, heads, queries, capacity] by strides, or nullptr
+    DType bias_dtype;        //
+    int64_t bias_stride[4];  // in elements; 0 where it is repeated
+    bool causal;             //
+    float softmax_scale;     //
+    ActMode mode;            // of Q: per_token or per_tensor
+    float clip;              // of Q; 0 = none
+    void* out;               // [rows, heads, queries, head_dim] contiguous
+
+    // How it is cut up; results do not depend on it. 0 = by the rule of attention_shape.h for a GPU of `sms`.
+    AttentionForm form;  // `keep` the scores of all keys in shared memory, or `redo` them
+    int32_t splits;      // blocks that share the keys of a row and head; above 1 a second launch
+    int32_t warps;       // of a block
+    int32_t sms;
+
+    void* workspace;     // attention_memory() says how much, on 8 bytes; needs no zeros
+    uint32_t* counters;  // zeros before the first launch, and zeros again after each
+};
+
+struct AttentionMemory {
+    int64_t workspace_bytes;
+    int64_t counter_bytes;
+    int32_t splits;  // what the rule chose
+    int32_t warps;
+};
+
+// What a call needs besides its operands. Reads the sizes of `args`, no pointer.
+Status attention_memory(const CudaAttentionDecode& args, AttentionMemory* out);
+
+// On the current CUDA device, queued on `stream`. Allocates and waits for nothing.
+Status cuda_attention_decode(const CudaAttentionDecode& args, void* stream);
+
 }  // namespace dqk

@@ -28,6 +28,8 @@ enum class Status : int32_t {
     bad_cpu_part,
     bad_kernel,
     bad_id,
+    bad_cuda_attention,
+    bad_attention_plan,
     unknown_isa,
     unsupported_isa,
     cuda_no_driver,
@@ -80,7 +82,9 @@ constexpr const char* sentence(Status status) {
             return "warps_n must be 1, 2, 4 or 8 and splits such that each has a part of K, with room for "
                    "the activations in 40 KiB of shared memory";
         case Status::no_workspace:
-            return "a GEMM that is split over blocks needs its workspace and its counters";
+            return "a GEMM that is split over blocks needs its workspace and its counters, attention its "
+                   "workspace "
+                   "on 8 bytes";
         case Status::bad_attention:
             return "attention needs sizes >= 0, head_dim 1 to 1040, at most 131071 keys, strides >= 0 with "
                    "elements "
@@ -98,6 +102,17 @@ constexpr const char* sentence(Status status) {
             return "kernel must be 0, or 1 + the index of a kernel that this CPU can run";
         case Status::bad_id:
             return "ids must lie in 0..rows-1";
+        case Status::bad_cuda_attention:
+            return "decode attention takes a head_dim of 4, 8 .. 128, at least one cache and one key, a "
+                   "cache "
+                   "for each "
+                   "row unless a source per row or per key names them, and caches that start on 16 bytes "
+                   "where that "
+                   "was promised";
+        case Status::bad_attention_plan:
+            return "splits must be 1 to 64 such that each has keys, warps 1 to 16 (8 above a head_dim of 64, "
+                   "for more than 8 queries of one cache and without kept scores), and scores are kept only "
+                   "without splits, where they fit";
         case Status::unknown_isa:
             return "DQKERNELS_CPU must be one of scalar, avx2, avx_vnni, avx512_vnni, amx_int8, dotprod";
         case Status::unsupported_isa:
