@@ -254,6 +254,30 @@ def test_cuda_refuses_a_group_size_it_has_not(on_cuda):
         backends.choose("qgemm", "cuda", "cuda", bits=8, group_size=32)
 
 
+def test_decode_attention_is_tritons_until_somebody_measured_it(on_cuda, monkeypatch):
+    """No GPU has run the CUDA kernel: `auto` takes Triton and says why, by name it is there."""
+    facts = {"mode": "per_token", "head_dim": 64, "by_key": True}
+    for strict in (False, True):
+        choice = backends.choose("qattention_decode", "cuda", strict=strict, **facts)
+        why = "cuda: no measurement says that its decode attention is faster"
+        assert choice == backends.Choice("triton", why)
+    assert backends.choose("qattention_decode", "cuda", "cuda", **facts).backend == "cuda"
+    assert backends.choose("qattention", "cuda", mode="per_token", head_dim=64).backend == "triton"
+    monkeypatch.setenv("DQKERNELS_BACKEND", "cuda")
+    assert backends.choose("qattention_decode", "cuda", **facts).backend == "cuda"
+    with pytest.raises(BackendError, match="has no qattention_decode of head_dim=66, only multiples of 4 up to 128"):
+        backends.choose("qattention_decode", "cuda", **facts | {"head_dim": 66})
+
+
+def test_without_triton_decode_attention_is_cudas(on_cuda):
+    """The alternative is the slow path; what the kernel has not is eager's."""
+    on_cuda["triton"] = False
+    backends.refresh()
+    choice = backends.choose("qattention_decode", "cuda", strict=True, head_dim=64)
+    assert choice.backend == "cuda" and choice.reason.startswith("no faster one here, though no measurement")
+    assert backends.choose("qattention_decode", "cuda", head_dim=256).backend == "eager"
+
+
 def test_a_layer_names_both_kernels(on_cuda, monkeypatch):
     """`kernel()` of a layer on CUDA: few rows, many, and one name where they are the same."""
     import dqkernels

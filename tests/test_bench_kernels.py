@@ -166,6 +166,16 @@ def test_what_cannot_be_compared_says_why(monkeypatch):
     assert "interpreter" in case.absent["dqkernels triton"]
 
 
+def test_decode_attention_in_cuda_has_a_row_beside_tritons(monkeypatch):
+    """By its name, though `auto` would not take it; of heads that it has not the row says so."""
+    monkeypatch.setattr(backends, "available", lambda name, device_type: (True, "here"))
+    group = ("qattention_decode", (2, 3, 2, 17, 16), "")
+    ways = [way.name for way in a_case(group, names=["cuda", "eager"]).ways]
+    assert ways == ["torch sdpa", COPY, "dqkernels cuda", "dqkernels eager"]
+    case = a_case(("qattention_decode", (2, 3, 2, 17, 18), ""), names=["cuda"])
+    assert case.absent["dqkernels cuda"] == "has no qattention_decode of head_dim=18, only multiples of 4 up to 128"
+
+
 def test_a_weight_rule_without_a_kernel_is_not_compared(monkeypatch):
     monkeypatch.setattr(backends, "refusal", lambda name, op, device, facts: f"no {facts['quantizer']}")
     case = a_case(("quantize_weight", (16, 16), "W2"), names=["cpu"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from dqkernels.kernels import measured, native, skinny
+from dqkernels.kernels import cuda_attention, measured, native, skinny
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -35,9 +35,14 @@ def supports(
     prologue: bool = True,
     norm: bool | None = None,
     uniform: bool = True,
+    head_dim: int | None = None,
     **facts,
 ) -> str | None:
-    """Everything that the formats have; a LayerNorm inside the GEMM for few rows and in the dtype of x only."""
+    """Everything that the formats have; a LayerNorm inside the GEMM for few rows and in the dtype of x only; heads of
+    4, 8 ... 128 dimensions."""
+    if head_dim is not None and (head_dim > cuda_attention.MAX_HEAD_DIM or head_dim % cuda_attention.DIM_STEP):
+        step, most = cuda_attention.DIM_STEP, cuda_attention.MAX_HEAD_DIM
+        return f"has no {op} of head_dim={head_dim}, only multiples of {step} up to {most}"
     if norm is not None and not prologue:
         return f"normalizes inside the GEMM for up to {skinny.PROLOGUE_ROWS} rows only"
     if norm is False or not uniform:
@@ -52,9 +57,12 @@ def defers(
 ) -> str | None:
     """The GEMM reads its weights again for every 64 rows, so that larger tiles win above; below, what was measured.
 
+    Decode attention is Triton's until a measurement says otherwise: no GPU has run the CUDA kernel.
     where: (index of the device, rows, out_features, in_features), given above `plans.FASTER_ROWS` rows of `qgemm` and
     above those whose input `qlinear_multi` quantizes itself: one launch in place of four, not measured against them.
     """
+    if op == "qattention_decode":
+        return "no measurement says that its decode attention is faster"
     if op not in ("qgemm", "qlinear_multi"):
         return None
     if many_rows:
@@ -137,6 +145,16 @@ def qlinear(
         clip=act_clip,
     )
     return y if x.dim() == 2 else y.reshape(*x.shape[:-1], out_features)
+
+
+def qattention_decode(
+    q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, *, causal, softmax_scale, mode, clip
+):
+    """A few queries per row over an int8 cache, as `reference.qattention_decode`; one launch, two under `per_tensor`
+    or for long caches that would leave most of the GPU idle."""
+    return cuda_attention.qattention_decode(
+        q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias, causal, softmax_scale, mode, clip
+    )
 
 
 def qlinear_multi(
