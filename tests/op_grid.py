@@ -271,7 +271,11 @@ def run(device: str, backends_of: tuple[str, ...], shapes=SHAPES) -> int:
     """The whole table; prints one line of counts last. Returns 1 if anything differs."""
     from dqkernels import backends
 
-    cases, wrong = skinny_calls() if device == "cuda" and backends.available("cuda", "cuda")[0] else (0, [])
+    cases, wrong = 0, []
+    if device == "cuda" and backends.available("cuda", "cuda")[0]:
+        for calls in (skinny_calls, attention_calls):
+            count, found = calls()
+            cases, wrong = cases + count, wrong + found
     refused = Counter()
     for seed, shape in enumerate(shapes):
         for sample in samples(*shape, seed):
@@ -315,6 +319,20 @@ def skinny_calls() -> tuple[int, list[str]]:
         wrong += [f"skinny norm {m}x{k}: {said}"] if said else []
         count += 1
     return count, wrong
+
+
+def attention_calls() -> tuple[int, list[str]]:
+    """CUDA decode attention in every form, cut and kind of row: the number of calls and what is wrong. Beside
+    `samples`, whose op cannot ask for a cut."""
+    import attention_calls as calls
+
+    built, wrong = calls.samples(), []
+    for each in built:
+        try:
+            calls.cases.assert_right(each, calls.call(each, "cuda"))
+        except AssertionError as error:
+            wrong.append(f"attention {each.case.name}: {str(error).splitlines()[0]}")
+    return len(built), wrong
 
 
 def main() -> int:
