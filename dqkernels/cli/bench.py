@@ -1,4 +1,4 @@
-"""`dqkernels bench linear|gemm|kernels|model|size`: measured tables of this machine, as text and as a JSON record."""
+"""`dqkernels bench ...`: measured tables of this machine, as text and as a JSON record, and two of them compared."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dqkernels.cli import common
+from dqkernels.cli import common, compare
 
 _GROUP = """Measure layers, ops, whole models and file sizes on this machine.
 
@@ -20,6 +20,7 @@ Examples:
   dqkernels bench kernels --seconds 10
   dqkernels bench model tiny --source_tokens 32
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
+  dqkernels bench compare before.json after.json
 """
 _LINEAR = """One linear layer at every bit width on every kernel that runs here, against torch's own layer.
 
@@ -97,6 +98,7 @@ def register(app: typer.Typer) -> None:
     group.command("kernels", help=_KERNELS, short_help="Every other op, on every backend.")(kernels)
     group.command("model", help=_MODEL, short_help="A whole model's generate.")(model)
     group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
+    compare.register(group)
     app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, ops, models and sizes here.")
 
 
