@@ -25,9 +25,11 @@ KINDS = {
 INPUTS = {"padded": given(), "no mask": {"input_ids": SOURCES}, "one": given(1)}
 
 
-@pytest.mark.parametrize("inputs", INPUTS)
-@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("family", ALL)
+@pytest.mark.parametrize(
+    "kind, inputs",
+    [(kind, inputs) for inputs in INPUTS for kind in (KINDS if inputs == "padded" else ("greedy", "beams"))],
+)
 def test_tokens(family, kind, inputs):
     alike(lively(family), INPUTS[inputs], lively=inputs == "padded", **KINDS[kind])
 
@@ -300,8 +302,8 @@ def test_masks_with_holes():
     """Cross-attention knows no order of its keys: whatever is visible is put in front."""
     mask = torch.tensor([[1, 0, 1, 1, 0, 1, 1, 0, 1], [0, 0, 0, 1, 1, 1, 1, 1, 1], [0] * 9, [1] * 9])
     inputs = {"input_ids": SOURCES, "attention_mask": mask}
-    for family in ALL:
-        for kind in ("greedy", "beams", "sample"):
+    for family in ("bart", "marian", "t5"):
+        for kind in ("greedy", "beams"):
             tokens = alike(lively(family), inputs, **KINDS[kind])
             assert tokens.shape != (free := alike(lively(family), **KINDS[kind])).shape or not torch.equal(tokens, free)
 
