@@ -54,10 +54,7 @@ Status cpu_embedding(const CpuEmbedding& args) {
     if (status == Status::ok) status = find_gemm_kernel(args.kernel, &kernel);
     if (status != Status::ok) return status;
 
-    const auto embed = kernel->embed[args.bits == 8    ? kW8
-                                     : args.bits == 4  ? kW4
-                                     : args.four_level ? kW2FourLevel
-                                                       : kW2];
+    const auto embed = kernel->embed[args.bits == 8 ? 0 : args.bits == 4 ? 1 : args.four_level ? 3 : 2];
     const int64_t row_bytes = (args.k + kBlockK - 1) / kBlockK * block_bytes(args.bits);
     const int64_t groups = args.group_size == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
     const int32_t threads = args.count * args.k > kAlone ? args.threads : 1;

@@ -101,13 +101,6 @@ Status check(const CpuGemm& args) {
     return Status::ok;
 }
 
-GemmFormat format_of(const CpuGemm& args) {
-    if (args.bits == 8) return kW8;
-    if (args.bits == 4) return args.group_size != 0 ? kW4Grouped : kW4;
-    if (args.four_level) return args.group_size != 0 ? kW2FourLevelGrouped : kW2FourLevel;
-    return args.group_size != 0 ? kW2Grouped : kW2;
-}
-
 // ---- the rows of x ---------------------------------------------------------------------------------------
 
 struct Rows {
@@ -125,7 +118,7 @@ int32_t sum_of(const int8_t* q, int64_t k) {
 
 void prepare_row(const CpuGemm& args, const GemmLoops& loops, int64_t blocks, const int8_t* q, int64_t m,
                  const Rows& rows) {
-    loops.prepare(q, args.k, blocks, args.group_size, rows.prepared + m * rows.stride);
+    loops.prepare(q, args.k, blocks, rows.prepared + m * rows.stride);
     rows.add[m] = loops.offset == 0 ? 0 : -loops.offset * sum_of(q, args.k);
 }
 
@@ -165,7 +158,8 @@ struct Tile {
     // Columns n0 .. n1 of rows m0 .. m1. Without memory for its sums it reports that and does nothing.
     bool run(const CpuPart& part, int64_t m0, int64_t m1, int64_t n0, int64_t n1) const {
         const int64_t acc_bytes = (m1 - m0) * kGemmColumns * static_cast<int64_t>(sizeof(int32_t));
-        const int64_t words = kGemmRows * (groups + 1) * static_cast<int64_t>(sizeof(int32_t));
+        const int64_t words =
+            kGemmRows * gemm_words(blocks, args.group_size) * static_cast<int64_t>(sizeof(int32_t));
         uint8_t* memory = thread_scratch.get(acc_bytes + kGemmScratchBytes + words);
         if (memory == nullptr) return false;
         auto* acc = reinterpret_cast<int32_t*>(memory);
@@ -240,7 +234,7 @@ Status cpu_gemm(const CpuGemm& args) {
     if (status == Status::ok) status = find_gemm_kernel(args.kernel, &kernel);
     if (status != Status::ok || args.m == 0) return status;
 
-    const GemmFormat format = format_of(args);
+    const int32_t format = gemm_format(args.bits, args.four_level, args.group_size);
     const GemmLoops& loops = args.m == 1 ? kernel->one[format] : kernel->many[format];
     const int64_t blocks = (args.k + kBlockK - 1) / kBlockK;
     const int64_t groups = args.group_size == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
@@ -253,7 +247,7 @@ Status cpu_gemm(const CpuGemm& args) {
     const int32_t threads = alone_ns(args, columns) > kSharedNs ? args.threads : 1;
 
     Rows rows = {};
-    rows.stride = loops.row_bytes(blocks, args.group_size);
+    rows.stride = loops.row_bytes(blocks);
     int64_t prepared_bytes = 0, code_bytes = 0;
     const int64_t k_bytes = (args.k + 63) / 64 * 64;
     if (!checked_mul(args.m, rows.stride + 8, &prepared_bytes) || !checked_mul(args.m, k_bytes, &code_bytes))

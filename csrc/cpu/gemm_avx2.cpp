@@ -25,7 +25,8 @@ struct Narrow : Dot256 {
     static DQK_TARGET inline Sum drain(Sum s, Partial p) {
         return _mm256_add_epi32(s, _mm256_madd_epi16(p, _mm256_set1_epi16(1)));
     }
-    static DQK_TARGET inline __m256i multipliers(const int32_t* words, int32_t) {
+    template <int kGroup>
+    static DQK_TARGET inline __m256i multipliers(const int32_t* words) {
         return _mm256_set1_epi32(*words);
     }
     static DQK_TARGET inline Sum drain_scaled(Sum s, Partial p, __m256i m) {

@@ -41,8 +41,9 @@ struct Dot512 {
     static DQK_TARGET inline Partial negate(Partial p) { return _mm512_sub_epi32(zero(), p); }
     static DQK_TARGET inline Sum drain(Sum s, Partial p) { return _mm512_add_epi32(s, p); }
     // A vector holds two groups of 32, or part of one.
-    static DQK_TARGET inline __m512i multipliers(const int32_t* words, int32_t group_size) {
-        return both(_mm256_set1_epi32(words[0]), _mm256_set1_epi32(words[group_size == 32 ? 1 : 0]));
+    template <int kGroup>
+    static DQK_TARGET inline __m512i multipliers(const int32_t* words) {
+        return both(_mm256_set1_epi32(words[0]), _mm256_set1_epi32(words[kGroup == 32 ? 1 : 0]));
     }
     // A group's sum fits in the low int16 of its lane (8 products of at most 15 * 128), which vpmaddwd
     // multiplies.

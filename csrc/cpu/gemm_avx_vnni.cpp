@@ -19,7 +19,8 @@ struct DotVnni : Dot256 {
     }
     static DQK_TARGET inline Partial negate(Partial p) { return _mm256_sub_epi32(zero(), p); }
     static DQK_TARGET inline Sum drain(Sum s, Partial p) { return _mm256_add_epi32(s, p); }
-    static DQK_TARGET inline __m256i multipliers(const int32_t* words, int32_t) {
+    template <int kGroup>
+    static DQK_TARGET inline __m256i multipliers(const int32_t* words) {
         return _mm256_set1_epi32(*words);
     }
     // A group's sum fits in the low int16 of its lane (16 products of at most 15 * 128), which vpmaddwd

@@ -69,26 +69,26 @@ constexpr int64_t vectors(int64_t blocks) {
     return blocks * (kBlockK / Dot::kCodes);
 }
 
-// With groups: the codes whose products are added before a multiplier is applied. A vector may hold two
-// groups.
-template <typename Dot>
-constexpr int64_t span_codes(int32_t group_size) {
-    return group_size > Dot::kCodes ? group_size : Dot::kCodes;
+// With groups of kGroup codes (0: none): the vectors whose products are added before a multiplier is applied.
+// One vector may hold two groups.
+template <typename Dot, int kGroup>
+constexpr int64_t span_vectors() {
+    return kGroup > Dot::kCodes ? kGroup / Dot::kCodes : 1;
 }
 
 // ---- rows of activations ---------------------------------------------------------------------------------
 
-template <typename Dot, typename F, bool kGrouped>
-int64_t row_bytes(int64_t blocks, int32_t group_size) {
+template <typename Dot, typename F, int kGroup>
+int64_t row_bytes(int64_t blocks) {
     int64_t bytes = blocks * kBlockK * Dot::kXBytes;
-    if (kGrouped)
-        bytes += blocks * kBlockK / span_codes<Dot>(group_size) *
+    if (kGroup > 0)
+        bytes += vectors<Dot>(blocks) / span_vectors<Dot, kGroup>() *
                  static_cast<int64_t>(sizeof(typename Dot::Partial));
     return (bytes + 63) / 64 * 64;
 }
 
-template <typename Dot, typename F, bool kGrouped>
-DQK_TARGET void prepare(const int8_t* q, int64_t k, int64_t blocks, int32_t group_size, uint8_t* row) {
+template <typename Dot, typename F, int kGroup>
+DQK_TARGET void prepare(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row) {
     const int64_t whole = k / Dot::kGrain, all = blocks * (kBlockK / Dot::kGrain);
     for (int64_t i = 0; i < whole; ++i) Dot::store_x(q + i * Dot::kGrain, row, i);
     int8_t tail[Dot::kGrain] = {};
@@ -98,67 +98,62 @@ DQK_TARGET void prepare(const int8_t* q, int64_t k, int64_t blocks, int32_t grou
         Dot::store_x(tail, row, i);
         std::memset(tail, 0, sizeof tail);
     }
-    if constexpr (kGrouped) {
-        const int64_t steps = span_codes<Dot>(group_size) / Dot::kCodes, spans = vectors<Dot>(blocks) / steps;
+    if constexpr (kGroup > 0) {
+        constexpr int64_t kSpan = span_vectors<Dot, kGroup>();
         uint8_t* starts = row + blocks * kBlockK * Dot::kXBytes;
         const typename Dot::Vec offset = Dot::splat(offset_of<Dot, F>());
-        for (int64_t s = 0; s < spans; ++s) {
+        for (int64_t s = 0; s < vectors<Dot>(blocks) / kSpan; ++s) {
             typename Dot::Partial sum = Dot::zero();
-            for (int64_t v = s * steps; v < (s + 1) * steps; ++v)
+            for (int64_t v = s * kSpan; v < (s + 1) * kSpan; ++v)
                 sum = Dot::multiply(sum, offset, Dot::load_x(row, v));
             Dot::store_partial(Dot::negate(sum), starts, s);
         }
     }
 }
 
-// Multipliers of rows n .. n + 3 as the words that Dot::multipliers reads: [4][groups + 1], the last one 0
-// for the vector whose second group does not exist. Padding rows have none of their own; their sums are not
+// Multipliers of rows n .. n + 3 as the words that Dot::multipliers reads, gemm_words() of them a row: 0
+// behind the last group, where a block is not full. Padding rows have none of their own; their sums are not
 // used.
 template <typename Dot>
-DQK_TARGET void multiplier_words(const GemmWeights& w, int64_t n, int32_t* words) {
+DQK_TARGET void multiplier_words(const GemmWeights& w, int64_t n, int64_t stride, int32_t* words) {
     for (int64_t r = 0; r < kGemmRows; ++r) {
         const uint8_t* mult = w.mult + (n + r < w.n ? n + r : w.n - 1) * w.groups;
-        int32_t* out = words + r * (w.groups + 1);
+        int32_t* out = words + r * stride;
         for (int64_t g = 0; g < w.groups; ++g) out[g] = mult[g] * Dot::kMultiplierWord;
-        out[w.groups] = 0;
+        for (int64_t g = w.groups; g < stride; ++g) out[g] = 0;
     }
 }
 
 // ---- one row of activations: the weights are unpacked in registers ---------------------------------------
 
-template <typename Dot, typename F, bool kGrouped>
+template <typename Dot, typename F, int kGroup>
 DQK_TARGET void one_sums(const uint8_t* x, int64_t, int64_t, const GemmWeights& w, int64_t n0, int64_t count,
                          int32_t* acc, uint8_t* scratch) {
     constexpr int64_t kVecs = kBlockK / Dot::kCodes, kBytes = block_bytes(F::kBits);
-    constexpr int64_t kDrain = Dot::kSteps > 0 ? Dot::kSteps / kVecs : int64_t{1} << 40;  // blocks
     int32_t* words = reinterpret_cast<int32_t*>(scratch + kGemmScratchBytes);
     const uint8_t* starts = x + w.blocks * kBlockK * Dot::kXBytes;
     for (int64_t c = 0; c < count; c += kGemmRows) {
         const uint8_t* row = w.rows + (n0 + c) * w.row_bytes;
         typename Dot::Sum sum[kGemmRows];
         for (int64_t r = 0; r < kGemmRows; ++r) sum[r] = Dot::sum_zero();
-        if constexpr (kGrouped) {
-            multiplier_words<Dot>(w, n0 + c, words);
-            const int64_t steps = span_codes<Dot>(w.group_size) / Dot::kCodes;
-            const int64_t spans = kVecs / steps, per_block = kBlockK / w.group_size;
-            for (int64_t b = 0; b < w.blocks; ++b) {
-                typename Dot::X xs[kVecs];
-                for (int64_t j = 0; j < kVecs; ++j) xs[j] = Dot::load_x(x, b * kVecs + j);
+        if constexpr (kGroup > 0) {
+            constexpr int64_t kSpan = span_vectors<Dot, kGroup>(), kGroups = kBlockK / kGroup;
+            const int64_t stride = gemm_words(w.blocks, kGroup);
+            multiplier_words<Dot>(w, n0 + c, stride, words);
+            for (int64_t b = 0; b < w.blocks; ++b)
                 for (int64_t r = 0; r < kGemmRows; ++r) {
                     typename Dot::Vec u[kVecs];
                     Dot::template unpack<F>(row + r * w.row_bytes + b * kBytes, u);
-                    const int32_t* mult = words + r * (w.groups + 1) + b * per_block;
-                    // The last block may lack groups; what would be multiplied by them is 0.
-                    const int64_t left = w.groups - b * per_block;
-                    for (int64_t s = 0, j = 0; s < spans && s * per_block < left * spans; ++s) {
-                        typename Dot::Partial part = Dot::load_partial(starts, b * spans + s);
-                        for (int64_t e = j + steps; j < e; ++j) part = Dot::multiply(part, u[j], xs[j]);
-                        sum[r] = Dot::drain_scaled(
-                            sum[r], part, Dot::multipliers(mult + s * per_block / spans, w.group_size));
+                    for (int64_t first = 0; first < kVecs; first += kSpan) {
+                        typename Dot::Partial part = Dot::load_partial(starts, (b * kVecs + first) / kSpan);
+                        for (int64_t j = first; j < first + kSpan; ++j)
+                            part = Dot::multiply(part, u[j], Dot::load_x(x, b * kVecs + j));
+                        const int32_t* mult = words + r * stride + b * kGroups + first * Dot::kCodes / kGroup;
+                        sum[r] = Dot::drain_scaled(sum[r], part, Dot::template multipliers<kGroup>(mult));
                     }
                 }
-            }
         } else {
+            constexpr int64_t kDrain = Dot::kSteps > 0 ? Dot::kSteps / kVecs : int64_t{1} << 40;  // blocks
             for (int64_t first = 0; first < w.blocks; first += kDrain) {
                 const int64_t last = first + kDrain < w.blocks ? first + kDrain : w.blocks;
                 typename Dot::Partial part[kGemmRows];
@@ -207,49 +202,58 @@ DQK_TARGET inline void multiply_tile(const uint8_t* x, int64_t stride, const uin
     }
 }
 
-// acc[m][r] += the sums of kM rows of x and the four unpacked rows, `count` vectors long. Pointers stand on
-// the first vector; `mult` and `starts` on the first group's, where there are groups.
-template <typename Dot, int kM, bool kGrouped>
-DQK_TARGET __attribute__((noinline)) void tile(const uint8_t* x, int64_t stride, const uint8_t* panel,
-                                               int64_t count, const uint8_t* starts, const int32_t* mult,
-                                               int64_t mult_stride, int64_t groups, int32_t group_size,
-                                               int32_t* acc) {
+// What a tile stands on: rows of x, four unpacked rows of weights and, with groups, their starts and
+// multipliers, all at the first of `count` vectors.
+struct Walk {
+    const uint8_t* x;
+    const uint8_t* starts;
+    int64_t stride;  // of both
+    const uint8_t* panel;
+    int64_t count;
+    const int32_t* words;
+    int64_t words_stride;
+};
+
+// acc[m][r] += the sums of kM rows of x, from row m0 on, and the four rows of weights.
+template <typename Dot, int kM, int kGroup>
+DQK_TARGET __attribute__((noinline)) void tile(const Walk& walk, int64_t m0, int32_t* acc) {
+    const uint8_t* x = walk.x + m0 * walk.stride;
     typename Dot::Sum sum[kM][kGemmRows];
     for (int m = 0; m < kM; ++m)
         for (int64_t r = 0; r < kGemmRows; ++r) sum[m][r] = Dot::sum_zero();
-    if constexpr (kGrouped) {
-        const int64_t steps = span_codes<Dot>(group_size) / Dot::kCodes;
-        for (int64_t first = 0, s = 0; first < count; first += steps, ++s) {
-            const int64_t g = first * Dot::kCodes / group_size;
-            if (g >= groups) break;  // a last block that is not full: its codes are padding
+    if constexpr (kGroup > 0) {
+        constexpr int64_t kSpan = span_vectors<Dot, kGroup>();
+        const uint8_t* starts = walk.starts + m0 * walk.stride;
+        for (int64_t first = 0; first < walk.count; first += kSpan) {
             typename Dot::Partial part[kM][kGemmRows];
             for (int m = 0; m < kM; ++m)
                 for (int64_t r = 0; r < kGemmRows; ++r)
-                    part[m][r] = Dot::load_partial(starts + m * stride, s);
-            multiply_tile<Dot, kM>(x, stride, panel, first, first + steps, part);
+                    part[m][r] = Dot::load_partial(starts + m * walk.stride, first / kSpan);
+            multiply_tile<Dot, kM>(x, walk.stride, walk.panel, first, first + kSpan, part);
             for (int64_t r = 0; r < kGemmRows; ++r) {
-                const auto multipliers = Dot::multipliers(mult + r * mult_stride + g, group_size);
+                const auto multipliers = Dot::template multipliers<kGroup>(
+                    walk.words + r * walk.words_stride + first * Dot::kCodes / kGroup);
                 for (int m = 0; m < kM; ++m)
                     sum[m][r] = Dot::drain_scaled(sum[m][r], part[m][r], multipliers);
             }
         }
     } else if constexpr (Dot::kSteps > 0) {
-        for (int64_t first = 0; first < count; first += Dot::kSteps) {
+        for (int64_t first = 0; first < walk.count; first += Dot::kSteps) {
+            const int64_t last = first + Dot::kSteps < walk.count ? first + Dot::kSteps : walk.count;
             typename Dot::Partial part[kM][kGemmRows];
             clear<Dot, kM>(part);
-            multiply_tile<Dot, kM>(x, stride, panel, first,
-                                   first + Dot::kSteps < count ? first + Dot::kSteps : count, part);
+            multiply_tile<Dot, kM>(x, walk.stride, walk.panel, first, last, part);
             for (int m = 0; m < kM; ++m)
                 for (int64_t r = 0; r < kGemmRows; ++r) sum[m][r] = Dot::drain(sum[m][r], part[m][r]);
         }
     } else {
         clear<Dot, kM>(sum);
-        multiply_tile<Dot, kM>(x, stride, panel, 0, count, sum);
+        multiply_tile<Dot, kM>(x, walk.stride, walk.panel, 0, walk.count, sum);
     }
-    for (int m = 0; m < kM; ++m) Dot::add_reduced(sum[m], acc + m * kGemmColumns);
+    for (int m = 0; m < kM; ++m) Dot::add_reduced(sum[m], acc + (m0 + m) * kGemmColumns);
 }
 
-template <typename Dot, typename F, bool kGrouped>
+template <typename Dot, typename F, int kGroup>
 DQK_TARGET void many_sums(const uint8_t* x, int64_t stride, int64_t rows, const GemmWeights& w, int64_t n0,
                           int64_t count, int32_t* acc, uint8_t* scratch) {
     constexpr int64_t kVecs = kBlockK / Dot::kCodes, kBytes = block_bytes(F::kBits);
@@ -257,7 +261,8 @@ DQK_TARGET void many_sums(const uint8_t* x, int64_t stride, int64_t rows, const 
     int32_t* words = reinterpret_cast<int32_t*>(scratch + kGemmScratchBytes);
     std::memset(acc, 0, static_cast<size_t>(rows * kGemmColumns) * sizeof(int32_t));
     for (int64_t c = 0; c < count; c += kGemmRows) {
-        if constexpr (kGrouped) multiplier_words<Dot>(w, n0 + c, words);
+        const int64_t words_stride = gemm_words(w.blocks, kGroup);
+        if constexpr (kGroup > 0) multiplier_words<Dot>(w, n0 + c, words_stride, words);
         for (int64_t first = 0; first < w.blocks; first += kBlocks) {
             const int64_t blocks = first + kBlocks < w.blocks ? kBlocks : w.blocks - first;
             for (int64_t r = 0; r < kGemmRows; ++r) {
@@ -269,25 +274,22 @@ DQK_TARGET void many_sums(const uint8_t* x, int64_t stride, int64_t rows, const 
                         Dot::store(u[j], scratch + r * kGemmPanelStride, b * kVecs + j);
                 }
             }
-            const uint8_t* part = x + first * kBlockK * Dot::kXBytes;
-            const uint8_t* starts = x + w.blocks * kBlockK * Dot::kXBytes;
-            const int32_t* mult = words;
-            int64_t groups = 0;
-            if constexpr (kGrouped) {
-                starts += first * kBlockK / span_codes<Dot>(w.group_size) *
-                          static_cast<int64_t>(sizeof(typename Dot::Partial));
-                mult += first * kBlockK / w.group_size;
-                groups = w.groups - first * kBlockK / w.group_size;
+            Walk walk = {};
+            walk.x = x + first * kBlockK * Dot::kXBytes;
+            walk.stride = stride;
+            walk.panel = scratch;
+            walk.count = blocks * kVecs;
+            if constexpr (kGroup > 0) {
+                walk.starts = x + w.blocks * kBlockK * Dot::kXBytes +
+                              first * kVecs / span_vectors<Dot, kGroup>() *
+                                  static_cast<int64_t>(sizeof(typename Dot::Partial));
+                walk.words = words + first * kBlockK / kGroup;
+                walk.words_stride = words_stride;
             }
             int64_t m = 0;
             for (; m + Dot::kTokens <= rows; m += Dot::kTokens)
-                tile<Dot, Dot::kTokens, kGrouped>(part + m * stride, stride, scratch, blocks * kVecs,
-                                                  starts + m * stride, mult, w.groups + 1, groups,
-                                                  w.group_size, acc + m * kGemmColumns + c);
-            for (; m < rows; ++m)
-                tile<Dot, 1, kGrouped>(part + m * stride, stride, scratch, blocks * kVecs,
-                                       starts + m * stride, mult, w.groups + 1, groups, w.group_size,
-                                       acc + m * kGemmColumns + c);
+                tile<Dot, Dot::kTokens, kGroup>(walk, m, acc + c);
+            for (; m < rows; ++m) tile<Dot, 1, kGroup>(walk, m, acc + c);
         }
     }
 }
@@ -368,33 +370,35 @@ DQK_TARGET void embed(const EmbeddingRow& args) {
 
 // ---- the table -------------------------------------------------------------------------------------------
 
-template <typename Dot, typename F, bool kGrouped>
+template <typename Dot, typename F, int kGroup = 0>
 constexpr GemmLoops one_loops() {
-    return {kGrouped ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGrouped>, prepare<Dot, F, kGrouped>,
-            one_sums<Dot, F, kGrouped>};
+    return {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>, prepare<Dot, F, kGroup>,
+            one_sums<Dot, F, kGroup>};
 }
-template <typename Dot, typename F, bool kGrouped>
+template <typename Dot, typename F, int kGroup = 0>
 constexpr GemmLoops many_loops() {
-    return {kGrouped ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGrouped>, prepare<Dot, F, kGrouped>,
-            many_sums<Dot, F, kGrouped>};
+    return {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>, prepare<Dot, F, kGroup>,
+            many_sums<Dot, F, kGroup>};
 }
 
-// Ops names the dot of each use: One8 and Many8 for 8-bit weights, Narrow4 and Narrow2 for the others.
+// Ops names the dot of each use: One8 and Many8 for 8-bit weights, Narrow4 and Narrow2 for the others. The
+// order is that of gemm_format().
 template <typename Ops>
 constexpr GemmKernel kernel_of(const char* name) {
-    using D8 = typename Ops::One8;
-    using M8 = typename Ops::Many8;
     using D4 = typename Ops::Narrow4;
     using D2 = typename Ops::Narrow2;
-    return {name,
-            {one_loops<D8, W8, false>(), one_loops<D4, W4, false>(), one_loops<D2, W2, false>(),
-             one_loops<D2, W2F, false>(), one_loops<D4, W4, true>(), one_loops<D2, W2, true>(),
-             one_loops<D2, W2F, true>()},
-            {many_loops<M8, W8, false>(), many_loops<D4, W4, false>(), many_loops<D2, W2, false>(),
-             many_loops<D2, W2F, false>(), many_loops<D4, W4, true>(), many_loops<D2, W2, true>(),
-             many_loops<D2, W2F, true>()},
-            epilogue<Ops>,
-            {embed<Ops, W8>, embed<Ops, W4>, embed<Ops, W2>, embed<Ops, W2F>}};
+    return {
+        name,
+        {one_loops<typename Ops::One8, W8>(), one_loops<D4, W4>(), one_loops<D4, W4, 32>(),
+         one_loops<D4, W4, 64>(), one_loops<D4, W4, 128>(), one_loops<D2, W2>(), one_loops<D2, W2, 32>(),
+         one_loops<D2, W2, 64>(), one_loops<D2, W2, 128>(), one_loops<D2, W2F>(), one_loops<D2, W2F, 32>(),
+         one_loops<D2, W2F, 64>(), one_loops<D2, W2F, 128>()},
+        {many_loops<typename Ops::Many8, W8>(), many_loops<D4, W4>(), many_loops<D4, W4, 32>(),
+         many_loops<D4, W4, 64>(), many_loops<D4, W4, 128>(), many_loops<D2, W2>(), many_loops<D2, W2, 32>(),
+         many_loops<D2, W2, 64>(), many_loops<D2, W2, 128>(), many_loops<D2, W2F>(),
+         many_loops<D2, W2F, 32>(), many_loops<D2, W2F, 64>(), many_loops<D2, W2F, 128>()},
+        epilogue<Ops>,
+        {embed<Ops, W8>, embed<Ops, W4>, embed<Ops, W2>, embed<Ops, W2F>}};
 }
 
 }  // namespace

@@ -7,9 +7,13 @@
 
 namespace dqk {
 
-// The weight formats that differ in their loops.
-enum GemmFormat : int32_t { kW8 = 0, kW4, kW2, kW2FourLevel, kW4Grouped, kW2Grouped, kW2FourLevelGrouped };
-constexpr int32_t kGemmFormats = 7;
+// The weight formats that differ in their loops: W8; W4, W2 and four_level W2, each without groups and in
+// groups of 32, 64 and 128.
+constexpr int32_t kGemmFormats = 13;
+constexpr int32_t gemm_format(int32_t bits, bool four_level, int32_t group_size) {
+    const int32_t group = group_size / 32;  // 0, 1, 2, 4
+    return bits == 8 ? 0 : (bits == 4 ? 1 : four_level ? 9 : 5) + (group == 4 ? 3 : group);
+}
 
 // Columns that `many` finishes at a time, and rows of weights that share one walk along K.
 constexpr int64_t kGemmColumns = 32;
@@ -31,9 +35,9 @@ struct GemmWeights {
 //
 // A prepared row is q [k], padded to whole blocks and laid out for the loops, then those starting values.
 struct GemmLoops {
-    int32_t offset;                                            // what gemm.cpp takes off: 0 with groups
-    int64_t (*row_bytes)(int64_t blocks, int32_t group_size);  // of a prepared row
-    void (*prepare)(const int8_t* q, int64_t k, int64_t blocks, int32_t group_size, uint8_t* row);
+    int32_t offset;                        // what gemm.cpp takes off: 0 with groups
+    int64_t (*row_bytes)(int64_t blocks);  // of a prepared row
+    void (*prepare)(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row);
     // acc[m][c] = the sum of row m and column n0 + c, for c < count. acc has kGemmColumns columns, x `stride`
     // bytes a row. `scratch` holds kGemmScratchBytes + 4 * 4 * (groups + 1), aligned to 64. The padding rows
     // of the weights are read like any other, up to a multiple of 4.
@@ -44,6 +48,11 @@ struct GemmLoops {
 // which they would share its sets.
 constexpr int64_t kGemmPanelBytes = 4096, kGemmPanelStride = kGemmPanelBytes + 64;
 constexpr int64_t kGemmScratchBytes = kGemmRows * kGemmPanelStride;
+
+// Multipliers of a row of weights that the loops read, with those behind the last group.
+constexpr int64_t gemm_words(int64_t blocks, int32_t group_size) {
+    return group_size == 0 ? 0 : blocks * (128 / group_size);
+}
 
 // One row of the epilogue, `count` <= kGemmColumns columns of it.
 struct GemmEpilogue {
@@ -81,7 +90,7 @@ struct GemmKernel {
     GemmLoops one[kGemmFormats];   // for a single row: unpacks the weights on the way, m is 1
     GemmLoops many[kGemmFormats];  // unpacks four rows of weights at a time for all rows of x
     void (*epilogue)(const GemmEpilogue& args);
-    void (*embed[4])(const EmbeddingRow& args);  // W8, W4, W2, four_level: kW8 ... kW2FourLevel
+    void (*embed[4])(const EmbeddingRow& args);  // W8, W4, W2, four_level W2
 };
 
 // kernel: 0 for the one of active_isa(), 1 + i for gemm_kernel_name(i).

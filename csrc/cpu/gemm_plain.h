@@ -74,9 +74,10 @@ struct PlainDot {
     }
 
     // Those of the groups that one vector holds, lane by lane.
-    static DQK_TARGET Sum multipliers(const int32_t* words, int32_t group_size) {
+    template <int kGroup>
+    static DQK_TARGET Sum multipliers(const int32_t* words) {
         Sum m;
-        for (int i = 0; i < kLanes / 4; ++i) m.lane[i] = static_cast<uint32_t>(words[4 * i / group_size]);
+        for (int i = 0; i < kLanes / 4; ++i) m.lane[i] = static_cast<uint32_t>(words[4 * i / kGroup]);
         return m;
     }
     static DQK_TARGET Sum drain_scaled(Sum s, const Partial& p, const Sum& m) {
