@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from dqkernels import packing
-from dqkernels.bench import candidates, floors, linear, model, protocol, record, size
+from dqkernels.bench import candidates, floors, linear, protocol, record, size
 
 CPU = torch.device("cpu")
 
@@ -279,7 +279,6 @@ def few_copies(monkeypatch):
 def few_rounds(monkeypatch):
     """Rounds end the timing, never the clock: these tests pass on a machine that crawls."""
     monkeypatch.setattr(linear, "_MAX_ROUNDS", 2)
-    monkeypatch.setattr(model, "_MAX_ROUNDS", 2)
 
 
 def an_input(tokens: int = 5) -> torch.Tensor:
@@ -380,50 +379,6 @@ def test_groups_beyond_the_time_are_named(few_copies):
     row = made["rows"][0]
     assert row["status"] == "not reached" and row["tokens"] == 1
     assert "not reached: 1x16x128 fp32" in text_of(linear.render(made))
-
-
-# ------------------------------------------------------------------------------------------- model
-
-
-def test_model_record_and_table(tmp_path):
-    path = tmp_path / "model.json"
-    made = model.run("tiny", (4, 2), device="cpu", source_tokens=7, new_tokens=3, seconds=1000, out=path)
-    assert record.read(path) == made
-    assert [row["candidate"] for row in made["rows"]] == ["torch fp32", "dqkernels 4-4-8", "dqkernels 2-2-8"]
-    assert [row["status"] for row in made["rows"]] == ["timed"] * 3
-    assert made["rows"][1]["logits_error"] == 0 and made["rows"][0]["logits_error"] is None
-    weights = [row["weights_bytes"] for row in made["rows"]]
-    assert weights == sorted(weights, reverse=True) and weights[0] == size.float_bytes(size.SHAPES["tiny"])
-    text = assert_fits(model.render(made))
-    assert "kernels of 4-4-8, 2-2-8: " in text
-    for row in made["rows"]:
-        row["peak_mb"] = 12345.0
-    assert "peak MB" in assert_fits(model.render(made))
-
-
-def test_a_model_that_computes_something_else_is_refused(monkeypatch):
-    from dqkernels.nn import QLinear
-
-    honest = QLinear.forward
-
-    def dishonest(self, x):
-        y = honest(self, x)
-        return y if self.backend == "eager" else y + 0.5
-
-    monkeypatch.setattr(QLinear, "forward", dishonest)
-    made = model.run("tiny", (8,), device="cpu", source_tokens=5, new_tokens=2, seconds=1000)
-    assert made["rows"][1]["status"] == "refused" and "eager" in made["rows"][1]["reason"]
-    assert "latency_ms_per_token" not in made["rows"][1]
-    assert "refused: dqkernels 8-8-8" in text_of(model.render(made)).replace("\n", " ")
-
-
-def test_model_arguments_are_checked(tmp_path):
-    with pytest.raises(ValueError, match="bart-base"):
-        model.run(str(tmp_path), device="cpu")
-    with pytest.raises(ValueError, match="new_tokens"):
-        model.run("tiny", device="cpu", new_tokens=0)
-    with pytest.raises(ValueError, match="positions"):
-        model.run("tiny", device="cpu", source_tokens=100)
 
 
 # -------------------------------------------------------------------------------------------- size

@@ -96,7 +96,8 @@ def test_help_is_quick_complete_and_fits_80_columns():
 
 
 @pytest.mark.parametrize(
-    "verb", [[v] for v in VERBS] + [["bench"], *(["bench", b] for b in ("linear", "gemm", "kernels", "model", "size"))]
+    "verb",
+    [[v] for v in VERBS] + [["bench"], *(["bench", b] for b in ("linear", "gemm", "kernels", "generate", "size"))],
 )
 def test_help_of_each_verb_teaches(verb, capsys):
     assert main([*verb, "--help"]) == 0
@@ -516,13 +517,13 @@ def test_bench_size(tmp_path, capsys):
     assert "--overwrite" in wrong(capsys, *command)
 
 
-def test_bench_linear_and_model(capsys):
+def test_bench_linear_and_generate(capsys):
     linear = ["bench", "linear", "--shapes", "2x32x32", "--bits", "4", "--dtype", "float32", "--seconds", "0.2"]
     assert main([*linear, "--backends", "eager", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "linear"
-    model = ["bench", "model", "tiny", "--bits", "4", "--source_tokens", "8", "--new_tokens", "2"]
-    assert main([*model, "--seconds", "0.2", "--json"]) == 0
-    assert json.loads(capsys.readouterr().out)["kind"] == "model"
+    generate = ["bench", "generate", "tiny", "--bits", "4", "--source_tokens", "8", "--new_tokens", "2"]
+    assert main([*generate, "--candidates", "torch,ours", "--seconds", "0.2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["kind"] == "generate"
 
 
 def test_bench_refuses(capsys):
@@ -532,8 +533,8 @@ def test_bench_refuses(capsys):
     assert "--seconds must be above 0" in wrong(capsys, "bench", "linear", "--seconds", "0")
     assert "--shape must be one of" in wrong(capsys, "bench", "size", "--shape", "huge")
     assert "--bits must be pairs" in wrong(capsys, "bench", "size", "--bits", "3-2")
-    assert "--embedding_bits" in wrong(capsys, "bench", "model", "tiny", "--embedding_bits", "3")
-    assert "nowhere" in wrong(capsys, "bench", "model", "nowhere")
+    assert "--embedding_bits" in wrong(capsys, "bench", "generate", "tiny", "--embedding_bits", "3")
+    assert "nowhere" in wrong(capsys, "bench", "generate", "nowhere")
 
 
 def test_demo_refuses(tmp_path, capsys):

@@ -245,10 +245,10 @@ def a_pytest(tests: int, failures: int = 0, skipped: int = 0, **row) -> dict:
                 a_pytest(7, 1, outcome="failed"),
                 {"stage": "sanitizer memcheck", "outcome": "absent"},
                 {"stage": "bench linear", "outcome": "timed out"},
-                {"stage": "bench model", "outcome": "unreached"},
+                {"stage": "bench generate", "outcome": "unreached"},
             ],
             "GPU: 6 tests passed, 1 failed, 0 skipped; failed: gpu tests; timed out: bench linear; "
-            "absent: sanitizer memcheck; unreached: bench model",
+            "absent: sanitizer memcheck; unreached: bench generate",
         ),
     ],
 )
@@ -398,6 +398,36 @@ def test_bench_rows_become_rows_of_the_lane(tmp_path, monkeypatch, kind, seconds
     assert kept["protocol"] == {kind: {"budget_s": 1.0}}
 
 
+@pytest.mark.parametrize("name", ["generate", "generate_memory", "generate_layers"])
+def test_sweeps_are_kept_as_far_as_they_came(tmp_path, monkeypatch, name):
+    """The record lies in the lane's folder, is gone on with, and counts although its process was killed."""
+    lane, _ = a_lane(tmp_path)
+    path = lane.out / f"{name}.json"
+    cell = {"batch_size": 1, "status": "not run", "reason": "9 s were over"}
+    rows = [{"candidate": "a", "status": "timed", "latency_ms": 2.5}, cell]
+
+    def run_it(command, seconds):
+        assert command[-1].startswith("from dqkernels.bench import generate; generate.run(")
+        assert f"out={str(path)!r}, resume=True)" in command[-1] and "seconds=" in command[-1]
+        assert ("sweep='memory'" in command[-1], "sweep='layers'" in command[-1]) == (
+            name == "generate_memory", name == "generate_layers"
+        )  # fmt: skip
+        record.write(record.new("generate", settings={}, protocol={}, rows=rows, threads=1), path)
+        return gpu_lane.Done(-9, True, "...")
+
+    stage = next(stage for stage in gpu_lane.stages() if stage.name == f"bench {name}")
+    monkeypatch.setattr(lane, "call", run_it)
+    row = stage.run(lane, 60)
+    assert row["outcome"] == "timed out" and row["reason"] == "1 cells or candidates not run, for want of time"
+    assert lane.figures[name]["rows"] == rows
+    gpu_lane.write(lane, [{"stage": stage.name, **row}], 8)
+    kept = record.read(lane.out / "gpu_lane.json")
+    assert [r["stage"] for r in kept["rows"] if "status" in r] == [f"bench {name}"] * 2
+    path.unlink()
+    monkeypatch.setattr(lane, "call", lambda command, seconds: gpu_lane.Done(-9, True, "..."))
+    assert stage.run(lane, 60)["outcome"] == "timed out"
+
+
 def test_tiles_are_measured_as_far_as_time_reaches(tmp_path, monkeypatch):
     """A table of fewer sizes is a table; none is a failure."""
     lane, _ = a_lane(tmp_path)
@@ -417,8 +447,9 @@ def test_tiles_are_measured_as_far_as_time_reaches(tmp_path, monkeypatch):
 
 def test_worth_comes_first_and_every_stage_can_be_reached():
     assert NAMES[:2] == ["build", "gpu tests"] and NAMES[-1] == "device-independent tests"
-    benches = [name for name in NAMES if name.startswith("bench ")]
-    assert benches == ["bench gemm", "bench linear", "bench kernels", "bench model", "bench train_step"]
-    assert NAMES[NAMES.index("bench gemm") - 1] == f"sanitizer {gpu_lane.SANITIZERS[0]}"
+    benches = [name.removeprefix("bench ") for name in NAMES if name.startswith("bench ")]
+    assert benches[:3] == ["generate", "generate_memory", "gemm"], "what users get comes first"
+    assert benches[3:] == ["linear", "kernels", "train_step", "generate_layers"]
+    assert NAMES[NAMES.index("bench generate") - 1] == f"sanitizer {gpu_lane.SANITIZERS[0]}"
     assert NAMES[NAMES.index("tune") - 1] == f"sanitizer {gpu_lane.SANITIZERS[-1]}"
     assert all(stage.least_s <= stage.most_s for stage in gpu_lane.stages())

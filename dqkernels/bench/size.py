@@ -184,6 +184,7 @@ def random_model(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0
     model.tie_weights()
     generator = torch.Generator().manual_seed(seed)
     noise = torch.randn(1 << 20, generator=generator).mul_(0.02)
+    circle = torch.cat([noise, noise])  # from any place on, as long as the noise
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name:
@@ -195,7 +196,8 @@ def random_model(shape: Shape, dtype: torch.dtype = torch.float32, seed: int = 0
             offset = int(torch.randint(noise.numel(), (1,), generator=generator))
             for start in range(0, flat.numel(), noise.numel()):
                 part = flat[start : start + noise.numel()]
-                part.copy_(noise.roll(offset + start // 7)[: part.numel()])
+                first = -(offset + start // 7) % noise.numel()
+                part.copy_(circle[first : first + part.numel()])
         for name, buffer in model.named_buffers():
             if name.endswith("final_logits_bias"):
                 buffer.zero_()

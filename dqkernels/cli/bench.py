@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -18,7 +19,7 @@ Examples:
   dqkernels bench linear
   dqkernels bench gemm --seconds 120
   dqkernels bench kernels --seconds 10
-  dqkernels bench model tiny --source_tokens 32
+  dqkernels bench generate tiny --seconds 30
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
   dqkernels bench compare before.json after.json
 """
@@ -58,16 +59,23 @@ Examples:
   dqkernels bench kernels --ops layernorm_quantize,gelu_quantize --dtype bfloat16
   dqkernels bench kernels --ops qembedding --bits 4,2 --out kernels.json
 """
-_MODEL = """A whole model through transformers' generate: float, and ours at every bit width, taking turns.
+_GENERATE = """Tokens by whole models: ours in its own loop and in transformers', float, int8 and 4-bit peers.
 
-MODEL is a shape with random weights (tiny, bart-base, bart-large, mbart-large; nothing is downloaded) or the
-folder of a float model. Every candidate generates the same number of tokens.
+MODEL is a shape with random weights (tiny, bart-base, bart-large, mbart-large, t5-base; nothing is downloaded) or the
+folder of a float model; by default bart-large on a GPU and bart-base on a CPU. Every candidate generates the same
+number of tokens, is proven to compute the same function, and takes turns with the others. Printed are time per token,
+tokens a second, and memory: weights, cache, peak.
+
+A sweep is a list of cells in order of worth: headline, layers (shallower models) or memory (4 beams over 1024 tokens,
+batch 1 to 64, for a GPU). An axis that is given takes its place in every cell. What --seconds does not reach is named
+as not run; --out is written after every cell, and --resume goes on with it.
 
 \b
 Examples:
-  dqkernels bench model tiny --source_tokens 32 --seconds 10
-  dqkernels bench model bart-base --bits 4 --batch_size 8 --source_tokens 256 --new_tokens 64
-  dqkernels bench model ./bart-cnn --num_beams 4 --out model.json
+  dqkernels bench generate tiny --seconds 30
+  dqkernels bench generate bart-base --batch_size 1,8 --num_beams 1,4 --source_tokens 256 --new_tokens 64
+  dqkernels bench generate bart-large --sweep memory --out memory.json --plot memory.png
+  dqkernels bench generate ./bart-cnn --candidates torch,ours,ctranslate2 --bits 4
 """
 _SIZE = """The file of a packed student against its fp32 teacher's, really written, with random weights.
 
@@ -96,7 +104,7 @@ def register(app: typer.Typer) -> None:
     group.command("linear", help=_LINEAR, short_help="One layer, every width and kernel.")(linear)
     group.command("gemm", help=_GEMM, short_help="The GEMM of decoding, against other projects'.")(gemm)
     group.command("kernels", help=_KERNELS, short_help="Every other op, on every backend.")(kernels)
-    group.command("model", help=_MODEL, short_help="A whole model's generate.")(model)
+    group.command("generate", help=_GENERATE, short_help="Whole models, against other projects'.")(generate)
     group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
     compare.register(group)
     app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, ops, models and sizes here.")
@@ -202,55 +210,102 @@ def kernels(
     _finish(library, result, out, json_output)
 
 
-def model(
-    preset_or_path: Annotated[str, typer.Argument(help="Shape, or folder of a float model.", metavar="MODEL")] = (
-        "bart-base"
-    ),
+def generate(
+    preset_or_path: Annotated[
+        str | None, typer.Argument(help="Shape, or folder of a float model.", metavar="MODEL", show_default=False)
+    ] = None,
+    sweep: Annotated[str, typer.Option("--sweep", help="headline, layers or memory.")] = "headline",
     bits: Widths = "8,4,2",
     embedding_bits: Annotated[
         int | None, typer.Option("--embedding_bits", help="2, 4, 8 or 16; default: the weights' own.")
     ] = None,
+    batch_size: Annotated[str | None, typer.Option("--batch_size", help="Texts at once, comma-separated.")] = None,
+    num_beams: Annotated[str | None, typer.Option("--num_beams", help="1 is greedy; comma-separated.")] = None,
+    source_tokens: Annotated[
+        str | None, typer.Option("--source_tokens", help="Length of each source, comma-separated.")
+    ] = None,
+    new_tokens: Annotated[
+        str | None, typer.Option("--new_tokens", help="Tokens each text gets, exactly; comma-separated.")
+    ] = None,
+    layers: Annotated[
+        str | None, typer.Option("--layers", help="Encoder-decoder, comma-separated: 6-6,6-3; of a shape.")
+    ] = None,
+    candidates: Annotated[
+        str | None,
+        typer.Option(
+            "--candidates",
+            help="Of torch, plain, ours, static, compile, ctranslate2, bitsandbytes, dynamic, comma-separated; "
+            "default: all, but compile on a GPU only.",
+        ),
+    ] = None,
     dtype: LayerDtype = None,
     device: common.Device = "auto",
-    backend: Annotated[str, typer.Option("--backend", help="auto, or the kernels to force.")] = "auto",
-    batch_size: Annotated[int, typer.Option("--batch_size", help="Texts at once.")] = 1,
-    source_tokens: Annotated[int, typer.Option("--source_tokens", help="Length of each source.")] = 128,
-    new_tokens: Annotated[int, typer.Option("--new_tokens", help="Tokens each text gets, exactly.")] = 32,
-    num_beams: Annotated[int, typer.Option("--num_beams", help="1 is greedy.")] = 1,
-    seconds: Seconds = 60.0,
+    backend: Annotated[str, typer.Option("--backend", help="Of ours: auto, or the kernels to force.")] = "auto",
+    attention: Annotated[
+        str, typer.Option("--attention", help="Of ours: int8, which our own loop needs, float or auto.")
+    ] = "int8",
+    seconds: Annotated[
+        float, typer.Option("--seconds", help="For all of it; the first cell is always measured.")
+    ] = 300.0,
     out: Out = None,
+    table: Annotated[str | None, typer.Option("--table", help="File for the rows, .csv or .md.")] = None,
+    plot: Annotated[str | None, typer.Option("--plot", help="File for the picture (PNG).")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
     overwrite: Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
+    axes = {"batch_size": batch_size, "num_beams": num_beams, "source_tokens": source_tokens, "new_tokens": new_tokens}
+    given = {
+        name: None if text is None else [common.numbers(f"--{name}", part, "x", 1)[0] for part in text.split(",")]
+        for name, text in axes.items()
+    }
     _check_seconds(seconds)
     if embedding_bits not in (None, 2, 4, 8, 16):
         raise common.WrongUsage(f"--embedding_bits must be 2, 4, 8 or 16, got {embedding_bits}")
-    common.check_new_file("--out", out, overwrite)
+    if attention not in ("auto", "int8", "float"):
+        raise common.WrongUsage(f"--attention must be auto, int8 or float, got {attention!r}")
+    if resume and (out is None or overwrite):
+        raise common.WrongUsage("--resume goes on with the record in --out, and is not for --overwrite")
+    if out is not None and Path(out).is_file() and not (resume or overwrite):
+        raise common.WrongUsage(
+            f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it"
+        )
+    common.check_new_file("--out", out, overwrite or resume)
+    for flag, path in (("--table", table), ("--plot", plot)):
+        common.check_new_file(flag, path, overwrite or resume)
     from dqkernels import text
-    from dqkernels.bench import model as library
+    from dqkernels.bench import generate as library
 
     common.quiet_transformers()
     # The library refuses what it cannot measure with a ValueError, before it measures.
     with common.checking_input():
+        if table is not None:
+            library.check_name(table)
         place = str(text.check_device(device))
         dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
         _check_backends(None if backend == "auto" else backend)
         result = library.run(
             preset_or_path,
+            sweep,
             widths,
             embedding_bits=embedding_bits,
+            **given,
+            layers=None if layers is None else [part.strip() for part in layers.split(",")],
+            candidates=None if candidates is None else [part.strip() for part in candidates.split(",")],
             dtype=dtype,
             device=place,
             backend=backend,
-            batch_size=batch_size,
-            source_tokens=source_tokens,
-            new_tokens=new_tokens,
-            num_beams=num_beams,
+            attention=attention,
             seconds=seconds,
             out=out,
+            resume=resume,
         )
     _finish(library, result, out, json_output)
+    for path, write in ((table, library.write_table), (plot, library.write_plot)):
+        if path is not None:
+            write(result, path)
+            common.say(f"wrote {path}")
 
 
 def size(
