@@ -10,9 +10,9 @@ import pytest
 import torch
 from generate_cases import CELL, CPU, CUDA, assert_fits, few_rounds, of, run  # noqa: F401 - few_rounds is for every test here
 
+from dqkernels.bench import compare, memory, record
 from dqkernels.bench import generate_files as files
 from dqkernels.bench import generate_view as view
-from dqkernels.bench import memory, record
 from dqkernels.bench.generate_cells import Cell
 
 # ------------------------------------------------------------------------------------------- memory
@@ -118,6 +118,25 @@ def test_rows_go_into_files_for_others(tmp_path):
     assert len({line.replace(r"\|", "").count("|") for line in lines}) == 1
     with pytest.raises(ValueError, match=r"table must end in .csv or .md, got 't.txt'"):
         files.write_table(made, "t.txt")
+
+
+def test_two_records_are_compared_by_the_float_model():
+    """Whatever family a candidate is of; and what time did not reach is not lost."""
+    before = a_record(candidates_of(CELL, 10.0))
+    after = copy.deepcopy(before)
+    for row in after["rows"]:
+        row.update({key: 3 * row[key] for key in row if key.endswith("_ms_per_token")})  # another machine
+    ours, dynamic, bitsandbytes = (after["rows"][i] for i in (2, 7, 3))
+    ours.update({key: 2 * ours[key] for key in ours if key.endswith("_ms_per_token")}, cache_bytes=1)
+    dynamic.update(status="not run", reason="the time was over", latency_ms_per_token=None)
+    bitsandbytes.update(status="refused", reason="x", latency_ms_per_token=None)
+    moved = {(row["label"], row["what"]): row["verdict"] for row in compare.compare(before, after)["rows"]}
+    moved = {key: verdict for key, verdict in moved.items() if verdict != "same" and key[1] != "yardstick"}
+    assert moved == {
+        ("dqkernels 4-8-8", "time"): "slower",
+        ("dqkernels 4-8-8", "cache_bytes"): "smaller",
+        ("bitsandbytes int8", "time"): "lost",
+    }
 
 
 def test_a_picture_is_drawn_along_the_axis_with_most_cells():

@@ -30,12 +30,12 @@ THRESHOLD = 0.05
 
 #: Keys of a median, and what is before the unit of its percentiles.
 _TIMES = {"median_us": "us", "median_ms": "ms", "latency_ms_per_token": "ms_per_token"}
-_BYTES = ("weights_bytes", "file_bytes", "memory_bytes", "activation_bytes", "peak_bytes", "peak_mb")
+_BYTES = ("weights_bytes", "file_bytes", "memory_bytes", "activation_bytes", "cache_bytes", "peak_bytes", "peak_mb")
 #: Found out by a run, or said of a candidate: no part of what was asked.
 _OUTCOME = {"status", "reason", "timer", "samples", "kernel", "backend", "floor_bound", "step_goal_met", "goal_met"}
 _OF_CANDIDATE = {
-    "candidate", "bits", "group_size", "weight_bits", "embedding_bits", "weight_scales", "foreign", "dtype", "loop",
-    "peer", "version",
+    "candidate", "family", "bits", "group_size", "weight_bits", "embedding_bits", "weight_scales", "foreign", "dtype",
+    "loop", "peer", "version",
 }  # fmt: skip
 #: One sample's deviation, from p80 - p20 of a normal distribution; a median's, from that of a mean.
 _BETWEEN = 2 * statistics.NormalDist().inv_cdf(0.8)
@@ -140,7 +140,7 @@ def _compared(key: Key, before: _Side, after: _Side) -> list[dict]:
     times = _time(old), _time(new)
     if None not in times:
         found.append(_timed(key, times, before, after))
-    elif times[0] is not None and new.get("status") not in (None, "timed", "not reached", "too slow"):
+    elif times[0] is not None and new.get("status") not in (None, "timed", "not reached", "not run", "too slow"):
         reason = new.get("reason") or "no reason given"
         found.append({**_blank("time"), "verdict": "lost", "reason": f"{new['status']}: {reason}"})
     for name in _BYTES:
