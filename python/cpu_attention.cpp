@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cpu_step.h"
 #include "dqk/api.h"
 
 namespace py = pybind11;
@@ -82,7 +83,7 @@ void attention_decode(const OperandArgument& q, const CacheArgument& k, const Ca
                       int64_t caches, uintptr_t lengths, uintptr_t source, bool source_per_key,
                       const std::optional<OperandArgument>& bias, uintptr_t out,
                       const std::array<int64_t, 5>& sizes, bool causal, float softmax_scale, int mode,
-                      float clip, int threads) {
+                      float clip, int threads, DecoderStep* step) {
     const char* where = "attention_decode";
     dqk::AttentionDecode args = {};
     args.sizes = sizes_of(sizes, causal, softmax_scale, mode, clip, threads, where);
@@ -96,13 +97,12 @@ void attention_decode(const OperandArgument& q, const CacheArgument& k, const Ca
     args.source_per_key = source_per_key;
     args.bias = operand_of(bias, false, seen, where, "bias_ptr");
     args.out = pointer<void>(out, element_bytes(args.q.dtype), any, where, "out_ptr");
-    py::gil_scoped_release released;
-    raise_unless_ok(dqk::attention_decode(args), where);
+    raise_unless_ok(run_or_add(args, dqk::attention_decode, step), where);
 }
 
 void cache_write(const OperandArgument& k, const OperandArgument& v, const CacheArgument& k_cache,
                  const CacheArgument& v_cache, int64_t caches, int64_t capacity, uintptr_t position,
-                 const std::array<int64_t, 4>& sizes, int mode, float clip, int threads) {
+                 const std::array<int64_t, 4>& sizes, int mode, float clip, int threads, DecoderStep* step) {
     const char* where = "cache_write";
     dqk::CacheWrite args = {};
     const bool any = sizes[0] > 0 && sizes[1] > 0 && sizes[2] > 0;
@@ -120,8 +120,7 @@ void cache_write(const OperandArgument& k, const OperandArgument& v, const Cache
     args.threads = threads;
     args.k_cache = cache_of(k_cache, any, where, "k_cache");
     args.v_cache = cache_of(v_cache, any, where, "v_cache");
-    py::gil_scoped_release released;
-    raise_unless_ok(dqk::cache_write(args), where);
+    raise_unless_ok(run_or_add(args, dqk::cache_write, step), where);
 }
 
 }  // namespace
@@ -136,10 +135,11 @@ void define_cpu_attention(py::module_& m) {
           py::arg("caches"), py::arg("lengths_ptr"), py::arg("source_ptr"), py::arg("source_per_key"),
           py::arg("bias").none(true), py::arg("out_ptr"), py::arg("sizes"), py::arg("causal"),
           py::arg("softmax_scale"), py::arg("mode"), py::arg("clip"), py::arg("threads"),
+          py::arg("step").none(true) = nullptr,
           "The same over caches: (address of codes, strides, address of scales, strides).");
     m.def("cache_write", &cache_write, py::arg("k"), py::arg("v"), py::arg("k_cache"), py::arg("v_cache"),
           py::arg("caches"), py::arg("capacity"), py::arg("position_ptr"), py::arg("sizes"), py::arg("mode"),
-          py::arg("clip"), py::arg("threads"),
+          py::arg("clip"), py::arg("threads"), py::arg("step").none(true) = nullptr,
           "Quantizes new keys and values into caches; sizes (rows, heads, tokens, head_dim).");
 }
 

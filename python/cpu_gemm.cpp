@@ -10,6 +10,7 @@
 
 #include "checks.h"
 #include "cpu/threads.h"
+#include "cpu_step.h"
 #include "dqk/api.h"
 
 namespace py = pybind11;
@@ -56,7 +57,7 @@ class CpuPlan {
     }
 
     void run(int64_t m, int64_t row_stride, uintptr_t x, uintptr_t act_scale, float static_scale,
-             int32_t threads, const std::vector<PartPointers>& pointers) const {
+             int32_t threads, const std::vector<PartPointers>& pointers, DecoderStep* step) const {
         CpuGemm args = args_;
         CpuPart parts[kMaxParts];
         if (pointers.size() != static_cast<size_t>(args.part_count))
@@ -81,12 +82,7 @@ class CpuPlan {
             part.y = pointer<void>(given[5], element_bytes(args.y_dtype), needed, kWhere, "y");
         }
         args.parts = parts;
-        Status status = Status::ok;
-        {
-            py::gil_scoped_release released;
-            status = cpu_gemm(args);
-        }
-        raise_cpu(status, kWhere);
+        raise_cpu(run_or_add(args, cpu_gemm, step), kWhere);
     }
 
   private:
@@ -164,7 +160,8 @@ void define_cpu_gemm(py::module_& m) {
              py::arg("y_dtype"), py::arg("n"), py::arg("tensor_scale"), py::arg("bias_dtype"),
              py::arg("residual_dtype"), py::arg("kernel") = 0)
         .def("run", &CpuPlan::run, py::arg("m"), py::arg("row_stride"), py::arg("x"), py::arg("act_scale"),
-             py::arg("static_scale"), py::arg("threads"), py::arg("parts"));
+             py::arg("static_scale"), py::arg("threads"), py::arg("parts"),
+             py::arg("step").none(true) = nullptr);
 }
 
 }  // namespace dqk::binding

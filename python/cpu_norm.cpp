@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "checks.h"
+#include "cpu_step.h"
 #include "dqk/api.h"
 
 namespace py = pybind11;
@@ -55,7 +56,8 @@ QuantizeRows codes_of(const CodesArgument& given, const Rows& x, int64_t rows, i
 
 void norm_quantize(const RowsArgument& x, const std::optional<RowsArgument>& residual,
                    const RowsArgument& weight, const std::optional<RowsArgument>& bias, double eps,
-                   uintptr_t y, int64_t rows, int64_t k, const CodesArgument& codes, int threads) {
+                   uintptr_t y, int64_t rows, int64_t k, const CodesArgument& codes, int threads,
+                   DecoderStep* step) {
     const char* where = "norm_quantize";
     const bool needed = rows > 0;
     const Rows in = rows_of(x, needed, where, "x_ptr");
@@ -76,8 +78,7 @@ void norm_quantize(const RowsArgument& x, const std::optional<RowsArgument>& res
     args.y = pointer<void>(y, element_bytes(in.dtype), needed, where, "y_ptr");
     args.codes = codes_of(codes, in, rows, k, where);
     args.threads = threads;
-    py::gil_scoped_release released;
-    raise_unless_ok(dqk::norm_quantize(args), where);
+    raise_unless_ok(run_or_add(args, dqk::norm_quantize, step), where);
 }
 
 void gelu_quantize(const RowsArgument& x, int64_t rows, int64_t k, const CodesArgument& codes, int threads) {
@@ -93,7 +94,7 @@ void gelu_quantize(const RowsArgument& x, int64_t rows, int64_t k, const CodesAr
 void define_cpu_norm(py::module_& m) {
     m.def("norm_quantize", &norm_quantize, py::arg("x"), py::arg("residual").none(true), py::arg("weight"),
           py::arg("bias").none(true), py::arg("eps"), py::arg("y_ptr"), py::arg("rows"), py::arg("k"),
-          py::arg("codes"), py::arg("threads"),
+          py::arg("codes"), py::arg("threads"), py::arg("step").none(true) = nullptr,
           "LayerNorm of x (+ residual) and its int8 codes: operands are (address, dtype, row stride), codes "
           "(mode, "
           "clip, static scale, addresses of codes, scales and sums).");

@@ -12,6 +12,7 @@
 #include "cpu_attention.h"
 #include "cpu_gemm.h"
 #include "cpu_norm.h"
+#include "cpu_step.h"
 #include "cuda_attention.h"
 #include "dqk/api.h"
 #include "dqk/format.h"
@@ -130,6 +131,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("k"), py::arg("row_stride"), py::arg("mode"), py::arg("clip"), py::arg("static_scale"),
           py::arg("q_ptr"), py::arg("scale_ptr"), py::arg("sum_ptr"),
           "Float rows -> int8 codes, fp32 scales, int32 row sums.");
+    dqk::binding::define_cpu_step(m);
     dqk::binding::define_cpu_attention(m);
     dqk::binding::define_cpu_gemm(m);
     dqk::binding::define_cpu_norm(m);

@@ -213,6 +213,8 @@ def test_half_is_clamped_without_a_question(family):
         norm.weight.data.fill_(60000.0)
         norm.bias.data.fill_(60000.0)
     layer.fc2.bias.data.fill_(60000.0)
+    if blocks.FAMILIES[family][1] == "post":
+        layer.fc2.bias.data[1:] = 0.0  # a row of one value is the norm's bias, but for the noise of its sums
     layer.self_attn.out_proj.bias.data.fill_(30000.0)
     hidden = torch.randn(1, 4, 40, dtype=torch.float16)
     with torch.no_grad():
@@ -220,7 +222,10 @@ def test_half_is_clamped_without_a_question(family):
         fused = blocks.patch(model).get_encoder().layers[0](hidden, None)
     limit = torch.finfo(torch.float16).max - 1000
     assert fused.abs().max() == limit and torch.isfinite(fused).all(), "without the clamp it is infinite"
-    assert torch.equal(fused, plain)
+    if blocks.FAMILIES[family][1] == "post":  # torch norms 16 bits by another sum
+        torch.testing.assert_close(fused, plain, rtol=2.0**-9, atol=0.0)
+    else:
+        assert torch.equal(fused, plain)
 
 
 # ---- fewer steps ----------------------------------------------------------------------------------------------

@@ -57,12 +57,14 @@ def prepare(model: nn.Module) -> layers.Decoder:
     decoder, head = parts(model)
     first = decoder.layers[0].self_attn
     positions = decoder.embed_positions
+    finish = _finish(model)
     return layers.Decoder(
         [_layer(layer) for layer in decoder.layers],
         heads=first.num_heads,
         head_dim=first.head_dim,
         embed=_embedding(decoder),
-        head=_head(model, head),
+        head=_head(model, head, finish),
+        finish=finish,
         limit=positions.num_embeddings - getattr(positions, "offset", 0),
     )
 
@@ -84,7 +86,7 @@ def _layer(layer: nn.Module) -> layers.Layer:
     def feed_forward(x):
         base, (hidden,) = inner(x)
         x = outer(hidden, base)
-        return x if behind is None else behind(x)
+        return x if behind is None else steps.behind(x, behind, layer.fc2)
 
     return layers.Layer(
         qkv=based(projection((own.q_proj, own.k_proj, own.v_proj), before[0])),
@@ -116,12 +118,23 @@ def _embedding(decoder: nn.Module):
     return embed
 
 
-def _head(model: nn.Module, head: nn.Module):
-    norm = getattr(model.model.decoder, "layer_norm", None)
+def _finish(model: nn.Module):
+    """What stands behind the head's linear: the model's bias, which is nearly always zero."""
     bias = model.final_logits_bias
     # Adding zeros changes nothing but the sign of a zero; asked once per call.
     bias = bias if bool(bias.any()) else None
     promoted = model.final_logits_bias.dtype
+
+    def finish(out: torch.Tensor) -> torch.Tensor:
+        if bias is not None:
+            return out + bias
+        return out if out.dtype == promoted else out.to(torch.promote_types(out.dtype, promoted))
+
+    return finish
+
+
+def _head(model: nn.Module, head: nn.Module, finish):
+    norm = getattr(model.model.decoder, "layer_norm", None)
     alone = layers.alone(head)
 
     def logits(x: torch.Tensor) -> torch.Tensor:
@@ -129,9 +142,6 @@ def _head(model: nn.Module, head: nn.Module):
             x = x[:, -1:]
         if norm is not None:
             x = norm(x)
-        out = head(x)[:, -1]
-        if bias is not None:
-            return out + bias
-        return out if out.dtype == promoted else out.to(torch.promote_types(out.dtype, promoted))
+        return finish(head(x)[:, -1])
 
     return logits

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dqkernels.decode import engine, plug
+from dqkernels.decode import engine, native_step, plug
 
 
 def describe(model: nn.Module) -> str:
@@ -16,7 +16,11 @@ def describe(model: nn.Module) -> str:
     if reason is not None:
         return f"Hugging Face's own loop ({reason})"
     text = "own loop over static int8 caches"
-    if next(model.lm_head.parameters()).is_cuda:
+    device = next(model.lm_head.parameters()).device.type
+    if device == "cpu":
+        reason = native_step.why_not(engine.family_of(model)[0].parts(model)[0])
+        text += ", the layers of a step in one native call" if reason is None else f", layer by layer ({reason})"
+    if device == "cuda":
         captured = "steps in CUDA graphs, logits processors behind them"
         text += f", {state.refused or (captured if plug.uses_graphs(model) else 'no CUDA graphs (graphs=False)')}"
     calls = state.served + state.passed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from dqkernels.decode import bart, beams, caches, graphs, layers, sampling, t5
+from dqkernels.decode import bart, beams, caches, graphs, layers, native_step, sampling, t5
 from dqkernels.decode.step import Step
 from dqkernels.models import steps
 
@@ -174,6 +174,10 @@ class Running:
         self.mask = None if mask is None else mask[::every]
 
     def _step(self, model: nn.Module, decoder: layers.Decoder, is_beams: bool, most: int) -> Step:
+        parts = family_of(model)[0].parts(model)
+        if self.caches.tokens.device.type == "cpu" and native_step.why_not(parts[0], is_beams) is None:
+            state = native_step.state_of(model, *parts)
+            return native_step.NativeStep(decoder, self.caches, is_beams, most, parts, state)
         if not (self.caches.tokens.is_cuda and getattr(model, GRAPHS, True)):
             return Step(decoder, self.caches, is_beams, most)
         weights = graphs.weights_of(model)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from dqkernels.kernels import native
+from dqkernels.kernels.cpu_step import Tape
 
 
 def qattention(
@@ -67,10 +68,12 @@ def qattention_decode(
     softmax_scale: float,
     mode: str,
     clip: float | None,
+    into: Tape | None = None,
 ) -> torch.Tensor:
     """Attention [rows, heads, queries, head_dim] in q's dtype; arguments as in `reference.qattention_decode`.
 
     Caches and scales may have any strides, as long as the elements of a key are adjacent; else they are copied.
+    into: write the call down there.
 
     Raises:
         ValueError: for operands that are not on the CPU, or lengths or sources outside the caches.
@@ -81,7 +84,7 @@ def qattention_decode(
            bias=bias)  # fmt: skip
     rows, heads, queries, head_dim = q.shape
     capacity = k_cache.shape[2]
-    out = torch.empty(q.shape, dtype=q.dtype)
+    out = (torch if into is None else into).empty(q.shape, dtype=q.dtype)
     q, k_cache, v_cache = native.adjacent(q), native.adjacent(k_cache), native.adjacent(v_cache)
     lengths = lengths.contiguous()
     source = None if source is None else source.contiguous()
@@ -102,7 +105,10 @@ def qattention_decode(
         native.MODES[mode],
         0.0 if clip is None else clip,
         torch.get_num_threads(),
+        None if into is None else into.core,
     )
+    if into is not None:
+        into.keep(q, k_cache, k_scale, v_cache, v_scale, lengths, source, bias)
     return out
 
 
@@ -116,8 +122,11 @@ def quantize_into_cache(
     position: torch.Tensor | None,
     mode: str,
     clip: float | None,
+    into: Tape | None = None,
 ) -> None:
     """Writes codes and scales of k and v into the caches; arguments as in `reference.quantize_into_cache`.
+
+    into: write the call down there.
 
     Raises:
         ValueError: for operands that are not on the CPU, caches that cannot be written in place, or a position outside.
@@ -142,7 +151,10 @@ def quantize_into_cache(
         native.MODES[mode],
         0.0 if clip is None else clip,
         torch.get_num_threads(),
+        None if into is None else into.core,
     )
+    if into is not None:
+        into.keep(k, v, k_cache, k_scale, v_cache, v_scale, position)
 
 
 def _check(**operands: torch.Tensor | None) -> None:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 
 from . import native
+from .cpu_step import Tape
 
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {"none": 0, "relu": 1, "gelu": 2}
@@ -61,6 +62,7 @@ def gemm(
     mode: str = "per_token",
     clip: float | None = None,
     kernel: str | None = None,
+    into: Tape | None = None,
 ) -> list[torch.Tensor]:
     """`x . W^T` of each part, with the epilogue; a float x is quantized once for all of them.
 
@@ -73,6 +75,7 @@ def gemm(
         act_scale: fp32 [...] of an int8 x; one number for a float x under `static`.
         mode, clip: how a float x is quantized.
         kernel: a name of `_C.cpu_gemm_kernels()` in place of the instruction set's own, for tests.
+        into: write the call down there instead.
 
     Returns:
         A tensor [..., N] per part.
@@ -102,8 +105,9 @@ def gemm(
     plan = _plan(facts, *[_shape(one) for one in parts])
     outputs, pointers = [], []
     lead = x.shape[:-1]
+    empty, step = (torch.empty, None) if into is None else (into.empty, into.core)
     for one in parts:
-        y = torch.empty((*lead, one.out_features), dtype=out_dtype)
+        y = empty((*lead, one.out_features), dtype=out_dtype)
         outputs.append(y)
         pointers.append(
             (
@@ -115,7 +119,9 @@ def gemm(
                 y.data_ptr(),
             )
         )
-    plan.run(m, row_stride, address, given, static_scale, torch.get_num_threads(), pointers)
+    plan.run(m, row_stride, address, given, static_scale, torch.get_num_threads(), pointers, step)
+    if into is not None:
+        into.keep(rows, act_scale if given else None, *(tensor for one in parts for tensor in one[:5]))
     return outputs
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from dqkernels.kernels import native
+from dqkernels.kernels.cpu_step import Tape
 
 
 def layernorm_quantize(
@@ -17,8 +18,11 @@ def layernorm_quantize(
     clip: float | None,
     act_scale: torch.Tensor | float | None,
     want_sum: bool,
+    into: Tape | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
     """y, q, scale and row_sum; arguments and results as of `reference.layernorm_quantize`.
+
+    into: write the call down there.
 
     Raises:
         ValueError: for operands that are not on the CPU, or what `native.quantize_rows` refuses.
@@ -30,7 +34,7 @@ def layernorm_quantize(
             native.check_device(name, tensor, "cpu")
     rows, clip, out = native.quantize_arguments(x, mode, clip, act_scale, want_sum)
     count, k = rows.shape
-    y = torch.empty(x.shape, dtype=x.dtype)
+    y = (torch if into is None else into).empty(x.shape, dtype=x.dtype)
     added = None if residual is None else native.adjacent_rows(residual)
     weight, bias = native.adjacent(weight), None if bias is None else native.adjacent(bias)
     core.norm_quantize(
@@ -44,7 +48,10 @@ def layernorm_quantize(
         k,
         _codes(mode, clip, act_scale, out),
         torch.get_num_threads(),
+        None if into is None else into.core,
     )
+    if into is not None:
+        into.keep(rows, added, weight, bias, *out)
     return y, *out
 
 

@@ -372,7 +372,7 @@ class _EncoderLayer(_Layer):
         x = self._attend(self.self_attn, hidden_states, before[0], add, attention_mask=attention_mask, **kwargs)
         x = self._feed_forward(x, before[1], add)
         if behind is not None:
-            x = behind(x)
+            x = steps.behind(x, behind, self.fc2)
         if x.dtype == torch.float16:
             # BART's and Marian's ask first whether anything is infinite, which stops the host once per layer.
             limit = torch.finfo(torch.float16).max - 1000
@@ -409,7 +409,7 @@ class _DecoderLayer(_Layer):
             given = {"key_value_states": encoder_hidden_states, "attention_mask": encoder_attention_mask}
             x = self._attend(self.encoder_attn, x, before[1], add, **given, **kwargs)
         x = self._feed_forward(x, before[-1], add)
-        return x if behind is None else behind(x)
+        return x if behind is None else steps.behind(x, behind, self.fc2)
 
 
 def _take_cache(module: nn.Module, past: Any | None, kwargs: dict[str, Any]) -> Any | None:

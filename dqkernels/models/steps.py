@@ -90,6 +90,17 @@ def project_onto(x: torch.Tensor, linear: nn.Module, base: torch.Tensor | None) 
     )  # fmt: skip
 
 
+def behind(x: torch.Tensor, norm: nn.Module, linear: nn.Module) -> torch.Tensor:
+    """norm(x), by the kernel that norms before linears like `linear`, on a CPU: a decode step there has no other.
+
+    x: [..., K].
+    """
+    watched = not plain_norm(norm) or apart((linear,)) is not None or under_autocast(x) or _wants_gradient(x, norm)
+    if watched or x.device.type != "cpu" or linear.backend not in ("auto", "cpu"):
+        return norm(x)
+    return ops.layernorm_quantize(x, None, norm.weight, norm.bias, norm.eps, "per_token", backend=linear.backend)[0]
+
+
 def epilogue(activation: nn.Module) -> str | None:
     """The GEMM's epilogue that computes this module, or None. GELU of transformers is the erf form."""
     kind = type(activation)

@@ -8,7 +8,7 @@
 namespace dqk {
 
 // Raised whenever a signature below or the packed format changes; dqkernels/kernels/native.py holds its twin.
-constexpr int32_t kAbiVersion = 4;
+constexpr int32_t kAbiVersion = 5;
 
 // ---- CPU instruction sets ---------------------------------------------------------------------------------
 

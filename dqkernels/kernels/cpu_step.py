@@ -1,0 +1,66 @@
+"""Calls of the compiled core that are written down instead of made, to be run together later: a decode step on a CPU.
+
+With `into=tape`, `cpu_gemm.gemm`, `cpu_norm.layernorm_quantize`, `cpu_attention.qattention_decode` and
+`quantize_into_cache` check their operands, return the tensors that will hold their results, and append themselves.
+`run` then makes all the calls over whatever stands in the operands, with the bits of the calls made one by one.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from dqkernels.kernels import native
+
+
+class Tape:
+    """Calls in their order, and the memory that they read and write.
+
+    Results of a layer lie where those of the layer before the last one lay: only the next layer reads them.
+
+    Attributes:
+        core: `_C.CpuStep`.
+
+    Raises:
+        RuntimeError: where the core is absent.
+    """
+
+    def __init__(self):
+        self.core = native.require("CpuStep").CpuStep()
+        self._kept: dict[int, torch.Tensor] = {}
+        self._results: list[list[torch.Tensor]] = [[], []]
+        self._layer, self._next = 0, 0
+
+    def next_layer(self) -> None:
+        """What follows belongs to another layer."""
+        self._layer, self._next = self._layer + 1, 0
+
+    def empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        """A contiguous tensor for a result of the layer that is written down."""
+        results, at = self._results[self._layer % 2], self._next
+        self._next += 1
+        if at < len(results) and results[at].dtype == dtype and results[at].numel() == torch.Size(shape).numel():
+            return results[at].view(shape)
+        made = torch.empty(shape, dtype=dtype)
+        if at < len(results):
+            self.keep(results[at])  # of an earlier layer that is made otherwise
+            results[at] = made
+        else:
+            results.append(made)
+        return made
+
+    def keep(self, *tensors: torch.Tensor | None) -> None:
+        """Operands, which must outlive the tape."""
+        self._kept.update((id(tensor), tensor) for tensor in tensors if tensor is not None)
+
+    @property
+    def pool_bytes(self) -> int:
+        """Of the results."""
+        return sum(each.nbytes for results in self._results for each in results)
+
+    def run(self) -> None:
+        """Makes all calls, with as many threads as torch would take.
+
+        Raises:
+            ValueError: for a length, position or ancestor outside the caches.
+        """
+        self.core.run(torch.get_num_threads())

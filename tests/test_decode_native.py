@@ -1,0 +1,226 @@
+"""The layers of a decode step in one call of the compiled core: the bits of the calls made one by one, and when not.
+
+test_decode_tokens.py runs on this step, too: tokens are those of transformers' loop there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import tiny_models
+import torch
+from decode_models import CONFIG, FAMILIES, SOURCES, alike, build, given
+from torch import nn
+
+from dqkernels import DQConfig, decode, models, report
+from dqkernels.convert import calibrate
+from dqkernels.decode import caches, engine, native_step
+from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
+from dqkernels.kernels.cpu_step import Tape
+from dqkernels.models import blocks
+from dqkernels.nn import QLinear
+
+pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present")
+#: Kernel calls of a layer: qkv, write, attend, out; q, attend, out; fc1, fc2. Norms: two before linears and one behind,
+#: or three before.
+CALLS = 9 + 3
+
+
+def layers_of(model) -> list[native_step.Layers]:
+    """What was written down for the caches that are kept."""
+    idle = engine.state_of(model).pool.idle()
+    return [kept for each in idle for _, kept in each.captured.values()]
+
+
+def logits(model, rows: int, **options):
+    """Tokens and the raw logits of every step."""
+    asked = {"output_logits": True, "return_dict_in_generate": True, "max_new_tokens": 6, "do_sample": False}
+    found = model.generate(**given(rows), **asked, **options)
+    assert engine.state_of(model).last == ""
+    return found.sequences, torch.stack(found.logits)
+
+
+def assert_one_by_one(model, monkeypatch, rows: int = 4, **options):
+    """Layer by layer the same bits come out; returns what was written down."""
+    decode.free(model)
+    with monkeypatch.context() as without:
+        without.setattr(native_step, "why_not", lambda *_: "not now")
+        tokens, wanted = logits(model, rows, **options)
+        assert layers_of(model) == []
+    found, got = logits(model, rows, **options)
+    assert torch.equal(got, wanted) and torch.equal(found, tokens) and wanted.std() > 0.1
+    (written,) = layers_of(model)
+    return written
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_bits_of_the_calls_one_by_one(family, threads, monkeypatch):
+    monkeypatch.setitem(tiny_models._SEQ2SEQ, "decoder_layers", 3)  # the third one writes where the first one did
+    model, before = build(family), torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for rows, beams in ((1, 1), (4, 1), (2, 3)):
+            written = assert_one_by_one(model, monkeypatch, rows, num_beams=beams)
+            post = blocks.FAMILIES[family][1] == "post"  # the head of the others is behind a norm of torch's
+            assert len(written.tape.core) == 3 * CALLS + post and written.x.shape == (rows * beams, 1, 40)
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    "family, config, dtype",
+    [
+        ("bart", {"weight_bits": 2, "embedding_bits": 2, "weight_quantizer": "four_level"}, torch.bfloat16),
+        ("mbart", {"weight_bits": 4, "group_size": 32, "act_clip": 2.5}, torch.float16),
+        ("marian", {"weight_bits": 8, "weight_granularity": "per_tensor"}, torch.float32),
+        ("pegasus", {"weight_bits": 4, "act_granularity": "per_tensor"}, torch.float32),
+    ],
+)
+def test_formats_and_types(family, config, dtype, monkeypatch):
+    model = build(family, DQConfig(**config, attention="int8"), dtype)
+    if config.get("act_granularity") == "per_tensor":  # as is attention then, which no decode step serves
+        assert "one scale for all its keys" in decode.describe(model)
+        return
+    assert_one_by_one(model, monkeypatch, num_beams=2)
+
+
+def test_what_was_written_down_is_used_again(monkeypatch):
+    """By later calls, under inference_mode or not; anew over other weights or options, and with more room."""
+    model = build("mbart")
+    with torch.inference_mode():
+        model.generate(**given(), max_new_tokens=4)
+    (first,) = layers_of(model)
+    alike(model, max_new_tokens=12)
+    assert layers_of(model) == [first]
+    for change in (
+        lambda layer: layer.fc1.weight_scale.mul_(1.5),
+        lambda layer: setattr(layer.final_layer_norm, "eps", 0.3),
+        lambda layer: setattr(layer, "activation_fn", nn.ReLU().eval()),
+        lambda layer: setattr(layer.encoder_attn, "scaling", 0.5),
+    ):
+        with torch.no_grad():
+            change(model.get_decoder().layers[0])
+        before = layers_of(model)
+        alike(model, lively=False)
+        assert len(layers_of(model)) == 1 and layers_of(model) != before
+    monkeypatch.setattr(caches, "FIRST_CAPACITY", 4)
+    monkeypatch.setattr(caches, "STEP", 4)
+    decode.free(model)
+    alike(model, max_new_tokens=26, num_beams=2, lively=False)
+
+
+def test_it_is_named():
+    model = build("bart")
+    assert decode.describe(model) == "own loop over static int8 caches, the layers of a step in one native call"
+    model.generate(**given(), max_new_tokens=3)
+    (written,) = layers_of(model)
+    assert decode.memory(model)[1] > written.pool_bytes > 0
+    assert "layers of a step in one native call" in " ".join(str(report(model)).split())
+
+
+WHY = {
+    "two formats": "Q, K and V of decoder.layers.0 are launches of their own (they are packed in different formats)",
+    "an activation": "SiLU of decoder.layers.0 has no epilogue",
+    "another norm": "a norm of decoder.layers.0 is a Other",
+    "a backend": "qgemm of Q, K and V of decoder.layers.0 runs on eager",
+    "attention": "quantize_into_cache of decoder.layers.0.self_attn runs on eager",
+    "a family": "its blocks are not fused",
+}
+
+
+class Other(nn.LayerNorm):
+    """A user's."""
+
+
+@pytest.mark.parametrize("case", WHY)
+def test_where_it_cannot_be_it_says_so(case):
+    """And the tokens stay those of transformers' loop."""
+    config = dataclasses.replace(CONFIG, overrides={"v_proj": {"weight_bits": 8}} if case == "two formats" else {})
+    model = build("t5" if case == "a family" else "marian", config)
+    for layer in () if case == "a family" else model.get_decoder().layers:
+        if case == "an activation":
+            layer.activation_fn = nn.SiLU().eval()
+        if case == "another norm":
+            layer.final_layer_norm.__class__ = Other
+        if case == "a backend":
+            layer.self_attn.q_proj.backend = layer.self_attn.k_proj.backend = layer.self_attn.v_proj.backend = "eager"
+    if case == "attention":
+        models.attention.configure(model, "eager", False)
+    told = decode.describe(model)
+    assert told == f"own loop over static int8 caches, layer by layer ({WHY[case]})"
+    alike(model, lively=False)
+    assert layers_of(model) == []
+
+
+def test_static_scales(monkeypatch):
+    """Q, K and V with scales of their own are launches of their own; the rest of the model would fit."""
+    model = build("pegasus", DQConfig(weight_bits=8, act_granularity="static", attention="int8"))
+    calibrate(model, [{"input_ids": SOURCES, "decoder_input_ids": SOURCES[:, :5]}])
+    assert "static scales are measured" in decode.describe(model)
+    alike(model, lively=False)
+
+
+# ---- the tape alone -------------------------------------------------------------------------------------------
+
+
+def test_nothing_runs_before_it_is_told_to():
+    tape, x, weight = Tape(), torch.randn(2, 8), torch.ones(8)
+    y, q, scale, _ = cpu_norm.layernorm_quantize(x, None, weight, None, 1e-5, "per_token", None, None, False, into=tape)
+    for tensor in (y, q, scale):
+        tensor.zero_()
+    assert len(tape.core) == 1 and tape.pool_bytes == y.nbytes
+    tape.run()
+    wanted = cpu_norm.layernorm_quantize(x, None, weight, None, 1e-5, "per_token", None, None, False)
+    assert all(map(torch.equal, (y, q, scale), wanted))
+    x.mul_(torch.randn(2, 8))  # what stands in the operands then
+    tape.run()
+    wanted = cpu_norm.layernorm_quantize(x, None, weight, None, 1e-5, "per_token", None, None, False)
+    assert all(map(torch.equal, (y, q, scale), wanted)) and y.any()
+
+
+def test_operands_live_as_long_as_the_tape():
+    """Also copies of them that the launcher made."""
+    torch.manual_seed(0)
+    linear = QLinear.from_linear(nn.Linear(40, 24), DQConfig(weight_bits=4))
+    x = torch.randn(3, 40)
+    tape = Tape()
+    part = cpu_gemm.part(*linear.packed(), linear.bias.detach().double(), torch.randn(24, 3).t(), 24)
+    options = {"bits": 4, "four_level": False, "group_size": -1, "activation": "gelu", "out_dtype": torch.float32}
+    (wanted,) = cpu_gemm.gemm(x, [part], **options)
+    (found,) = cpu_gemm.gemm(x, [part], **options, into=tape)
+    del part, x
+    rubbish = [torch.full((n,), 7.0) for n in (24, 72, 120) for _ in range(50)]
+    tape.run()
+    assert torch.equal(found, wanted) and len(rubbish) == 150
+
+
+def test_results_of_the_layer_before_last_are_overwritten():
+    tape = Tape()
+    made = []
+    for _ in range(3):
+        made.append((tape.empty((2, 4), torch.float32), tape.empty((8,), torch.float32)))
+        tape.next_layer()
+    addresses = [[each.data_ptr() for each in layer] for layer in made]
+    assert addresses[0] == addresses[2] and not {*addresses[0]} & {*addresses[1]} and len({*addresses[0]}) == 2
+    other = tape.empty((2, 5), torch.float32)
+    assert other.data_ptr() not in sum(addresses, []) and tape.pool_bytes == (8 + 10 + 16) * 4
+
+
+def test_what_a_run_refuses():
+    tape, shape = Tape(), (2, 1, 4, 8)
+    k, v = torch.randn(2, 1, 1, 8), torch.randn(2, 1, 1, 8)
+    codes, scales = torch.zeros(2, *shape, dtype=torch.int8), torch.zeros(2, *shape[:3])
+    position = torch.tensor([0, 3], dtype=torch.int32)
+    where = (codes[0], scales[0], codes[1], scales[1], position)
+    cpu_attention.quantize_into_cache(k, v, *where, "per_token", None, into=tape)
+    assert not codes.any()
+    tape.run()
+    assert codes[:, 0, 0, 0].any() and codes[:, 1, 0, 3].any()
+    position[1] = 4
+    with pytest.raises(ValueError, match=r"CpuStep\.run: "):
+        tape.run()
+    with pytest.raises(ValueError, match="v must be on cpu, got meta"):
+        cpu_attention.quantize_into_cache(k, v.to("meta"), *where, "per_token", None, into=tape)
+    assert len(tape.core) == 1
