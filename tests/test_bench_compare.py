@@ -98,6 +98,8 @@ def test_what_was_timed_and_fails_now_is_a_loss():
     found = compare.compare(before, after)
     (lost,) = [row for row in found["rows"] if row["verdict"] == "lost"]
     assert found["losses"] == 1 and lost["reason"] == "refused: not bit-equal" and "W8" in lost["label"]
+    gone["status"] = "too slow"
+    assert compare.compare(before, after)["losses"] == 1
     gone["status"] = "not reached"
     found = compare.compare(before, after)
     assert found["losses"] == 0 and found["not_timed"] == []  # its bytes are still compared
@@ -112,6 +114,14 @@ def test_bytes_are_exact():
     assert larger["what"] == "weights_bytes" and found["losses"] == 1
     after["rows"][2]["weights_bytes"] = before["rows"][2]["weights_bytes"] + 1
     assert compare.compare(before, after)["losses"] == 0, "told, but below the threshold"
+
+
+def test_peaks_of_memory_have_moods():
+    """Of a few percent, and of a page or two of a small model; an allocation more is something else."""
+    for old, new, losses in ((255_000, 304_000, 0), (90e6, 91.5e6, 0), (90e6, 97e6, 1)):
+        before, after = run(0), run(0)
+        before["rows"][1]["peak_bytes"], after["rows"][1]["peak_bytes"] = old, new
+        assert compare.compare(before, after)["losses"] == losses, (old, new)
 
 
 def test_rows_of_one_record_alone_are_named():

@@ -6,6 +6,8 @@ test_decode_tokens.py runs on this step, too: tokens are those of transformers' 
 from __future__ import annotations
 
 import dataclasses
+import gc
+import weakref
 
 import pytest
 import tiny_models
@@ -95,7 +97,7 @@ def test_what_was_written_down_is_used_again(monkeypatch):
     alike(model, max_new_tokens=12)
     assert layers_of(model) == [first]
     for change in (
-        lambda layer: layer.fc1.weight_scale.mul_(1.5),
+        lambda layer: setattr(layer.fc1, "weight_scale", layer.fc1.weight_scale * 1.5),
         lambda layer: setattr(layer.final_layer_norm, "eps", 0.3),
         lambda layer: setattr(layer, "activation_fn", nn.ReLU().eval()),
         lambda layer: setattr(layer.encoder_attn, "scaling", 0.5),
@@ -105,10 +107,84 @@ def test_what_was_written_down_is_used_again(monkeypatch):
         before = layers_of(model)
         alike(model, lively=False)
         assert len(layers_of(model)) == 1 and layers_of(model) != before
+    (last,) = layers_of(model)
+    with torch.no_grad():
+        model.get_decoder().layers[0].fc1.weight_scale.mul_(1.5)  # what stands there is read
+    alike(model, lively=False)
+    assert layers_of(model) == [last]
     monkeypatch.setattr(caches, "FIRST_CAPACITY", 4)
     monkeypatch.setattr(caches, "STEP", 4)
     decode.free(model)
     alike(model, max_new_tokens=26, num_beams=2, lively=False)
+
+
+REPLACED = {
+    "bias": (lambda layer: layer.fc1.bias, lambda t: t[:3], r"bias must be \[56\], got \[3\]"),
+    "norm": (lambda layer: layer.final_layer_norm.weight, lambda t: t[:3], r"weight must be \[40\], got \[3\]"),
+    "codes": (lambda layer: layer.fc2.qweight, lambda t: t[:16], "qweight must be uint8"),
+    "scale": (lambda layer: layer.fc2.weight_scale, torch.Tensor.half, "weight_scale must be float32"),
+}
+
+
+@pytest.mark.parametrize("what", REPLACED)
+def test_what_was_replaced_is_checked_as_layer_by_layer(what):
+    """The core gets addresses: a shorter tensor would be read beyond its end."""
+    model = build("bart")
+    model.generate(**given(), max_new_tokens=3)
+    find, change, message = REPLACED[what]
+    tensor = find(model.get_decoder().layers[0])
+    tensor.data = change(tensor.data).clone()
+    with pytest.raises(ValueError, match=message):
+        model.generate(**given(), max_new_tokens=3)
+
+
+def test_a_static_scale_counts_by_its_value(monkeypatch):
+    """It became a number when the call was written down."""
+    model = build("bart", DQConfig(weight_bits=4, attention="int8", overrides={"fc2": {"act_granularity": "static"}}))
+    with pytest.raises(ValueError, match="run dqkernels.calibrate"):
+        model.generate(**given(), max_new_tokens=3)
+    calibrate(model, [{**given(), "decoder_input_ids": SOURCES[:, :3]}])
+    _, before = logits(model, 4)
+    model.get_decoder().layers[0].fc2.act_scale.data.mul_(3)  # without a new version of the tensor
+    _, after = logits(model, 4)
+    assert not torch.equal(before, after)
+    assert_one_by_one(model, monkeypatch)
+
+
+def test_memory_that_is_exchanged_within_a_call_is_read_until_its_end():
+    """By a processor, or another thread. Nothing is read that was given back."""
+    model = build("bart")
+    tokens = model.generate(**given(), max_new_tokens=8)
+
+    def exchange(input_ids, scores):
+        for parameter in model.get_decoder().layers.parameters():
+            parameter.data = parameter.data.clone()
+        rubbish.extend(torch.full((56,), float("nan")) for _ in range(200))
+        return scores
+
+    rubbish: list[torch.Tensor] = []
+    assert torch.equal(model.generate(**given(), max_new_tokens=8, logits_processor=[exchange]), tokens)
+
+
+def test_idle_tapes_over_other_weights_are_let_go():
+    model = build("bart")
+    model.generate(**given(), max_new_tokens=3)
+    model.generate(**given(1), max_new_tokens=3)
+    assert len(layers_of(model)) == 2
+    linear = model.get_decoder().layers[0].fc1
+    old = weakref.ref(linear.qweight.untyped_storage())
+    linear.qweight = nn.Parameter(linear.qweight.clone(), requires_grad=False)
+    model.generate(**given(1), max_new_tokens=3)
+    gc.collect()
+    assert len(layers_of(model)) == 1 and old() is None
+
+
+def test_a_hook_on_the_body_is_heard():
+    model, heard = build("bart"), []
+    handle = model.model.register_forward_hook(lambda *_: heard.append(1))
+    model.generate(**given(), max_new_tokens=3)
+    handle.remove()
+    assert heard and "a hook watches model.model" in engine.state_of(model).last
 
 
 def test_it_is_named():
@@ -123,7 +199,7 @@ def test_it_is_named():
 WHY = {
     "two formats": "Q, K and V of decoder.layers.0 are launches of their own (they are packed in different formats)",
     "an activation": "SiLU of decoder.layers.0 has no epilogue",
-    "another norm": "a norm of decoder.layers.0 is a Other",
+    "another norm": "a norm of decoder.layers.0 is a Other, or has no weight",
     "a backend": "qgemm of Q, K and V of decoder.layers.0 runs on eager",
     "attention": "quantize_into_cache of decoder.layers.0.self_attn runs on eager",
     "a family": "its blocks are not fused",
@@ -170,7 +246,7 @@ def test_nothing_runs_before_it_is_told_to():
     y, q, scale, _ = cpu_norm.layernorm_quantize(x, None, weight, None, 1e-5, "per_token", None, None, False, into=tape)
     for tensor in (y, q, scale):
         tensor.zero_()
-    assert len(tape.core) == 1 and tape.pool_bytes == y.nbytes
+    assert len(tape.core) == 1 and tape.pool_bytes == y.nbytes + q.nbytes + scale.nbytes
     tape.run()
     wanted = cpu_norm.layernorm_quantize(x, None, weight, None, 1e-5, "per_token", None, None, False)
     assert all(map(torch.equal, (y, q, scale), wanted))
@@ -205,7 +281,7 @@ def test_results_of_the_layer_before_last_are_overwritten():
     addresses = [[each.data_ptr() for each in layer] for layer in made]
     assert addresses[0] == addresses[2] and not {*addresses[0]} & {*addresses[1]} and len({*addresses[0]}) == 2
     other = tape.empty((2, 5), torch.float32)
-    assert other.data_ptr() not in sum(addresses, []) and tape.pool_bytes == (8 + 10 + 16) * 4
+    assert other.data_ptr() not in sum(addresses, []) and tape.pool_bytes == (8 + 8 + 10 + 16) * 4, "all that is held"
 
 
 def test_what_a_run_refuses():

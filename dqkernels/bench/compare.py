@@ -28,6 +28,8 @@ CHANCE = 0.001
 #: Losses up to here are told, and are no failure.
 THRESHOLD = 0.05
 
+#: A peak of memory that moved by less has not.
+_PEAK_MOOD_MB = 2
 #: Keys of a median, and what is before the unit of its percentiles.
 _TIMES = {"median_us": "us", "median_ms": "ms", "latency_ms_per_token": "ms_per_token"}
 _BYTES = ("weights_bytes", "file_bytes", "memory_bytes", "activation_bytes", "cache_bytes", "peak_bytes", "peak_mb")
@@ -140,7 +142,7 @@ def _compared(key: Key, before: _Side, after: _Side) -> list[dict]:
     times = _time(old), _time(new)
     if None not in times:
         found.append(_timed(key, times, before, after))
-    elif times[0] is not None and new.get("status") not in (None, "timed", "not reached", "not run", "too slow"):
+    elif times[0] is not None and new.get("status") not in (None, "timed", "not reached", "not run"):
         reason = new.get("reason") or "no reason given"
         found.append({**_blank("time"), "verdict": "lost", "reason": f"{new['status']}: {reason}"})
     for name in _BYTES:
@@ -192,8 +194,11 @@ def _judge(row: dict, limit: float, threshold: float) -> None:
         return
     timed = row["what"] in ("time", "yardstick")
     # Bytes are counted, not measured; but an allocator has its moods. Without percentiles nobody knows: a tenth.
-    noise = (0.1 if error is None else max(FLOOR, limit * error)) if timed else 0.01 * (row["what"] == "peak_mb")
+    peak = row["what"].startswith("peak")
+    noise = (0.1 if error is None else max(FLOOR, limit * error)) if timed else FLOOR * peak
     moved = abs(math.log(row["ratio"])) > math.log1p(noise)
+    if peak and abs(row["after"] - row["before"]) < _PEAK_MOOD_MB * (1 if row["unit"] == "mb" else 1e6):
+        moved = False
     words = ("slower", "faster") if timed else ("larger", "smaller")
     row["verdict"] = words[row["ratio"] > 1] if moved else "same"
     row["noise_ratio"] = round(noise, 4)

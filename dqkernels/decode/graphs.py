@@ -7,6 +7,7 @@ Logits processors, the choice of the next token and the reordering of beams run 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable
@@ -118,9 +119,12 @@ class GraphStep(Step):
 
 
 def weights_of(*modules: torch.nn.Module) -> tuple[Any, ...]:
-    """Address and version of every tensor of some modules: the same as before where a graph may be replayed."""
+    """Address, kind and version of every tensor of some modules, under every name that it has: the same as before where
+    a graph may be replayed."""
     found = []
     for module in modules:
-        for tensor in (*module.parameters(), *module.buffers()):
-            found.append((tensor.data_ptr(), None if tensor.is_inference() else tensor._version))
+        named = module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)
+        for _, tensor in itertools.chain(*named):
+            version = None if tensor.is_inference() else tensor._version
+            found.append((tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), version))
     return tuple(found)

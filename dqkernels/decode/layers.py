@@ -106,6 +106,8 @@ def altered(module: nn.Module, file: ModuleType, names: Sequence[str]) -> bool:
 def obstacles(model: nn.Module, decoder: nn.Module, head: nn.Module) -> Iterator[str]:
     """Why a decoder of any family is not served: something watches it, or it is in training. In words, by name."""
     watched = [("the model", model), ("the head", head)]
+    # Its `forward` is what transformers' loop goes through, and this one does not.
+    watched += [("model.model", body)] if isinstance(body := getattr(model, "model", None), nn.Module) else []
     watched += [(f"decoder.{name}" if name else "the decoder", module) for name, module in decoder.named_modules()]
     for name, module in watched:
         if steps.hooked(module):

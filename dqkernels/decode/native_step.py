@@ -6,7 +6,7 @@ over the same operands in the same order, hence the same bits. So is the head, w
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -14,7 +14,6 @@ from torch import nn
 
 from dqkernels import backends, checks
 from dqkernels.decode.caches import Caches, LayerCache
-from dqkernels.decode.graphs import weights_of
 from dqkernels.decode.layers import Attend, Decoder
 from dqkernels.decode.step import Step
 from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
@@ -40,7 +39,8 @@ def _obstacles(decoder: nn.Module, is_beams: bool) -> Iterator[str]:
                 yield f"{label} of {name} are launches of their own ({why})"
                 return
             if norm is not None and not steps.plain_norm(norm):
-                yield f"a norm of {name} is a {type(norm).__name__}"
+                yield f"a norm of {name} is a {type(norm).__name__}, or has no weight"
+            yield from _unreadable((*linears, *([] if norm is None else [norm])), f"{label} of {name}")
             yield from _elsewhere(linears[0], f"{label} of {name}", norm is not None)
         if steps.epilogue(layer.activation_fn) is None:
             yield f"{type(layer.activation_fn).__name__} of {name} has no epilogue"
@@ -67,6 +67,21 @@ def _elsewhere(linear: nn.Module, label: str, normed: bool) -> Iterator[str]:
             yield f"{op} of {label} runs on {chosen}"
 
 
+def _unreadable(modules: tuple[nn.Module, ...], label: str) -> Iterator[str]:
+    """Which tensors would be copied to be read: the core keeps addresses, and a copy knows no change of its source."""
+    for module in modules:
+        for tensor in _tensors(module):
+            if not tensor.is_contiguous() or tensor.dtype == torch.float64:
+                yield f"{label} hold a {tensor.dtype} tensor of strides {list(tensor.stride())}"
+
+
+def _tensors(module: nn.Module) -> list[torch.Tensor]:
+    """What a linear, or a norm, is computed with."""
+    given = (module.weight, module.bias) if isinstance(module, nn.LayerNorm) else _part(module, None)[:4]
+    scale = getattr(module, "act_scale", None)
+    return [tensor for tensor in (*given, scale) if tensor is not None]
+
+
 def _groups(layer: nn.Module) -> list[tuple[tuple[nn.Module, ...], nn.Module | None, str]]:
     """The linears of a decoder layer that share an input, the norm before them (or behind the last), and a name."""
     own, cross = layer.self_attn, layer.encoder_attn
@@ -86,19 +101,39 @@ def plain_head(decoder: nn.Module, head: nn.Module) -> bool:
     """Whether the head is a linear on what the last layer gives, here and now."""
     if getattr(decoder, "layer_norm", None) is not None or steps.apart((head,)) is not None:
         return False
-    return next(_elsewhere(head, "the head", False), None) is None
+    return not [*_unreadable((head,), "the head"), *_elsewhere(head, "the head", False)]
 
 
-def state_of(model: nn.Module, decoder: nn.Module, head: nn.Module) -> tuple[Any, ...]:
-    """What a tape was written down for: weights, and how they are computed with. The same where it may be run again."""
-    found: list[Any] = [(head.layer, head.backend, head.strict) if plain_head(decoder, head) else None]
+def state_of(decoder: nn.Module, head: nn.Module) -> tuple[Any, ...]:
+    """What a tape was written down for: every tensor it reads, and how it computes with them. The same where it may be
+    run again: the tape holds the memory it reads, so that no other tensor can come to lie there."""
+    found: list[Any] = [_linear_state(head) if plain_head(decoder, head) else None]
     for layer in decoder.layers:
         for linears, norm, _ in _groups(layer):
-            found += [(each.layer, each.backend, each.strict) for each in linears]
-            found.append(None if norm is None else norm.eps)
+            found += map(_linear_state, linears)
+            found.append(None if norm is None else (norm.eps, *map(_place, _tensors(norm))))
         found.append(steps.epilogue(layer.activation_fn))
         found += [(attention.in_use(each), each.scaling) for each in (layer.self_attn, layer.encoder_attn)]
-    return weights_of(model), tuple(found)
+    return tuple(found)
+
+
+def _linear_state(linear: nn.Module) -> tuple[Any, ...]:
+    # A static scale is a number of the call that was written down: its value counts. NaN, which is refused, too.
+    scale = getattr(linear, "act_scale", None)
+    value = None if scale is None else scale.tolist()
+    return linear.layer, linear.backend, linear.strict, repr(value), *map(_place, _tensors(linear))
+
+
+def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)
+
+
+def drop_stale(idle: Iterable[Caches], state: tuple[Any, ...]) -> None:
+    """Lets go of the tapes of idle sets that were written down for other weights, which they hold."""
+    for caches in idle:
+        for beams, kept in list(caches.captured.items()):
+            if isinstance(kept[1], Layers) and kept[0] != state:
+                caches.captured.pop(beams, None)
 
 
 class Layers:
@@ -146,17 +181,19 @@ class Layers:
         x = self._onto(hidden, layer.fc2, normed if post else x)
         if post:
             norm = layer.final_layer_norm
+            checks.check_norm(norm.weight, norm.bias, x.shape[-1])
             given = (norm.weight, norm.bias, norm.eps, "per_token", None, None, False)
             x = cpu_norm.layernorm_quantize(x, None, *given, into=self.tape)[0]
         return x
 
     def _project(self, x: torch.Tensor, linears, norm: nn.Module | None, activation: str = "none"):
         """As `steps.project`."""
-        parts = [_part(each, None) for each in linears]
+        parts = [_checked(each, x, activation, None) for each in linears]
         mode, clip, scale = _input(linears[0])
         options = {**_format(linears[0]), "activation": activation, "out_dtype": x.dtype, "into": self.tape}
         if norm is None:
             return x, cpu_gemm.gemm(x, parts, mode=mode, clip=clip, act_scale=scale, **options)
+        checks.check_norm(norm.weight, norm.bias, x.shape[-1])
         given = (norm.weight, norm.bias, norm.eps, mode, clip, scale, False)
         y, q, scale, _ = cpu_norm.layernorm_quantize(x, None, *given, into=self.tape)
         return y, cpu_gemm.gemm(q, parts, act_scale=scale, **options)
@@ -165,7 +202,8 @@ class Layers:
         """As `steps.project_onto`."""
         mode, clip, scale = _input(linear)
         options = {**_format(linear), "activation": "none", "out_dtype": x.dtype, "into": self.tape}
-        return cpu_gemm.gemm(x, [_part(linear, base)], mode=mode, clip=clip, act_scale=scale, **options)[0]
+        parts = [_checked(linear, x, "none", base)]
+        return cpu_gemm.gemm(x, parts, mode=mode, clip=clip, act_scale=scale, **options)[0]
 
     def _write(self, attend: Attend, cache: LayerCache, k: torch.Tensor, v: torch.Tensor) -> None:
         where = (cache.k, cache.k_scale, cache.v, cache.v_scale, self.caches.positions)
@@ -186,6 +224,17 @@ class Layers:
 def _part(linear: nn.Module, residual: torch.Tensor | None) -> cpu_gemm.Part:
     qweight, scale, mult = linear.packed()
     return cpu_gemm.part(qweight, scale, checks.given(mult), linear.bias, residual, linear.out_features)
+
+
+def _checked(linear: nn.Module, x: torch.Tensor, activation: str, residual: torch.Tensor | None) -> cpu_gemm.Part:
+    """`_part`, after the checks of `ops.qlinear`: what is written down is never checked again."""
+    part, layer = _part(linear, residual), linear.layer
+    mode, clip, scale = _input(linear)
+    checks.check_activation(x, mode, scale, clip)
+    size = linear.out_features
+    checks.check_gemm(x.shape[-1], *part[:4], layer.bits, layer.group_size, size, activation, x.dtype)
+    checks.check_residual(residual, (*x.shape[:-1], size))
+    return part
 
 
 def _input(linear: nn.Module) -> tuple[str, float | None, torch.Tensor | None]:

@@ -32,6 +32,8 @@ def layernorm_quantize(
     for name, tensor in (("x", x), ("residual", residual), ("weight", weight), ("bias", bias)):
         if tensor is not None:
             native.check_device(name, tensor, "cpu")
+            if tensor.dtype not in native.DTYPES:
+                raise ValueError(f"{name} must be one of {list(map(str, native.DTYPES))}, got {tensor.dtype}")
     rows, clip, out = native.quantize_arguments(x, mode, clip, act_scale, want_sum)
     count, k = rows.shape
     y = (torch if into is None else into).empty(x.shape, dtype=x.dtype)
@@ -51,7 +53,8 @@ def layernorm_quantize(
         None if into is None else into.core,
     )
     if into is not None:
-        into.keep(rows, added, weight, bias, *out)
+        into.keep(rows, added, weight, bias)
+        into.keep(*out, own=True)
     return y, *out
 
 

@@ -26,7 +26,8 @@ class Tape:
 
     def __init__(self):
         self.core = native.require("CpuStep").CpuStep()
-        self._kept: dict[int, torch.Tensor] = {}
+        self._kept: list[torch.Tensor] = []
+        self._own_bytes = 0
         self._results: list[list[torch.Tensor]] = [[], []]
         self._layer, self._next = 0, 0
 
@@ -42,20 +43,23 @@ class Tape:
             return results[at].view(shape)
         made = torch.empty(shape, dtype=dtype)
         if at < len(results):
-            self.keep(results[at])  # of an earlier layer that is made otherwise
+            self.keep(results[at], own=True)  # of an earlier layer that is made otherwise
             results[at] = made
         else:
             results.append(made)
         return made
 
-    def keep(self, *tensors: torch.Tensor | None) -> None:
-        """Operands, which must outlive the tape."""
-        self._kept.update((id(tensor), tensor) for tensor in tensors if tensor is not None)
+    def keep(self, *tensors: torch.Tensor | None, own: bool = False) -> None:
+        """Operands, whose memory must outlive the tape. own: nobody else has them, so that they count in its bytes."""
+        for tensor in tensors:
+            if tensor is not None:
+                self._kept.append(tensor.detach())  # a parameter's memory may be exchanged under it
+                self._own_bytes += tensor.nbytes if own else 0
 
     @property
     def pool_bytes(self) -> int:
-        """Of the results."""
-        return sum(each.nbytes for results in self._results for each in results)
+        """Of the results, and what lies between two calls."""
+        return self._own_bytes + sum(each.nbytes for results in self._results for each in results)
 
     def run(self) -> None:
         """Makes all calls, with as many threads as torch would take.
