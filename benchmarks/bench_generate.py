@@ -21,4 +21,7 @@ if __name__ == "__main__":
     path = Path(__file__).parent / "results" / ("generate" if sweep == "headline" else f"generate-{sweep}")
     files = ["--out", f"{path}.json", "--plot", f"{path}.png"]
     mode = [] if "--overwrite" in given else ["--resume"]
+    named = {flag.partition("=")[0] for flag in given}
+    if mode and not named & {"--out", "--plot", "--table"}:
+        mode.append("--overwrite")  # of the picture; a file that was named is not replaced unasked
     sys.exit(main(["bench", "generate", "--seconds", "900", *files, *mode, *given]))

@@ -145,12 +145,18 @@ def test_command_line(tmp_path, capsys):
     assert float32["speedup_ratio"] == float32["peak_ratio"] == 1
     assert 2 * four["weights_bytes"] < 2 * bf16["weights_bytes"] == float32["weights_bytes"]
     assert four["weight_bits"] == 4 and four["embedding_bits"] == 8 and bf16["weight_bits"] == 16
+    assert [row["weight_quantizer"] for row in (float32, four)] == [None, "absmax"]
     assert float32["logits_error"] < 1e-5 < bf16["logits_error"] < 0.1
     assert_fits(made)
     # What is there is neither forgotten nor measured again unasked.
     assert main([*command, *files]) == 2 and "--resume to go on with it, --overwrite to replace it" in said(capsys)
     before = path.read_text()
-    assert main([*command, *files, "--resume"]) == 0 and record.read(path)["rows"] == json.loads(before)["rows"]
+    kept = plot.read_bytes()
+    assert main([*command, *files, "--resume"]) == 2 and "--plot" in said(capsys) and plot.read_bytes() == kept
+    assert (
+        main([*command, *files, "--resume", "--overwrite"]) == 0
+        and record.read(path)["rows"] == json.loads(before)["rows"]
+    )
     capsys.readouterr()
     assert main([*command, "--resume"]) == 2 and "--out" in said(capsys)
 
@@ -165,11 +171,27 @@ def test_command_line(tmp_path, capsys):
         ("--attention 4bit", "--attention must be auto, int8 or float"),
         ("--embedding_bits 5", "--embedding_bits must be 2, 4, 8 or 16"),
         ("--seconds 0", "--seconds must be above 0"),
-        ("--backend tpu", "must be of"),
+        ("--backend tpu", "--backend must be of"),
+        ("--resume --overwrite --out x.json", "--overwrite with it is for --table and --plot alone"),
     ],
 )
 def test_wrong_flags(capsys, arguments, words):
     assert main(["bench", "generate", "tiny", *arguments.split()]) == 2 and words in said(capsys)
+
+
+def test_a_model_that_is_none_is_said_of_what_the_help_calls_it(capsys):
+    assert main(["bench", "generate", "nope"]) == 2
+    words = said(capsys)
+    assert "MODEL must be one of" in words and "preset_or_path" not in words
+
+
+def test_a_picture_of_nothing_is_no_error(tmp_path, monkeypatch, capsys):
+    row = {"candidate": "a", "status": "refused", "reason": "x"}
+    monkeypatch.setattr(generate, "measure", lambda work: [{**work.cell.row(), **row}])
+    command = "bench generate tiny --device cpu --layers 1-1 --batch_size 1 --source_tokens 7 --new_tokens 3".split()
+    assert main([*command, "--plot", str(tmp_path / "p.png"), "--table", str(tmp_path / "t.csv")]) == 0
+    words = said(capsys)
+    assert "nothing timed, no picture" in words and [p.name for p in tmp_path.iterdir()] == ["t.csv"]
 
 
 def test_caches_are_counted_as_the_arithmetic_says():
@@ -264,6 +286,38 @@ def test_nothing_is_lost_on_a_kill(tmp_path):
     # A cell that was not asked for now stays in the record.
     wider = run(**{**arguments, "batch_size": [4]})
     assert {row["batch_size"] for row in wider["rows"]} == {1, 2, 4} and wider["rows"][2:] == made["rows"]
+
+
+def test_going_on_takes_nothing_back(tmp_path, monkeypatch):
+    """What was timed stays timed where time runs out before it is again; so do absentees, and a busy start."""
+    load, statuses, count = 0.0, {}, 1
+
+    def measure(work):
+        work.lineup.absent["peer"] = "not installed"
+        rows = [{"candidate": n, "status": s, "reason": None, "samples": count} for n, s in statuses.items()]
+        return [{**work.cell.row(), **row} for row in rows]
+
+    monkeypatch.setattr(generate, "measure", measure)
+    monkeypatch.setattr(generate.protocol, "state", lambda device: {"load_fraction": load})
+    given = {"out": str(tmp_path / "generate.json"), "resume": True, "seconds": 10.0}
+    load, statuses = 0.9, {"a": "timed", "b": "refused", "c": "timed", "d": "timed", "e": "not run", "f": "not run"}
+    statuses["peer"] = "not run"  # and found to be absent later
+    run(**given)
+    load, count = 0.1, 2
+    statuses = {"a": "not run", "b": "not run", "c": "timed", "d": "refused", "e": "timed", "f": "too slow"}
+    made = run(**given)
+    *rows, gone = made["rows"]
+    found = {row["candidate"]: (row["status"], row["samples"]) for row in rows}
+    assert found == {
+        "a": ("timed", 1), "b": ("refused", 1), "c": ("timed", 2), "d": ("refused", 2), "e": ("timed", 2),
+        "f": ("too slow", 2),
+    }  # fmt: skip
+    assert gone == {"candidate": "peer", "status": "not compared", "reason": "not installed"}
+    assert made["protocol"]["budget_s"] == 20 and made["protocol"]["before"] == {"load_fraction": 0.9}
+    assert generate.protocol.busy_words(made["protocol"]) is not None
+    load = 0.2
+    again = run(**given)  # nothing to do
+    assert again["rows"] == made["rows"] and again["protocol"] == made["protocol"]
 
 
 @pytest.mark.parametrize(

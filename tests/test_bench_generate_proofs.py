@@ -20,6 +20,7 @@ from generate_cases import (  # noqa: F401 - few_rounds is for every test here
     text_of,
 )
 
+from dqkernels import backends
 from dqkernels.bench import generate, size
 from dqkernels.bench import generate_candidates as ours
 from dqkernels.bench import generate_cells as cells
@@ -27,6 +28,7 @@ from dqkernels.bench import generate_lineup as lineups
 from dqkernels.bench import generate_peers as peers
 from dqkernels.bench import generate_proofs as proofs
 from dqkernels.bench.generate_cells import Cell
+from dqkernels.models import attention
 
 # ------------------------------------------------------------------------------------------ proofs
 
@@ -117,6 +119,32 @@ def test_ours_is_refused_where_it_is_not_eager(monkeypatch):
     assert row["status"] == "refused" and "logits differ from the reference's" in row["reason"]
     assert "latency_ms" not in row and of(made, "torch fp32")[0]["status"] == "timed"
     assert "refused: 4-4-8 plain: logits differ" in assert_fits(made).replace("\n", " ")
+
+
+@pytest.mark.parametrize(
+    ("family", "shape"),
+    [("plain", size.SHAPES["tiny"]), ("plain", T5), ("ours", T5)],
+    ids=["plain", "plain-t5", "ours"],
+)
+def test_attention_that_is_not_eagers_is_refused(monkeypatch, family, shape):
+    """The reference runs eager attention, not the kernel that is to be proven; behind it all is as it was.
+
+    Our own loop calls this op in the encoder alone, whose attention moves little in the smallest BART.
+    """
+    facts = {"mode": "per_token", "head_dim": 16}
+    if backends.choose("qattention", "cpu", "auto", False, **facts).backend != "cpu":
+        pytest.skip("the compiled core is absent: attention is eager anyway")
+    lineup = a_lineup(("torch", family), shape=shape.with_layers(2, 2), attention="int8")
+    one = {name: get for name, get in lineup.candidates()}[f"dqkernels 4-4-8{' plain' * (family == 'plain')}"]()
+    first = next(module for module in one.model.modules() if attention.in_use(module) is not None)
+    attention.configure(one.model, "auto", True)
+    attention.configure(first, "cpu", False)
+    before = [attention.in_use(module) for module in one.model.modules()]
+    assert judged(one, lineup) is None
+    monkeypatch.setattr(backends.cpu, "qattention", lambda q, *_, **__: torch.zeros_like(q))
+    assert "logits differ from the reference's" in judged(one, lineup)
+    after = [attention.in_use(module) for module in one.model.modules()]
+    assert all(now is was for now, was in zip(after, before, strict=True))
 
 
 def test_what_raises_is_refused_if_it_is_ours_and_not_compared_if_it_is_not(monkeypatch):
@@ -223,7 +251,28 @@ def test_without_an_engine_its_rows_say_so(monkeypatch):
     assert "not compared: 4-4-8: this dqkernels has no decode engine" in text_of(made).replace("\n", " ")
 
 
+def test_a_model_that_cannot_be_packed_is_a_reason_and_no_crash(monkeypatch):
+    def none(*_):
+        raise ValueError("head_dim must be at most 128")
+
+    monkeypatch.setattr(ours, "packed", none)
+    made = run(candidates=["torch", "ours"])
+    (row,) = of(made, "dqkernels 4-4-8")
+    assert row["status"] == "not compared" and row["reason"] == "there is no packed model: head_dim must be at most 128"
+    assert of(made, "torch fp32")[0]["status"] == "timed"
+
+
 # -------------------------------------------------------------------------------------------- peers
+
+
+def test_the_memory_of_ctranslate2_is_not_known():
+    """On a CPU it grew when it was proven, and keeps that: the call that is looked at would take nothing."""
+    lineup = a_lineup()
+    peaks = []
+    for family in ("torch", "ctranslate2"):
+        one = ours.Transformers(family, family, lineup.float32, ours.BOUNDS["fp32"], 32, 32)
+        peaks.append(generate._prepare(one, a_work(lineup), lineup.inputs(CELL))["peak_bytes"])
+    assert peaks[1] is None
 
 
 def test_torchs_dynamic_int8_is_proven_and_weighed():

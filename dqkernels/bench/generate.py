@@ -115,11 +115,15 @@ def run(
         protocol=described,
         rows=[],
     )
-    earlier = _earlier(made, out) if resume and out is not None else {}
+    old = _earlier(made, out) if resume and out is not None else None
     options = Options(found, tuple(bits), embedding_bits, kind, device, backend, attention, tuple(families))
-    book = Book(made, cells, earlier, out)
-    _measure_all(book, options, sweep, seconds)
-    described["after"] = protocol.state(device)
+    book = Book(made, cells, *_rows_of(old), out)
+    todo = book.todo()
+    if old is not None:
+        _go_on(described, old["protocol"], measures=bool(todo))
+    _measure_all(book, todo, options, sweep, seconds)
+    if todo:
+        described["after"] = protocol.state(device)
     book.write()
     return made
 
@@ -132,15 +136,23 @@ class Book:
         made: the record.
         cells: of this run, in order.
         done: rows by cell: those of an earlier run first, of other cells too.
+        absent: candidates that are not here, with the reason; of an earlier run first, too.
         out: its file, or None.
-        absent: peers that are not here, with the reason.
     """
 
     made: dict
     cells: list[Cell]
     done: dict[Cell, list[dict]]
+    absent: dict[str, str]
     out: str | None
-    absent: dict[str, str] = field(default_factory=dict)
+
+    def todo(self) -> list[Cell]:
+        """The cells that are not done, or in part."""
+        return [cell for cell in self.cells if not _complete(self.done.get(cell, ()))]
+
+    def add(self, cell: Cell, rows: list[dict]) -> None:
+        """What was measured of a cell now; of what was measured before, what that does not take the place of."""
+        self.done[cell] = _merged(self.done.get(cell, ()), rows)
 
     def write(self) -> None:
         """Rows in the order of the cells, then what was not reached, then who is not here; into the file, if any."""
@@ -149,7 +161,12 @@ class Book:
         reached = [row for cell in order for row in self.done.get(cell, ())]
         budget = f"{self.made['protocol']['budget_s']:g} s were over"
         missed = [{**cell.row(), **not_run(budget)} for cell in order if cell not in self.done]
-        gone = [{"candidate": name, "status": "not compared", "reason": why} for name, why in self.absent.items()]
+        gone = [
+            {"candidate": name, "status": "not compared", "reason": why}
+            for name, why in self.absent.items()
+            # Not who came since, and is in every cell.
+            if any(name not in _names(rows) for rows in self.done.values())
+        ]
         self.made["rows"] = [*reached, *missed, *gone]
         if self.out is not None:
             record.write(self.made, self.out)
@@ -160,10 +177,9 @@ def not_run(reason: str) -> dict:
     return {"status": "not run", "reason": reason}
 
 
-def _measure_all(book: Book, options: Options, sweep: str, seconds: float) -> None:
+def _measure_all(book: Book, todo: list[Cell], options: Options, sweep: str, seconds: float) -> None:
     from tqdm import tqdm
 
-    todo = [cell for cell in book.cells if not _complete(book.done.get(cell, ()))]
     deadline = time.perf_counter() + seconds
     lineup = None
     with (
@@ -183,7 +199,7 @@ def _measure_all(book: Book, options: Options, sweep: str, seconds: float) -> No
                 cell, lineup, deadline, seconds, len(todo) - index, cells_.ROUNDS[sweep],
                 lambda words, cell=cell: bar.set_postfix_str(f"{cell}: {words}", refresh=True), must=index == 0,
             )  # fmt: skip
-            book.done[cell] = measure(work)
+            book.add(cell, measure(work))
             book.absent.update(lineup.absent)
             book.write()
             bar.update()
@@ -193,10 +209,38 @@ def _complete(rows: Sequence[dict]) -> bool:
     return bool(rows) and all(row["status"] != "not run" for row in rows)
 
 
-def _earlier(made: dict, out: str) -> dict[Cell, list[dict]]:
-    """Rows by cell of the record in `out`, if there is one, of this very machine, code and settings."""
+def _names(rows: Sequence[dict]) -> set[str]:
+    return {row["candidate"] for row in rows}
+
+
+def _merged(before: Sequence[dict], now: list[dict]) -> list[dict]:
+    """Rows of two runs of one cell, by candidate. Time that ran out, or a machine that was short of memory, takes
+    nothing back of what was timed; a proof that failed does."""
+    rows = {row["candidate"]: row for row in before if row["status"] != "not run"}
+    for row in now:
+        old = rows.get(row["candidate"])
+        timed = old is not None and old["status"] == "timed" and row["status"] not in ("timed", "refused")
+        kept = timed or (old is not None and row["status"] == "not run")
+        if not kept:
+            rows[row["candidate"]] = row
+    order = dict.fromkeys([row["candidate"] for row in now] + list(rows))
+    return [rows[name] for name in order]
+
+
+def _go_on(described: dict, old: dict, measures: bool) -> None:
+    """Writes into the protocol what it is of both runs: seconds of both, and the load of the busier start."""
+    if not measures:
+        described.update({name: old[name] for name in ("budget_s", "before", "after")})
+        return
+    described["budget_s"] += old["budget_s"]
+    loads = [one["before"]["load_fraction"] for one in (described, old)]
+    described["before"]["load_fraction"] = max((load for load in loads if load is not None), default=None)
+
+
+def _earlier(made: dict, out: str) -> dict | None:
+    """The record in `out`, if there is one, of this very machine, code and settings."""
     if not Path(out).exists():
-        return {}
+        return None
     old = record.read(out)
     if old["kind"] != "generate":
         raise ValueError(f"resume is for a record of bench generate, {Path(out).name} is of kind {old['kind']!r}")
@@ -206,11 +250,19 @@ def _earlier(made: dict, out: str) -> dict[Cell, list[dict]]:
             if key not in _FREE_SETTINGS and was != now:
                 words = f"resume needs the same {key} as in {Path(out).name}: {was!r} there, {now!r} now"
                 raise ValueError(f"{words}; another record can hold it")
+    return old
+
+
+def _rows_of(old: dict | None) -> tuple[dict[Cell, list[dict]], dict[str, str]]:
+    """Rows by cell of a record, and who is not here with the reason."""
     rows: dict[Cell, list[dict]] = {}
-    for row in old["rows"]:
+    absent: dict[str, str] = {}
+    for row in () if old is None else old["rows"]:
         if "batch_size" in row and "candidate" in row:
             rows.setdefault(Cell.of(row), []).append(row)
-    return rows
+        elif "candidate" in row:
+            absent[row["candidate"]] = row["reason"]
+    return rows, absent
 
 
 def _protocol_words(device: torch.device) -> dict:
@@ -230,7 +282,8 @@ def _protocol_words(device: torch.device) -> dict:
         "float32 model's, ours of the eager backend's on the same codes; the engine's search against the plain loop's",
         "weights": "bytes of the weights in memory, tied ones once (ctranslate2: of its file)",
         "cache": "keys, values and their scales at the end of a call; null where nobody says",
-        "peak": f"the weights, and {memory.HOW[device.type]}; of the first call of the cell, its caches included",
+        "peak": f"the weights, and {memory.HOW[device.type]}; of the first call of the cell, its caches "
+        "included (ctranslate2: null, its memory is its own and outlives a proof)",
     }
 
 
@@ -311,6 +364,7 @@ def _identity(one: ours.Candidate) -> dict:
         "dtype": one.dtype,
         "weight_bits": one.weight_bits,
         "embedding_bits": one.embedding_bits,
+        "weight_quantizer": one.weight_quantizer,
         "weights_bytes": one.weights_bytes(),
         "kernel": one.kernel(),
         "logits_error": None,
@@ -354,7 +408,8 @@ def _first_call(one: ours.Candidate, work: Work, inputs: dict, found: dict) -> s
     work.tokens[one.name] = tokens
     found["cache_bytes"] = one.cache_bytes(inputs, cell.new_tokens, cell.num_beams)
     weights = one.weights_bytes()
-    outside = one.family == "ctranslate2" and work.lineup.options.device.type == "cuda"  # not torch's allocator
+    # On a GPU torch's allocator does not see it; on a CPU it grew in its proof, and keeps that for the next call.
+    outside = one.family == "ctranslate2"
     found["peak_bytes"] = None if growth.allocated is None or outside else weights + growth.allocated
     found["peak_reserved_bytes"] = None if growth.reserved is None or outside else weights + growth.reserved
     if not isinstance(one, ours.Engine):

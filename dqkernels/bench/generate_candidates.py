@@ -22,6 +22,7 @@ from dqkernels.bench.candidates import short
 from dqkernels.bench.generate_cells import Cell
 from dqkernels.config import DQConfig
 from dqkernels.convert import quantize_
+from dqkernels.models import attention as int8_attention
 from dqkernels.nn import PackedModule, QLinear
 
 #: Relative error of the logits to those of the float32 model that is allowed. Measured on the shapes here: float32
@@ -44,6 +45,7 @@ class Candidate:
         weight_bits, embedding_bits: of its weights.
         dtype: of what is not quantized, `fp32`, `fp16` or `bf16`.
         foreign: somebody else's package: where it raises it is not compared.
+        weight_quantizer: of ours, what made the codes of its linears.
     """
 
     name: str
@@ -53,6 +55,7 @@ class Candidate:
     embedding_bits: int
     dtype: str
     foreign = False
+    weight_quantizer: str | None = None
 
     def bind(self, inputs: dict, new_tokens: int, num_beams: int) -> protocol.CALL:
         """The call that is timed: `new_tokens` for every source, no fewer."""
@@ -202,7 +205,7 @@ class Engine(Plain):
     def __init__(self, twin: Plain):
         name = twin.name.removesuffix(" plain")
         super().__init__(name, "ours", twin.model, twin.bound, twin.weight_bits, twin.embedding_bits)
-        self.twin = twin
+        self.twin, self.weight_quantizer = twin, twin.weight_quantizer
 
     def _generate(self, inputs, new_tokens, num_beams, **more):
         return Transformers._generate(self, inputs, new_tokens, num_beams, **more)
@@ -263,7 +266,9 @@ def packed(
         attention=attention,
     )
     made = quantize_(copy.deepcopy(model).to(dtype), config).to(device)
-    return Plain(name, "plain", made, OUR_BOUND, bits, embedding_bits)
+    one = Plain(name, "plain", made, OUR_BOUND, bits, embedding_bits)
+    one.weight_quantizer = next((m.layer.quantizer for m in made.modules() if isinstance(m, QLinear)), None)
+    return one
 
 
 def engine_of(twin: Plain) -> Engine:
@@ -303,13 +308,14 @@ def plain_loop(model: nn.Module) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _backend(model: nn.Module, name: str) -> Iterator[None]:
-    """Every packed module of `model` on one backend."""
+    """Every packed module of `model`, and its int8 attention, on one backend."""
     modules = [module for module in model.modules() if isinstance(module, PackedModule)]
     saved = [module.backend for module in modules]
     try:
         for module in modules:
             module.backend = name
-        yield
+        with int8_attention.on_backend(model, name):
+            yield
     finally:
         for module, before in zip(modules, saved, strict=True):
             module.backend = before

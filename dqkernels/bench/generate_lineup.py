@@ -125,7 +125,14 @@ class Lineup:
 
         if family == "plain":
             return name, plain
-        return name.removesuffix(" plain"), lambda: ours.engine_of(self._get(name, plain))
+
+        def engine() -> ours.Engine:
+            twin = self._get(name, plain)
+            if twin is None:
+                raise peers.NotCompared(f"there is no packed model: {self.absent[name]}")
+            return ours.engine_of(twin)
+
+        return name.removesuffix(" plain"), engine
 
     def _peers(self, family: str) -> list[tuple[str, _Make]]:
         arguments = (self.float32, self.options.dtype, self.options.device)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
@@ -62,9 +64,9 @@ Examples:
 _GENERATE = """Tokens by whole models: ours in its own loop and in transformers', float, int8 and 4-bit peers.
 
 MODEL is a shape with random weights (tiny, bart-base, bart-large, mbart-large, t5-base; nothing is downloaded) or the
-folder of a float model; by default bart-large on a GPU and bart-base on a CPU. Every candidate generates the same
-number of tokens, is proven to compute the same function, and takes turns with the others. Printed are time per token,
-tokens a second, and memory: weights, cache, peak.
+folder of a float model; by default bart-large on a GPU and in the sweep of memory, else bart-base. Every candidate
+generates the same number of tokens, is proven to compute the same function, and takes turns with the others. Printed
+are time per token, tokens a second, and memory: weights, cache, peak.
 
 A sweep is a list of cells in order of worth: headline, layers (shallower models) or memory (4 beams over 1024 tokens,
 batch 1 to 64, for a GPU). An axis that is given takes its place in every cell. What --seconds does not reach is named
@@ -96,7 +98,7 @@ Backends = Annotated[
 ]
 Seconds = Annotated[float, typer.Option("--seconds", help="About what the timing may take.")]
 Out = Annotated[str | None, typer.Option("--out", help="File for the JSON record.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an --out that is there.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -265,26 +267,28 @@ def generate(
         raise common.WrongUsage(f"--embedding_bits must be 2, 4, 8 or 16, got {embedding_bits}")
     if attention not in ("auto", "int8", "float"):
         raise common.WrongUsage(f"--attention must be auto, int8 or float, got {attention!r}")
-    if resume and (out is None or overwrite):
-        raise common.WrongUsage("--resume goes on with the record in --out, and is not for --overwrite")
+    if resume and (out is None or (overwrite and table is None and plot is None)):
+        raise common.WrongUsage(
+            "--resume goes on with the record in --out: --overwrite with it is for --table and --plot alone"
+        )
     if out is not None and Path(out).is_file() and not (resume or overwrite):
         raise common.WrongUsage(
             f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it"
         )
     common.check_new_file("--out", out, overwrite or resume)
     for flag, path in (("--table", table), ("--plot", plot)):
-        common.check_new_file(flag, path, overwrite or resume)
+        common.check_new_file(flag, path, overwrite)
     from dqkernels import text
     from dqkernels.bench import generate as library
 
     common.quiet_transformers()
     # The library refuses what it cannot measure with a ValueError, before it measures.
-    with common.checking_input():
+    with _model_by_its_name(), common.checking_input():
         if table is not None:
             library.check_name(table)
         place = str(text.check_device(device))
         dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
-        _check_backends(None if backend == "auto" else backend)
+        _check_backends(None if backend == "auto" else backend, "--backend")
         result = library.run(
             preset_or_path,
             sweep,
@@ -302,10 +306,14 @@ def generate(
             resume=resume,
         )
     _finish(library, result, out, json_output)
-    for path, write in ((table, library.write_table), (plot, library.write_plot)):
-        if path is not None:
-            write(result, path)
-            common.say(f"wrote {path}")
+    if table is not None:
+        library.write_table(result, table)
+        common.say(f"wrote {table}")
+    if plot is not None and not any(row["status"] == "timed" for row in result["rows"]):
+        common.say("nothing timed, no picture")
+    elif plot is not None:
+        library.write_plot(result, plot)
+        common.say(f"wrote {plot}")
 
 
 def size(
@@ -365,9 +373,18 @@ def _check_seconds(seconds: float) -> None:
         raise common.WrongUsage(f"--seconds must be above 0, got {seconds:g}")
 
 
-def _check_backends(backends: str | None) -> None:
+@contextlib.contextmanager
+def _model_by_its_name() -> Iterator[None]:
+    """What the library says of its argument `preset_or_path` is said of MODEL, as the help spells it."""
+    try:
+        yield
+    except common.WrongUsage as error:
+        raise common.WrongUsage(str(error).replace("preset_or_path", "MODEL")) from error
+
+
+def _check_backends(backends: str | None, flag: str = "--backends") -> None:
     from dqkernels.backends import NAMES
 
     for name in () if backends is None else backends.split(","):
         if name not in NAMES:
-            raise common.WrongUsage(f"--backends must be of {', '.join(NAMES)}, got {name!r}")
+            raise common.WrongUsage(f"{flag} must be of {', '.join(NAMES)}, got {name!r}")

@@ -11,6 +11,7 @@ config. The options of a module stand on the module. transformers is imported by
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import logging
@@ -129,6 +130,18 @@ def configure(model: nn.Module, backend: str, strict: bool) -> None:
     """Gives the modules that `enable` prepared another `backend` and `strict`."""
     for module, options in _enabled(model):
         setattr(module, _OPTIONS, dataclasses.replace(options, backend=backend, strict=strict))
+
+
+@contextlib.contextmanager
+def on_backend(model: nn.Module, backend: str) -> Iterator[None]:
+    """`configure` inside the block; behind it every module has the very options it had, also where they differ."""
+    before = list(_enabled(model))
+    try:
+        configure(model, backend, False)
+        yield
+    finally:
+        for module, options in before:
+            setattr(module, _OPTIONS, options)
 
 
 def why_float(model: nn.Module, config: DQConfig) -> str | None:
