@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import logging
 import subprocess
 import sys
@@ -188,7 +189,9 @@ def test_from_pretrained_quantizes_alike_and_load_takes_a_backend(tmp_path):
     direct.save_pretrained(tmp_path / "packed")
     loaded = dqkernels.load(tmp_path / "packed", backend="eager")
     assert {o.backend for _, o in attention._enabled(loaded)} == {"eager"}
-    assert_same_bits(logits(loaded), wanted)
+    # Of one backend: LayerNorm has other last bits on another.
+    forced = dqkernels.quantize_(peaked("bart"), dataclasses.replace(INT8, backend="eager"))
+    assert_same_bits(logits(loaded), logits(forced))
     restored = loaded.dequantize()
     assert restored.config._attn_implementation == "sdpa" and not list(attention._enabled(restored))
 
