@@ -7,7 +7,7 @@ namespace dqk::binding {
 
 void define_cpu_step(py::module_& m) {
     py::class_<DecoderStep>(
-        m, "CpuStep",
+        m, "CpuStep", py::module_local(),  // a second copy of the core may be loaded beside this one
         "Calls of a decode step: CpuPlan.run, norm_quantize, cache_write and attention_decode with `step` "
         "append themselves. Operands must stay alive.")
         .def(py::init<>())

@@ -470,7 +470,11 @@ def test_backend_and_strict_are_of_the_machine_and_not_of_the_folder(float_folde
     recwarn.clear()
     loaded = dqkernels.load(tmp_path, backend="eager", strict=True)
     assert where(loaded) == {("eager", True)} and not recwarn.list
-    assert torch.equal(logits(loaded), logits(reloaded))
+    # Of one backend: LayerNorm has other last bits on another.
+    forced = AutoModelForSeq2SeqLM.from_pretrained(
+        float_folder("bart"), quantization_config=DQConfig(backend="eager", strict=True)
+    )
+    assert torch.equal(logits(loaded), logits(forced))
     with pytest.raises(ValueError, match="backend must be one of"):
         dqkernels.load(tmp_path, backend="gpu")
     with pytest.raises(ValueError, match="strict must be one of"):

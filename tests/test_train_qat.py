@@ -9,6 +9,7 @@ import pytest
 import tiny_models
 import torch
 import torch.nn.functional as F
+import torch_floats
 from torch import nn
 
 import dqkernels
@@ -127,8 +128,10 @@ def test_half_precision_as_well():
     assert torch.equal(tiny_models.logits(packed_copy(model, torch.float16)), tiny_models.logits(model.half()))
 
 
-def test_training_forward_is_the_eval_forward():
-    """The same bits with gradients as without: in train mode too, but for dropout."""
+def test_training_forward_is_the_eval_forward(monkeypatch):
+    """The same bits with gradients as without: in train mode too, but for dropout, and for the last bits of a norm
+    where it is fused with the quantizer."""
+    torch_floats.put_in(monkeypatch)
     model = trained("bart", DQConfig(weight_bits=2, embedding_bits=2, act_clip=2.5), True)
     want = tiny_models.logits(model)
     with_grad = model(input_ids=IDS[:2], attention_mask=(IDS[:2] != 1).long(), decoder_input_ids=IDS[:2, :4]).logits

@@ -341,8 +341,11 @@ class _Layer(_Fused):
     """
 
     def _fusable(self, hidden_states: torch.Tensor) -> bool:
+        # A layer that is trained runs its modules without gradients too: reentrant checkpointing makes its first pass
+        # so, and the norms of fused steps may have other last bits than torch's.
+        trained = self.training and any(parameter.requires_grad for parameter in self.parameters())
         dropping = self.training and (self.dropout > 0 or self.activation_dropout > 0)
-        return not dropping and not steps.under_autocast(hidden_states)
+        return not trained and not dropping and not steps.under_autocast(hidden_states)
 
     def _norms(self, *norms: nn.Module) -> tuple[list[nn.Module | None], nn.Module | None, str]:
         """The norm before each block, the one behind the last, and what a block's output is added to."""

@@ -26,7 +26,7 @@ def good(tmp_path_factory):
 
 def test_the_good_folder_is_accepted(good):
     manifest = check_folder(good)
-    assert manifest.quantization == DQConfig(weight_bits=4)
+    assert manifest.quantization == DQConfig(weight_bits=4, attention="int8")
     assert manifest.tensors["model.shared.qweight"].shape == (112, 128)
     dqkernels.load(good)
 
