@@ -563,7 +563,7 @@ def test_shapes_alone():
 
 def test_a_layer_in_training_drops():
     model = blocks.patch(packed("bart", "W8"))
-    model.train()
+    model.train().requires_grad_(False)  # what is trained is not fused anyway
     torch.manual_seed(0)
     first, second = outputs(model).logits, outputs(model).logits
     assert not torch.equal(first, second), "dropout is on"
