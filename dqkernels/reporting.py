@@ -83,14 +83,12 @@ class Report:
         codes_bytes: packed codes and group multipliers, each storage once.
         scales_bytes: weight and activation scales.
         other_bytes: every other parameter and saved buffer (biases, norms, positions, float layers).
-        float32_bytes: all parameters of the float model at 4 bytes, tied ones once, also where one reader of
-            a table is packed and another left in float.
-        attention: how the products inside attention are computed: int8, in which modules and by which kernel, or why in
-            float.
+        float32_bytes: of the float model at 4 bytes a parameter, tied ones once, however their readers are packed.
+        attention: how its products are computed: int8, in which modules, by which kernel; or why in float.
         blocks: which layers run in fused steps, and what keeps some apart; or why none does. Empty in a float model.
         decode: how `generate` decodes, and why; empty where `decode.attach` was not called.
         cache_bytes, workspace_bytes: what is kept for its next calls: keys and values; indices, captured steps.
-        instructions: of the CPU, that native kernels use; empty where no module runs on them.
+        instructions: of the CPU, that native kernels use.
     """
 
     model: str

@@ -242,15 +242,6 @@ def test_a_loop_that_writes_other_texts_is_refused(monkeypatch):
     assert "latency_ms" not in row
 
 
-def test_without_an_engine_its_rows_say_so(monkeypatch):
-    monkeypatch.setattr(ours, "decode_engine", lambda: None)
-    made = run(candidates=["torch", "plain", "ours"])
-    (row,) = of(made, "dqkernels 4-4-8")
-    assert row["status"] == "not compared" and row["reason"] == "this dqkernels has no decode engine"
-    assert of(made, "dqkernels 4-4-8 plain")[0]["status"] == "timed"
-    assert "not compared: 4-4-8: this dqkernels has no decode engine" in text_of(made).replace("\n", " ")
-
-
 def test_a_model_that_cannot_be_packed_is_a_reason_and_no_crash(monkeypatch):
     def none(*_):
         raise ValueError("head_dim must be at most 128")

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cpu_attention_checks_decode
+import programs
 import pytest
 import torch
 
@@ -19,17 +16,9 @@ pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absen
 ISAS = native.native().cpu_isas() if native.native() else ["scalar"]
 
 
-def run_program(isa, *arguments):
-    """The checks as a program of its own: a read past an operand must not take pytest along."""
-    tests = Path(cpu_attention_checks_decode.__file__).parent
-    env = os.environ | {"DQKERNELS_CPU": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, cpu_attention_checks_decode.__file__, *arguments]
-    return subprocess.run(command, env=env, cwd=tests.parent, capture_output=True, text=True, timeout=600)
-
-
 @pytest.fixture(scope="module")
 def reports():
-    return {isa: run_program(isa) for isa in ISAS}
+    return {isa: programs.run(cpu_attention_checks_decode, isa) for isa in ISAS}
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -48,7 +37,7 @@ def test_every_instruction_set_gives_the_same_bits(reports):
 
 
 def test_one_key_too_many_faults():
-    assert run_program(ISAS[-1], "--trip").returncode < 0  # killed by a signal
+    assert programs.run(cpu_attention_checks_decode, ISAS[-1], "--trip").returncode < 0  # killed by a signal
 
 
 def test_auto_takes_the_core():

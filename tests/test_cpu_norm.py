@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import cpu_norm_checks
+import programs
 import pytest
 import torch
 
@@ -19,21 +16,14 @@ pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absen
 ISAS = native.native().cpu_isas() if native.native() else ["scalar"]
 
 
-def run_program(isa, *arguments):
-    tests = Path(cpu_norm_checks.__file__).parent
-    env = os.environ | {"DQKERNELS_CPU": isa, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, cpu_norm_checks.__file__, *arguments]
-    return subprocess.run(command, env=env, cwd=tests.parent, capture_output=True, text=True, timeout=600)
-
-
 @pytest.fixture(scope="module")
-def programs():
-    return {isa: run_program(isa) for isa in ISAS}
+def reports():
+    return {isa: programs.run(cpu_norm_checks, isa) for isa in ISAS}
 
 
 @pytest.mark.parametrize("isa", ISAS)
-def test_every_instruction_set_keeps_the_contract(isa, programs):
-    done = programs[isa]
+def test_every_instruction_set_keeps_the_contract(isa, reports):
+    done = reports[isa]
     assert done.returncode == 0, done.stderr[-3000:]
     report = json.loads(done.stdout)
     assert report["isa"] == isa
@@ -41,13 +31,13 @@ def test_every_instruction_set_keeps_the_contract(isa, programs):
     assert all(counts.values()), counts
 
 
-def test_every_instruction_set_gives_the_same_bits(programs):
-    digests = {isa: json.loads(done.stdout)["digest"] for isa, done in programs.items() if done.returncode == 0}
+def test_every_instruction_set_gives_the_same_bits(reports):
+    digests = {isa: json.loads(done.stdout)["digest"] for isa, done in reports.items() if done.returncode == 0}
     assert len(set(digests.values())) == 1, digests
 
 
 def test_one_element_too_many_faults():
-    assert run_program(ISAS[-1], "--trip").returncode < 0  # killed by a signal
+    assert programs.run(cpu_norm_checks, ISAS[-1], "--trip").returncode < 0  # killed by a signal
 
 
 def test_auto_takes_the_core():

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import importlib
 from collections import Counter
 from collections.abc import Iterator
 from typing import Any
@@ -17,11 +16,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from dqkernels import decode
 from dqkernels.bench import protocol, size
 from dqkernels.bench.candidates import short
 from dqkernels.bench.generate_cells import Cell
 from dqkernels.config import DQConfig
 from dqkernels.convert import quantize_
+from dqkernels.decode import engine
 from dqkernels.models import attention as int8_attention
 from dqkernels.nn import PackedModule, QLinear
 
@@ -182,13 +183,13 @@ class Plain(Transformers):
     """Ours in Hugging Face's own loop."""
 
     def _generate(self, inputs, new_tokens, num_beams, **more):
-        with plain_loop(self.model):
+        with decode.plain(self.model):
             return super()._generate(inputs, new_tokens, num_beams, **more)
 
     @torch.no_grad()
     def reference(self, inputs, tokens):
         """The eager backend on the same codes."""
-        with plain_loop(self.model), _backend(self.model, "eager"):
+        with decode.plain(self.model), _backend(self.model, "eager"):
             return teacher_forced(self.model, inputs, tokens)
 
     def kernel(self):
@@ -219,17 +220,17 @@ class Engine(Plain):
 
     def handed_on(self) -> str | None:
         """Why Hugging Face's loop ran the last call, or None where ours did."""
-        return _state(self.model).last or None
+        return engine.state_of(self.model).last or None
 
     def cache_bytes(self, inputs, new_tokens, num_beams):
-        idle = _state(self.model).pool.idle()  # the last used one stands last
+        idle = engine.state_of(self.model).pool.idle()  # the last used one stands last
         return idle[-1].cache_bytes() if idle else None
 
     def kernel(self):
         return f"decode engine; {kernels(self.model)}"
 
     def free(self):
-        decode_engine().free(self.model)
+        decode.free(self.model)
 
 
 # -------------------------------------------------------------------------------------------- building
@@ -277,33 +278,8 @@ def engine_of(twin: Plain) -> Engine:
     Raises:
         ValueError: with the reason why there is none for this model.
     """
-    engine = decode_engine()
-    if engine is None:
-        raise ValueError("this dqkernels has no decode engine")
-    engine.attach(twin.model)
+    decode.attach(twin.model)
     return Engine(twin)
-
-
-def decode_engine() -> Any:
-    """The package `dqkernels.decode`, or None where this release has none."""
-    try:
-        return importlib.import_module("dqkernels.decode")
-    except ModuleNotFoundError as error:
-        if error.name != "dqkernels.decode":
-            raise
-        return None
-
-
-def _state(model: nn.Module) -> Any:
-    return importlib.import_module("dqkernels.decode.engine").state_of(model)
-
-
-@contextlib.contextmanager
-def plain_loop(model: nn.Module) -> Iterator[None]:
-    """Hugging Face's own loop for `model` inside the block."""
-    engine = decode_engine()
-    with contextlib.nullcontext() if engine is None else engine.plain(model):
-        yield
 
 
 @contextlib.contextmanager

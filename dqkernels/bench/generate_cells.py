@@ -9,7 +9,7 @@ import itertools
 import os
 import re
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
@@ -47,7 +47,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class T5Shape:
+class T5Shape(size.Depths):
     """An encoder-decoder of the first T5 family: relative positions, tied head."""
 
     name: str
@@ -57,15 +57,6 @@ class T5Shape:
     heads: int
     encoder: int
     decoder: int
-
-    @property
-    def layers(self) -> str:
-        """Encoder-decoder, as `12-6`."""
-        return f"{self.encoder}-{self.decoder}"
-
-    def with_layers(self, encoder: int, decoder: int) -> T5Shape:
-        """The same widths with other depths."""
-        return replace(self, encoder=encoder, decoder=decoder)
 
     def hf_config(self, **changes):
         """The transformers configuration of this shape; needs no network."""

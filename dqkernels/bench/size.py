@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Self
 
 import torch
 from torch import nn
@@ -28,8 +29,24 @@ MIB = 1 << 20
 FLOAT_BITS = 32
 
 
+class Depths:
+    """What shapes of every family have: numbers of encoder and decoder layers."""
+
+    encoder: int
+    decoder: int
+
+    @property
+    def layers(self) -> str:
+        """Encoder-decoder, as `6-3`."""
+        return f"{self.encoder}-{self.decoder}"
+
+    def with_layers(self, encoder: int, decoder: int) -> Self:
+        """The same widths with other depths."""
+        return replace(self, encoder=encoder, decoder=decoder)
+
+
 @dataclass(frozen=True)
-class Shape:
+class Shape(Depths):
     """An encoder-decoder of the BART family.
 
     Attributes:
@@ -49,15 +66,6 @@ class Shape:
     heads: int
     encoder: int
     decoder: int
-
-    @property
-    def layers(self) -> str:
-        """Encoder-decoder, as `6-3`."""
-        return f"{self.encoder}-{self.decoder}"
-
-    def with_layers(self, encoder: int, decoder: int) -> Shape:
-        """The same widths with other depths."""
-        return replace(self, encoder=encoder, decoder=decoder)
 
     def hf_config(self, **changes):
         """The transformers configuration of this shape; needs no network."""

@@ -17,7 +17,6 @@ from .counters import zeros
 MAX_HEAD_DIM = 128
 #: Rows of a cache are read four bytes at a time at least.
 DIM_STEP = 4
-_DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _FORMS = {"rule": 0, "keep": 1, "redo": 2}
 _HERE = contextlib.nullcontext()
 
@@ -125,7 +124,7 @@ def _plan(sizes, q, source_dim, bias, options, cut, device):
     dtype, q_stride, aligned = q
     causal, softmax_scale, mode, clip = options
     return native.require("AttentionPlan").AttentionPlan(
-        dtype=_DTYPES[dtype],
+        dtype=native.DTYPES[dtype],
         rows=rows,
         heads=heads,
         queries=queries,
@@ -136,7 +135,7 @@ def _plan(sizes, q, source_dim, bias, options, cut, device):
         aligned=aligned,
         shared=source_dim == 1,
         by_key=source_dim == 2,
-        bias_dtype=_DTYPES[bias[0]],
+        bias_dtype=native.DTYPES[bias[0]],
         bias_stride=list(bias[1]),
         causal=causal,
         softmax_scale=softmax_scale,

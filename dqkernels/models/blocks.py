@@ -148,6 +148,8 @@ def describe(model: nn.Module) -> str:
 
 
 def _obstacles(layer: nn.Module) -> Iterator[str]:
+    if layer._modules_run():
+        yield "in training mode the modules run one by one"
     if "forward" in layer.__dict__ and not any(_is_fused_forward(layer, each) for each in layer.__dict__.values()):
         yield "a forward put on it before patch runs instead"
     for name, module in layer.named_modules():
@@ -340,12 +342,16 @@ class _Layer(_Fused):
     Pre-norm: each is `x + f(norm(x))`. Post-norm: `norm(x) + f(norm(x))`, of the norm behind the block before it.
     """
 
-    def _fusable(self, hidden_states: torch.Tensor) -> bool:
+    def _modules_run(self) -> bool:
+        """Whether training mode keeps the steps apart."""
         # A layer that is trained runs its modules without gradients too: reentrant checkpointing makes its first pass
         # so, and the norms of fused steps may have other last bits than torch's.
         trained = self.training and any(parameter.requires_grad for parameter in self.parameters())
         dropping = self.training and (self.dropout > 0 or self.activation_dropout > 0)
-        return not trained and not dropping and not steps.under_autocast(hidden_states)
+        return trained or dropping
+
+    def _fusable(self, hidden_states: torch.Tensor) -> bool:
+        return not self._modules_run() and not steps.under_autocast(hidden_states)
 
     def _norms(self, *norms: nn.Module) -> tuple[list[nn.Module | None], nn.Module | None, str]:
         """The norm before each block, the one behind the last, and what a block's output is added to."""
