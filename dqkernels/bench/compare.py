@@ -76,6 +76,8 @@ def compare(before: dict, after: dict, *, against: str | None = None, threshold:
     """
     if before["kind"] != after["kind"]:
         raise CompareError(f"records of one kind can be compared, got {before['kind']!r} and {after['kind']!r}")
+    if before["kind"] == "projected":
+        raise CompareError("a projection has no measured row: there is nothing to compare")
     if not 0 < threshold < 1:
         raise CompareError(f"threshold must be a share between 0 and 1, got {threshold:g}")
     first, second = _by_key(before["rows"], "the first"), _by_key(after["rows"], "the second")

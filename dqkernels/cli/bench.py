@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dqkernels.cli import common, compare
+from dqkernels.cli import common, compare, projected
 
 _GROUP = """Measure layers, ops, whole models and file sizes on this machine.
 
@@ -24,6 +24,7 @@ Examples:
   dqkernels bench generate tiny --seconds 30
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
   dqkernels bench compare before.json after.json
+  dqkernels bench projected --card a100-80-sxm
 """
 _LINEAR = """One linear layer at every bit width on every kernel that runs here, against torch's own layer.
 
@@ -33,7 +34,7 @@ are medians of interleaved rounds, with the weights cold (from memory) and warm 
 \b
 Examples:
   dqkernels bench linear
-  dqkernels bench linear --shapes 1x768x768,128x3072x768 --bits 4,2 --seconds 10
+  dqkernels bench linear --shapes 1x768x768,128x3072x768 --bits 4,2
   dqkernels bench linear --backends cpu,eager --out linear.json
 """
 _GEMM = """The GEMM of a decoding step, 1 to 64 rows: ours, cuBLAS, gemlite, Humming and BitBLAS in one run.
@@ -47,7 +48,8 @@ installed, or does not run here, is named as not compared.
 Examples:
   dqkernels bench gemm --seconds 120 --out gemm.json
   dqkernels bench gemm --shapes 4096x1024,1024x4096 --tokens 1,16 --bits 4,2
-  dqkernels bench gemm --shapes 50265x768 --group_sizes -1,64 --backends cuda,triton
+  dqkernels bench gemm --shapes 50265x768 --group_sizes -1,64 \\
+      --backends cuda,triton
 """
 _KERNELS = """Every op but the linear, at BART's shapes: on each backend that can, against torch's own and a copy.
 
@@ -58,7 +60,8 @@ share of the bandwidth of a copy, timed in turn with them. On a GPU there is the
 \b
 Examples:
   dqkernels bench kernels --seconds 10
-  dqkernels bench kernels --ops layernorm_quantize,gelu_quantize --dtype bfloat16
+  dqkernels bench kernels --ops layernorm_quantize,gelu_quantize \\
+      --dtype bfloat16
   dqkernels bench kernels --ops qembedding --bits 4,2 --out kernels.json
 """
 _GENERATE = """Tokens by whole models: ours in its own loop and in transformers', float, int8 and 4-bit peers.
@@ -75,9 +78,12 @@ as not run; --out is written after every cell, and --resume goes on with it.
 \b
 Examples:
   dqkernels bench generate tiny --seconds 30
-  dqkernels bench generate bart-base --batch_size 1,8 --num_beams 1,4 --source_tokens 256 --new_tokens 64
-  dqkernels bench generate bart-large --sweep memory --out memory.json --plot memory.png
-  dqkernels bench generate ./bart-cnn --candidates torch,ours,ctranslate2 --bits 4
+  dqkernels bench generate bart-base --batch_size 1,8 --num_beams 1,4 \\
+      --source_tokens 256 --new_tokens 64
+  dqkernels bench generate bart-large --sweep memory \\
+      --out memory.json --plot memory.png
+  dqkernels bench generate ./bart-cnn --bits 4 \\
+      --candidates torch,ours,ctranslate2
 """
 _SIZE = """The file of a packed student against its fp32 teacher's, really written, with random weights.
 
@@ -109,6 +115,7 @@ def register(app: typer.Typer) -> None:
     group.command("generate", help=_GENERATE, short_help="Whole models, against other projects'.")(generate)
     group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
     compare.register(group)
+    projected.register(group)
     app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, ops, models and sizes here.")
 
 
