@@ -16,12 +16,13 @@ Bits are written weights-embeddings-activations: 2-2-8 means 2-bit linear layers
 
 \b
 Start here:
-  dqkernels demo                                   quantize the shipped model at 8, 4 and 2 bits
-  dqkernels info                                   what is installed, which kernels run here
-  dqkernels quantize ./bart-cnn ./bart-cnn-w4      4-bit layers, 8-bit embeddings
-  dqkernels summarize ./bart-cnn-w4 --text "..."   run it
+  dqkernels demo                             the shipped model at 8, 4, 2 bits
+  dqkernels info                             which kernels run here, and why
+  dqkernels quantize ./bart-cnn ./bart-w4    4-bit layers, 8-bit embeddings
+  dqkernels summarize ./bart-w4 --text "Some long text ..."
 
-Flags are spelled with underscores; dashes are accepted too. Exit codes: 0 done, 1 failed, 2 wrong usage.
+Flags are spelled with underscores; dashes are accepted too. Exit codes: 0 done, 1 failed, 2 wrong usage, 130
+interrupted. `dqkernels VERB --help` says more of each.
 """
 
 

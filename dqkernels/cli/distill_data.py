@@ -21,22 +21,25 @@ score is the mean log-probability per token under the teacher, rank the place am
 
 \b
 Recipes:
-  greedy (QuillBot: first on these, then on gold)   the default, --num_beams 1
-  beam search (Kim & Rush; pseudo-labels)           --num_beams 6
-  the n best, all of them                           --num_beams 6 --num_return_sequences 6
-  of the n best the one closest to gold             ... --select best_rouge (or best_chrf)
-  without what the teacher got wrong                --min_rouge2 10
+  greedy (QuillBot)               the default, --num_beams 1
+  beam search (Kim & Rush)        --num_beams 6
+  the n best, all of them         --num_beams 6 --num_return_sequences 6
+  of these the closest to gold    besides --select best_rouge, or best_chrf
+  less what the teacher got wrong --min_rouge2 10
 
 \b
 Examples:
-  dqkernels distill-data --model ./bart-cnn --dataset_name abisee/cnn_dailymail \\
-      --output_file teacher.jsonl --num_beams 4
-  dqkernels distill-data --model ./bart --train_file pairs.csv --text_column article \\
-      --summary_column abstract --output_file teacher.parquet --num_beams 6 --min_rouge2 10
-  dqkernels distill-data --model ./mbart --dataset_name wmt/wmt16 --source_lang en_XX \\
-      --target_lang ro_RO --output_file ro.jsonl --num_beams 5
-  dqkernels distill-data --model ./teacher --dataset_name docstrings --output_file out.jsonl
-  accelerate launch -m dqkernels distill-data ...      shares the work among GPUs
+  dqkernels distill-data --model ./bart-cnn --output_file teacher.jsonl \\
+      --dataset_name abisee/cnn_dailymail --num_beams 4
+  dqkernels distill-data --model ./bart --train_file pairs.csv \\
+      --text_column article --summary_column abstract \\
+      --output_file teacher.parquet --num_beams 6 --min_rouge2 10
+  dqkernels distill-data --model ./mbart --dataset_name wmt/wmt16 \\
+      --source_lang en_XX --target_lang ro_RO \\
+      --output_file ro.jsonl --num_beams 5
+  dqkernels distill-data --model ./teacher --dataset_name docstrings \\
+      --output_file out.jsonl
+  accelerate launch -m dqkernels distill-data ...   shares the work among GPUs
 
 --dataset_name is a hub id (columns of abisee/cnn_dailymail, EdinburghNLP/xsum, wmt/wmt16 and
 sentence-transformers/eli5, an ELI5 substitute, are known), docstrings (of installed packages) or gettext

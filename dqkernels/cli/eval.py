@@ -17,8 +17,10 @@ the signature of the scorer; ROUGE is rouge-score with stemming, and reference t
 
 \b
 Examples:
-  dqkernels eval bart-2-2-8 --dataset_name abisee/cnn_dailymail --num_beams 4 --max_samples 500
-  dqkernels eval ./opus-w4 --task translation --dataset_name wmt/wmt16 --source_lang en --target_lang ro
+  dqkernels eval bart-2-2-8 --dataset_name abisee/cnn_dailymail \\
+      --num_beams 4 --max_samples 500
+  dqkernels eval ./opus-w4 --task translation --dataset_name wmt/wmt16 \\
+      --source_lang en --target_lang ro
   dqkernels eval ./model --test_file pairs.jsonl --output_file texts.jsonl
 """
 

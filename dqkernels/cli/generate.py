@@ -54,11 +54,12 @@ Texts of like length share a batch; outputs come in the order of the input, one 
 
 \b
 Examples:
-  dqkernels generate ./bart-w4 --input articles.txt --output out.jsonl --num_beams 4
-  dqkernels generate ./bart-w4 --input pairs.jsonl --text_column article --batch_size 32
+  dqkernels generate ./bart-w4 --input articles.txt --output out.jsonl
+  dqkernels generate ./bart-w4 --input pairs.jsonl --text_column article \\
+      --num_beams 4 --batch_size 32
   zcat articles.gz | dqkernels generate ./bart-w4 --input - | jq -r .output
-  accelerate launch -m dqkernels generate ./bart-w4 --input many.jsonl --output out.jsonl
-                                                    shares the work among GPUs and machines
+  accelerate launch -m dqkernels generate ./bart-w4 --input many.jsonl \\
+      --output out.jsonl          # shares the work among GPUs and machines
 """
 _SUMMARIZE = """Summarize texts with the parameters the model has for it.
 
@@ -68,8 +69,8 @@ one, and the model's generation_config under it. Input and output as in `dqkerne
 \b
 Examples:
   dqkernels summarize ./bart-cnn-w4 --text "A long article ..."
-  dqkernels summarize ./bart-cnn-w4 --input articles.txt --output summaries.jsonl
-  dqkernels summarize ./t5-w4 --input articles.txt --source_prefix "summarize: "
+  dqkernels summarize ./bart-cnn-w4 --input articles.txt --output out.jsonl
+  dqkernels summarize ./t5-w4 --input texts.txt --source_prefix "summarize: "
 """
 _TRANSLATE = """Translate texts; sets language codes and prefixes as the model needs them.
 
@@ -78,9 +79,10 @@ M2M100 and T5. A Marian model of one pair needs none. Input and output as in `dq
 
 \b
 Examples:
-  dqkernels translate ./mbart-w4 --source_lang en_XX --target_lang ro_RO --text "Good morning."
-  dqkernels translate ./opus-mt-en-ro-w8 --input lines.txt --output translated.jsonl
-  dqkernels translate ./t5-w4 --source_lang en --target_lang de --text "Good morning."
+  dqkernels translate ./mbart-w4 --source_lang en_XX --target_lang ro_RO \\
+      --text "Good morning."
+  dqkernels translate ./opus-mt-en-ro-w8 --input lines.txt --output out.jsonl
+  dqkernels translate ./t5-w4 --target_lang de --source_lang en --text Hello
 """
 
 

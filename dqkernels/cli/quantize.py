@@ -14,8 +14,8 @@ _HELP = """Pack a float model into 2-, 4- or 8-bit weights and save it as a fold
 
 Bits are written weights-embeddings-activations. 4-8-8 is the default: 4-bit linear layers, an 8-bit token
 embedding (shared with the output head where they are tied), 8-bit activations. --embedding_bits 16 leaves the
-embedding as it is. 2 bits without training cost quality: compare with `dqkernels demo`, or train with
-DQ-BART's recipe.
+embedding as it is. 2 bits without training cost quality: compare with `dqkernels demo`, or train
+with `dqkernels train`.
 
 \b
 --weight_quantizer  auto        the measured default of each width
@@ -23,18 +23,20 @@ DQ-BART's recipe.
                     ternary     2 bits: -1, 0, 1
                     four_level  2 bits: -3/2, -1/2, 1/2, 3/2
 --act_granularity   per_token   one scale per token, independent of the batch
-                    per_tensor  the paper's rule; results depend on batch mates
-                    static      one measured scale per layer: needs --calibration_file
---attention         int8        its products in 8 bits too: BART, mBART, Marian, Pegasus, T5
-                    auto        int8 in BART, mBART, Marian and Pegasus
+                    per_tensor  the paper's; results depend on batch mates
+                    static      one per layer, out of --calibration_file
+--attention         auto        int8 in BART, mBART, Marian and Pegasus
+                    int8        in T5 and the kin of these families too
                     float       stays in float
 
 \b
 Examples:
   dqkernels quantize ./bart-cnn ./bart-cnn-w4
-  dqkernels quantize ./bart-cnn ./bart-cnn-w2 --weight_bits 2 --embedding_bits 4 --group_size 64
+  dqkernels quantize ./bart-cnn ./bart-cnn-w2 --weight_bits 2 \\
+      --embedding_bits 4 --group_size 64
   dqkernels quantize ./dq-bart ./dq-bart-packed --preset dq-bart-2-2-8
-  dqkernels quantize ./bart-cnn ./bart-static --act_granularity static --calibration_file texts.txt
+  dqkernels quantize ./bart-cnn ./bart-static --act_granularity static \\
+      --calibration_file texts.txt
 
 MODEL may be of any class of transformers that config.json names: BART and T5, BERT, Llama, their heads
 included. A tokenizer is copied where there is one, and needed for static only. Load the result with `import

@@ -10,27 +10,34 @@ import typer
 
 from dqkernels.cli import common, files
 
-_TRAIN_HELP = """Distil and quantize a fine-tuned seq2seq model at once, through the kernels that will serve it.
+_TRAIN_HELP = """Distil and quantize a fine-tuned seq2seq model at once, through the kernels that
+will serve it.
 
-The teacher is the model you name; the student starts as a copy of (some of) its layers. Bits are written
-weights-embeddings-activations. Checkpoints are whole or absent: after a kill, the same command with
---resume_from_checkpoint true goes on where it stopped.
+The teacher is the model you name; the student starts as a copy of (some of) its
+layers. Bits are written weights-embeddings-activations. Checkpoints are whole
+or absent: after a kill, the same command with --resume_from_checkpoint true
+goes on where it stopped.
 
 Examples:
-  dqkernels train --model_name_or_path ./bart-cnn --dataset_name abisee/cnn_dailymail --weight_bits 2 \\
-      --student_encoder_layers 6 --student_decoder_layers 3 --output_dir out --bf16
-  dqkernels train --model_name_or_path ./bart-cnn --train_file pairs.jsonl --validation_file dev.jsonl \\
-      --preset dq-bart --weight_bits 8 --eval_strategy epoch --metric_for_best_model rougeL --output_dir out
-  dqkernels train --model_name_or_path ./teacher --stages stages.yaml --output_dir out
+  dqkernels train --model_name_or_path ./bart-cnn --output_dir out --bf16 \\
+      --dataset_name abisee/cnn_dailymail --weight_bits 2 \\
+      --student_encoder_layers 6 --student_decoder_layers 3
+  dqkernels train --model_name_or_path ./bart-cnn --output_dir out \\
+      --train_file pairs.jsonl --validation_file dev.jsonl --preset dq-bart \\
+      --weight_bits 8 --eval_strategy epoch --metric_for_best_model rougeL
+  dqkernels train --model_name_or_path ./teacher --stages stages.yaml \\
+      --output_dir out
   accelerate launch --num_processes 4 -m dqkernels train ...
   dqkernels export out bart-2-2-8
   dqkernels eval bart-2-2-8 --dataset_name abisee/cnn_dailymail
 
---config FILE reads flags from YAML or JSON; flags on the command line count more. A stages file holds
+--config FILE reads flags from YAML or JSON; those on the command line count
+more. A stages file holds
   stages:
-    - {name: teacher, train_file: teacher.jsonl, num_train_epochs: 3, learning_rate: 3.0e-4}
-    - {name: gold, dataset_name: xsum, num_train_epochs: 1, learning_rate: 1.0e-4}
-where teacher.jsonl comes from `dqkernels distill-data`; `mix: [{train_file: a.jsonl, weight: 2}, ...]` takes several.
+    - {name: teacher, train_file: teacher.jsonl, num_train_epochs: 3}
+    - {name: gold, dataset_name: EdinburghNLP/xsum, learning_rate: 1.0e-4}
+where teacher.jsonl comes from `dqkernels distill-data`; several sources at once
+are mix: [{train_file: a.jsonl, weight: 2}, ...].
 """
 _EXPORT_HELP = """Pack a trained model: what `dqkernels train` left in its output folder, or one of its checkpoints.
 
@@ -98,8 +105,8 @@ def help_text(all_flags: bool = False) -> str:
     from dqkernels.train import arguments, presets
 
     lines = [_TRAIN_HELP, "Presets (--preset):", *presets.describe(), arguments.help_text(all_flags)]
-    lines.append("\n  --json                          Print the figures as JSON.")
-    lines.append("  --help_all                      The same with every flag of transformers.Seq2SeqTrainingArguments.")
+    lines += ["", *arguments.described("json", "Print the figures as JSON.")]
+    lines += arguments.described("help_all", "The same with every flag of transformers.Seq2SeqTrainingArguments.")
     return "\n".join(lines)
 
 

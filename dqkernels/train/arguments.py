@@ -10,6 +10,7 @@ import dataclasses
 import functools
 import json
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,8 @@ from typing import Any
 from dqkernels.config import DQConfig
 
 _DTYPES = ("float32", "bfloat16", "float16")
+#: Columns of a terminal that the help is made for.
+_WIDTH = 80
 #: Fields of QuantizationArguments that are fields of DQConfig, by the same name.
 _RULES = (
     "weight_bits", "embedding_bits", "weight_quantizer", "embedding_quantizer", "weight_granularity", "group_size",
@@ -241,10 +244,10 @@ def help_text(all_flags: bool = False) -> str:
     groups = [ModelArguments, DataArguments, QuantizationArguments]
     lines = []
     for group in groups:
-        lines.append(f"\n{group.__doc__}")
+        lines += ["", *textwrap.wrap(group.__doc__, _WIDTH, break_on_hyphens=False)]
         for one in dataclasses.fields(group):
             default = "" if one.default in (None, False) else f" [{one.default}]"
-            lines += _wrapped(f"  --{one.name}", one.metadata["help"] + default)
+            lines += described(one.name, one.metadata["help"] + default)
     lines.append("\nFrom transformers.Seq2SeqTrainingArguments; the ones used most:")
     wanted = dict(
         output_dir="Folder of checkpoints and of the result.",
@@ -266,16 +269,15 @@ def help_text(all_flags: bool = False) -> str:
     if all_flags:
         wanted = {one.name: (one.metadata or {}).get("help", "") for one in dataclasses.fields(_training_class())}
     for name, text in wanted.items():
-        lines += _wrapped(f"  --{name}", " ".join(str(text).split()))
+        lines += described(name, str(text))
     return "\n".join(lines)
 
 
-def _wrapped(flag: str, text: str, column: int = 34, width: int = 98) -> list[str]:
-    import textwrap
-
-    body = textwrap.wrap(text, width - column) or [""]
-    first = f"{flag:<{column}}{body[0]}" if len(flag) < column else f"{flag}\n{'':<{column}}{body[0]}"
-    return [first, *(" " * column + line for line in body[1:])]
+def described(flag: str, text: str, column: int = 33) -> list[str]:
+    """`  --flag   text`, in lines of a terminal's width."""
+    name, body = f"  --{flag}", textwrap.wrap(" ".join(text.split()), _WIDTH - column, break_on_hyphens=False) or [""]
+    first = [f"{name:<{column}}{body[0]}"] if len(name) < column else [name, " " * column + body[0]]
+    return [*first, *(" " * column + line for line in body[1:])]
 
 
 @functools.cache

@@ -7,6 +7,7 @@ A preset is a starting point: every field of it can be given anew (`dataclasses.
 from __future__ import annotations
 
 import dataclasses
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
@@ -240,6 +241,10 @@ def preset(name: str, rules: str | None = None) -> Preset:
 
 
 def describe() -> list[str]:
-    """One line per preset for `dqkernels train --help`, names in a column."""
-    width = max(map(len, PRESETS))
-    return [f"{each.name:<{width}}  {each.summary}" for each in PRESETS.values()]
+    """Presets for `dqkernels train --help`, names in a column, in lines of a terminal's width."""
+    width = max(map(len, PRESETS)) + 2
+    lines = []
+    for each in PRESETS.values():
+        first, *more = textwrap.wrap(each.summary, 80 - width, break_on_hyphens=False)
+        lines += [f"{each.name:<{width}}{first}", *(" " * width + line for line in more)]
+    return lines
