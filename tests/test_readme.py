@@ -6,6 +6,7 @@ import json
 import re
 from pathlib import Path
 
+import documents
 import pytest
 
 import dqkernels
@@ -107,14 +108,34 @@ def test_this_notices(claim, monkeypatch):
 
 
 def test_its_python_runs(tmp_path, monkeypatch):
-    """With the shipped teacher in the place of the hub's model, which needs a network."""
-    blocks = re.findall(r"^```python\n(.*?)^```$", TEXT, flags=re.S | re.M)
-    hub = 'name = "facebook/bart-large-cnn"'
-    assert len(blocks) == 2 and hub in blocks[0] and "quantize_" in blocks[1], "say here what a new block needs"
-    monkeypatch.chdir(tmp_path)
+    """As it stands; where it runs, the hub's model is a folder with the teacher that ships (tests/documents.py)."""
+    page = documents.PAGES[0]
+    first, second = (block.text for block in documents.blocks(page) if block.language == "python")
+    assert "quantize_" in second, "say here what a new block needs"
+    monkeypatch.chdir(documents.sandbox(tmp_path))
     names: dict = {}
-    exec(blocks[0].replace(hub, f"name = {str(demo.teacher_folder())!r}"), names)  # noqa: S102 - our own README
+    exec(first, names)  # noqa: S102 - our own README
     assert "int8 per_token" in dqkernels.report(names["model"]).attention and (tmp_path / "bart-w4a8").is_dir()
     names["model"] = names["AutoModelForSeq2SeqLM"].from_pretrained(demo.teacher_folder())
-    exec(blocks[1], names)  # noqa: S102
+    exec(second, names)  # noqa: S102
     assert {module.layer.bits for module in names["model"].modules() if isinstance(module, QLinear)} == {8}
+
+
+def test_what_the_guide_says_of_bits_stands_in_the_records_it_names():
+    """docs/quantize.md, "Which bits": the table, and the figures beside it."""
+    text = " ".join((ROOT / "docs" / "quantize.md").read_text(encoding="utf-8").split())
+    rows = {row["name"]: row for row in record("demo-all.json")["rows"]}
+    assert f"less the float model's {rows['teacher']['rougeL']:.2f}" in text
+    for name in ("W8", "W4", "W2"):
+        gap = f"{rows[name]['rougeL_gap']:.2f} +- {rows[name]['rougeL_gap_error']:.2f}"
+        assert f"| {name} | {rows[name]['ratio']:.1f}x | {gap} |" in text
+    trained = [run["gap_to_teacher"] for run in record("dq_docstrings.json")["runs"] if run["row"] == "dq-2"]
+    assert any(f"{-gap['mean']:.2f} +- {gap['error']:.2f} below the teacher" in text for gap in trained)
+    cells = [row for row in record("generate-zen3.json")["rows"] if row["num_beams"] == 1]
+    per_token = {row["candidate"]: row["latency_ms_per_token"] for row in cells}
+    w2, w4 = (per_token[f"dqkernels {bits}"] for bits in ("2-2-8", "4-4-8"))
+    assert f"W2 took {w2:.2f} ms a token and W4 {w4:.1f} (`benchmarks/results/generate-zen3.json`)" in text
+    score = {(row["name"], row["group_size"]): row["rougel_score"] for row in record("quantizers.json")["rows"]}
+    two = score["W2 four_level", -1]
+    assert f"at 2 bits four_level was {two - score['W2 ternary', -1]:.1f} points above ternary" in text
+    assert f"At 2 bits it was worth {score['W2 four_level', 64] - two:.1f} points of ROUGE-L" in text
