@@ -93,7 +93,8 @@ class CpuPlan {
 void embedding(uintptr_t ids, bool ids32, int64_t count, uintptr_t qweight, uintptr_t weight_scale,
                bool tensor_scale, uintptr_t group_mult, int64_t rows, int64_t k, int bits, bool four_level,
                int group_size, float embed_scale, uintptr_t position, int position_dtype,
-               int64_t position_stride, uintptr_t y, int y_dtype, int threads, int kernel) {
+               int64_t position_stride, uintptr_t y, int y_dtype, int threads, int kernel,
+               DecoderStep* step) {
     constexpr const char* kName = "cpu_embedding";
     const bool needed = count > 0;
     CpuEmbedding args = {};
@@ -118,12 +119,7 @@ void embedding(uintptr_t ids, bool ids32, int64_t count, uintptr_t qweight, uint
     args.y = pointer<void>(y, element_bytes(args.y_dtype), needed, kName, "y");
     args.threads = threads;
     args.kernel = kernel;
-    Status status = Status::ok;
-    {
-        py::gil_scoped_release released;
-        status = cpu_embedding(args);
-    }
-    raise_cpu(status, kName);
+    raise_cpu(run_or_add(args, cpu_embedding, step), kName);
 }
 
 std::vector<std::string> kernel_names() {
@@ -151,7 +147,7 @@ void define_cpu_gemm(py::module_& m) {
           py::arg("rows"), py::arg("k"), py::arg("bits"), py::arg("four_level"), py::arg("group_size"),
           py::arg("embed_scale"), py::arg("position"), py::arg("position_dtype"), py::arg("position_stride"),
           py::arg("y"), py::arg("y_dtype"), py::arg("threads"), py::arg("kernel") = 0,
-          "Rows of a packed table -> floats.");
+          py::arg("step").none(true) = nullptr, "Rows of a packed table -> floats.");
     py::class_<CpuPlan>(m, "CpuPlan", "Options of a linear on the CPU; `run` computes it.")
         .def(py::init<int64_t, int, int, float, int, bool, int, int, int, const std::vector<int64_t>&,
                       const std::vector<bool>&, const std::vector<int>&, const std::vector<int>&, int>(),

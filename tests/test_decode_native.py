@@ -5,8 +5,11 @@ test_decode_tokens.py runs on this step, too: tokens are those of transformers' 
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import dataclasses
 import gc
+import pickle
 import weakref
 
 import pytest
@@ -14,19 +17,22 @@ import tiny_models
 import torch
 from decode_models import CONFIG, FAMILIES, SOURCES, alike, build, given
 from torch import nn
+from transformers.generation import logits_process
 
 from dqkernels import DQConfig, decode, models, report
 from dqkernels.convert import calibrate
-from dqkernels.decode import caches, engine, native_step
+from dqkernels.decode import caches, engine, native_step, stopping
 from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
 from dqkernels.kernels.cpu_step import Tape
-from dqkernels.models import blocks
+from dqkernels.models import norms
 from dqkernels.nn import QLinear
 
 pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present")
 #: Kernel calls of a layer: qkv, write, attend, out; q, attend, out; fc1, fc2. Norms: two before linears and one behind,
 #: or three before.
 CALLS = 9 + 3
+#: And of the two ends: tokens, positions, a norm of theirs; a norm before the head, the head, its largest.
+ENDS = {"bart": 3 + 2, "mbart": 3 + 3, "marian": 2 + 2, "pegasus": 2 + 3}
 
 
 def layers_of(model) -> list[native_step.Layers]:
@@ -65,8 +71,7 @@ def test_the_bits_of_the_calls_one_by_one(family, threads, monkeypatch):
         torch.set_num_threads(threads)
         for rows, beams in ((1, 1), (4, 1), (2, 3)):
             written = assert_one_by_one(model, monkeypatch, rows, num_beams=beams)
-            post = blocks.FAMILIES[family][1] == "post"  # the head of the others is behind a norm of torch's
-            assert len(written.tape.core) == 3 * CALLS + post and written.x.shape == (rows * beams, 1, 40)
+            assert len(written.tape.core) == 3 * CALLS + ENDS[family] and written.x is None
     finally:
         torch.set_num_threads(before)
 
@@ -189,11 +194,11 @@ def test_a_hook_on_the_body_is_heard():
 
 def test_it_is_named():
     model = build("bart")
-    assert decode.describe(model) == "own loop over static int8 caches, the layers of a step in one native call"
+    assert decode.describe(model) == "own loop over static int8 caches, a step in one native call"
     model.generate(**given(), max_new_tokens=3)
     (written,) = layers_of(model)
     assert decode.memory(model)[1] > written.pool_bytes > 0
-    assert "layers of a step in one native call" in " ".join(str(report(model)).split())
+    assert "a step in one native call" in " ".join(str(report(model)).split())
 
 
 WHY = {
@@ -228,6 +233,162 @@ def test_where_it_cannot_be_it_says_so(case):
     assert told == f"own loop over static int8 caches, layer by layer ({WHY[case]})"
     alike(model, lively=False)
     assert layers_of(model) == []
+
+
+ENDS_APART = {
+    "a float table": "its embedding by torch (embed_tokens is a Embedding)",
+    "a table elsewhere": "its embedding by torch (qembedding of embed_tokens runs on eager)",
+    "another norm": "its embedding by torch (layernorm_embedding is a test_decode_native.Other)",
+    "a norm of torch's": "its embedding by torch (layernorm_embedding is a torch.nn.modules.normalization.LayerNorm)",
+    "positions": "its embedding by torch (positions are torch.float64, tokens torch.float32)",
+    "a head elsewhere": "its head by torch (qgemm of the head runs on eager)",
+    "a float head": "its head by torch (of the head one is not packed)",
+}
+
+
+@pytest.mark.parametrize("case", ENDS_APART)
+def test_an_end_that_stays_with_torch_says_so(case):
+    """The layers are one call all the same, and tokens those of transformers' loop; greedy ones and beams."""
+    model = build("bart")
+    decoder = model.get_decoder()
+    match case:
+        case "a float table":
+            decoder.embed_tokens = nn.Embedding(*decoder.embed_tokens.weight.shape).eval()
+        case "a table elsewhere":
+            decoder.embed_tokens.backend = "eager"
+        case "another norm":
+            decoder.layernorm_embedding.__class__ = Other
+        case "a norm of torch's":
+            decoder.layernorm_embedding = nn.LayerNorm(40).eval()
+        case "positions":
+            decoder.embed_positions.double()
+        case "a head elsewhere":
+            model.lm_head.backend = "eager"
+        case "a float head":
+            model.lm_head = nn.Linear(40, model.config.vocab_size).eval()
+    words = "own loop over static int8 caches, the layers of a step in one native call, "
+    assert decode.describe(model) == words + ENDS_APART[case]
+    if case == "positions":  # a sum in float64 is for no kernel: transformers' loop refuses it, too
+        return
+    alike(model, lively=False)
+    alike(model, num_beams=3, lively=False)
+    assert all((kept.x is None) == ("head" in case) for kept in layers_of(model))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", ["none", "of the model", "fp32"])
+def test_the_bias_behind_the_head(kind, dtype, monkeypatch):
+    """Rounded as torch rounds it; one that came, changed or went since the last call counts."""
+    model = build("marian", dtype=dtype)
+    bias = torch.randn(1, model.config.vocab_size)
+    model.final_logits_bias = torch.zeros_like(bias).to(dtype) if kind == "none" else bias
+    if kind == "of the model":
+        model.final_logits_bias = bias.to(dtype)
+    before = alike(model, lively=False)
+    assert_one_by_one(model, monkeypatch)
+    model.final_logits_bias = bias.flip(1)
+    after = alike(model, lively=False)
+    assert not torch.equal(before, after)
+    model.final_logits_bias.zero_()
+    assert not torch.equal(alike(model, lively=False), after)
+
+
+def test_positions_that_the_model_does_not_have():
+    """Torch refuses them by an IndexError, on both ways."""
+    model = build("bart")
+    limit = model.config.max_position_embeddings
+    for way in (decode.plain(model), contextlib.nullcontext()):
+        with way, pytest.raises(IndexError):
+            model.generate(**given(1), max_new_tokens=limit + 4, do_sample=False, eos_token_id=None, pad_token_id=1)
+
+
+def test_norms_around_the_decoder_run_on_the_kernel():
+    """Where the layers' do, so that both loops give the same bits; torch's for whoever is trained, or in float."""
+    model = build("mbart")
+    decoder, x = model.get_decoder(), torch.randn(2, 3, 40)
+    assert {type(getattr(decoder, name)) for name in norms.NAMES} == {norms.LayerNorm}
+    norm = decoder.layernorm_embedding
+    torchs = nn.LayerNorm.forward(norm, x)
+    kernel = cpu_norm.layernorm_quantize(x, None, norm.weight, norm.bias, norm.eps, "per_token", None, None, False)[0]
+    assert not torch.equal(torchs, kernel)
+    with torch.no_grad():
+        assert torch.equal(norm(x), kernel) and isinstance(norm, nn.LayerNorm)
+        norm.train()
+        assert torch.equal(norm(x), torchs)
+        norm.eval()
+        linear = decoder.layers[-1].fc2
+        linear.backend = "eager"
+        assert torch.equal(norm(x), torchs)
+        linear.backend = "auto"
+    norm.weight.requires_grad_(True)
+    assert torch.equal(norm(x), torchs)
+    again = pickle.loads(pickle.dumps(copy.deepcopy(model)))
+    assert type(again.get_decoder().layer_norm) is norms.LayerNorm
+    assert norms.linear_of(again.get_decoder().layer_norm) is again.get_decoder().layers[-1].fc2
+    models.unpatch(model)
+    assert type(norm) is nn.LayerNorm and not hasattr(norm, "dqkernels_layers")
+
+
+PROCESSORS = {
+    "bos": (logits_process.ForcedBOSTokenLogitsProcessor(7), {1}),
+    "eos": (logits_process.ForcedEOSTokenLogitsProcessor(6, 2), {5}),
+    "min": (logits_process.MinLengthLogitsProcessor(4, 2), {1, 2, 3}),
+    "new": (logits_process.MinNewTokensLengthLogitsProcessor(2, 3, 2), {1, 2, 3, 4}),
+    "ngram": (logits_process.NoRepeatNGramLogitsProcessor(2), set(range(1, 9))),
+}
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_processors_that_have_nothing_to_say_are_not_asked(name):
+    one, lengths = PROCESSORS[name]
+    unheard = stopping.silent(logits_process.LogitsProcessorList([one]))
+    for length in range(1, 9):
+        ids, scores = torch.full((1, length), 4), torch.arange(9.0).unsqueeze(0)
+        changed = not torch.equal(one(ids, scores.clone()), scores)
+        assert changed <= (not unheard(length)) and (length in lengths) == (not unheard(length))
+    both = logits_process.LogitsProcessorList([one, PROCESSORS["eos"][0]])
+    assert not stopping.silent(both)(5) and not stopping.silent([one])(8), "a list of the user's is called"
+
+    class Mine(type(one)):
+        pass
+
+    mine = Mine.__new__(Mine)
+    mine.__dict__.update(one.__dict__)
+    assert not stopping.silent(logits_process.LogitsProcessorList([mine]))(8)
+
+
+def test_greedy_settings_on_the_short_way():
+    """What the loop of a step that finds its largest logit has to keep: ends, padding, processors, streams."""
+    model = build("bart")
+    for options in (
+        {"max_new_tokens": 9, "forced_eos_token_id": 2},
+        {"max_new_tokens": 9, "forced_bos_token_id": 7, "min_new_tokens": 4},
+        {"max_new_tokens": 12, "eos_token_id": [2, 9, 11], "pad_token_id": 3},
+        {"max_new_tokens": 5, "eos_token_id": None, "pad_token_id": 1},
+        {"max_new_tokens": 8, "no_repeat_ngram_size": 2},
+        {"max_new_tokens": 6, "decoder_input_ids": SOURCES[:, :3]},
+    ):
+        alike(model, lively=False, **options)
+    texts = []
+    for way in (decode.plain(model), contextlib.nullcontext()):
+        heard = Heard()
+        with way:
+            model.generate(**given(1), max_new_tokens=9, min_new_tokens=6, do_sample=False, streamer=heard)
+        texts.append(heard.said)
+    assert texts[0] == texts[1] and texts[0][-1] == "end" and len(texts[0]) > 3
+
+
+class Heard:
+    """A streamer that writes down what it is given."""
+
+    def __init__(self):
+        self.said = []
+
+    def put(self, value):
+        self.said.append(value.tolist())
+
+    def end(self):
+        self.said.append("end")
 
 
 def test_static_scales(monkeypatch):

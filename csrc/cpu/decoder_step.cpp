@@ -4,20 +4,41 @@
 namespace dqk {
 namespace {
 
-Status run_one(NormQuantize call, int32_t threads) {
-    call.threads = threads;
-    return norm_quantize(call);
-}
+// What a run decides for its calls.
+struct Run {
+    int32_t threads;
+    bool wants_best;
 
-Status run_one(CacheWrite call, int32_t threads) {
-    call.threads = threads;
-    return cache_write(call);
-}
-
-Status run_one(AttentionDecode call, int32_t threads) {
-    call.sizes.threads = threads;
-    return attention_decode(call);
-}
+    Status operator()(NormQuantize call) const {
+        call.threads = threads;
+        return norm_quantize(call);
+    }
+    Status operator()(CacheWrite call) const {
+        call.threads = threads;
+        return cache_write(call);
+    }
+    Status operator()(AttentionDecode call) const {
+        call.sizes.threads = threads;
+        return attention_decode(call);
+    }
+    Status operator()(CpuEmbedding call) const {
+        call.threads = threads;
+        return cpu_embedding(call);
+    }
+    Status operator()(const AddPosition& call) const { return add_position(call); }
+    Status operator()(FinishLogits call) const {
+        call.threads = threads;
+        if (!wants_best) call.best = nullptr;
+        return finish_logits(call);
+    }
+    template <typename Gemm>
+    Status operator()(const Gemm& kept) const {
+        CpuGemm call = kept.call;
+        call.parts = kept.parts;
+        call.threads = threads;
+        return cpu_gemm(call);
+    }
+};
 
 }  // namespace
 
@@ -28,24 +49,25 @@ void DecoderStep::add(const CpuGemm& call) {
     calls_.emplace_back(kept);
 }
 
-Status DecoderStep::run(int32_t threads) const {
-    Status status = Status::ok;
+Status DecoderStep::place(const int64_t* tokens, int64_t position) const {
+    if (position < 0 || position >= rows_.capacity) return Status::bad_keys;
+    for (int64_t r = 0; r < rows_.rows; ++r) {
+        rows_.tokens[r] = tokens[r];
+        rows_.positions[r] = static_cast<int32_t>(position);
+        rows_.lengths[r] = static_cast<int32_t>(position + 1);
+        if (rows_.ancestors != nullptr)
+            rows_.ancestors[r * rows_.capacity + position] = static_cast<int32_t>(r);
+    }
+    return Status::ok;
+}
+
+Status DecoderStep::run(int32_t threads, bool wants_best) const {
+    const Run one = {threads, wants_best};
     for (const auto& each : calls_) {
-        if (const Gemm* gemm = std::get_if<Gemm>(&each)) {
-            CpuGemm call = gemm->call;
-            call.parts = gemm->parts;
-            call.threads = threads;
-            status = cpu_gemm(call);
-        } else if (const auto* norm = std::get_if<NormQuantize>(&each)) {
-            status = run_one(*norm, threads);
-        } else if (const auto* write = std::get_if<CacheWrite>(&each)) {
-            status = run_one(*write, threads);
-        } else if (const auto* attend = std::get_if<AttentionDecode>(&each)) {
-            status = run_one(*attend, threads);
-        }
+        const Status status = std::visit(one, each);
         if (status != Status::ok) return status;
     }
-    return status;
+    return Status::ok;
 }
 
 }  // namespace dqk

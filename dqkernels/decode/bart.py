@@ -57,14 +57,14 @@ def prepare(model: nn.Module) -> layers.Decoder:
     decoder, head = parts(model)
     first = decoder.layers[0].self_attn
     positions = decoder.embed_positions
-    finish = _finish(model)
+    bias = _logits_bias(model)
     return layers.Decoder(
         [_layer(layer) for layer in decoder.layers],
         heads=first.num_heads,
         head_dim=first.head_dim,
         embed=_embedding(decoder),
-        head=_head(model, head, finish),
-        finish=finish,
+        head=_head(model, head, bias),
+        logits_bias=bias,
         limit=positions.num_embeddings - getattr(positions, "offset", 0),
     )
 
@@ -118,22 +118,14 @@ def _embedding(decoder: nn.Module):
     return embed
 
 
-def _finish(model: nn.Module):
-    """What stands behind the head's linear: the model's bias, which is nearly always zero."""
+def _logits_bias(model: nn.Module) -> torch.Tensor | None:
+    """The model's, [vocabulary]; None where it is zero, as nearly always."""
     bias = model.final_logits_bias
     # Adding zeros changes nothing but the sign of a zero; asked once per call.
-    bias = bias if bool(bias.any()) else None
-    promoted = model.final_logits_bias.dtype
-
-    def finish(out: torch.Tensor) -> torch.Tensor:
-        if bias is not None:
-            return out + bias
-        return out if out.dtype == promoted else out.to(torch.promote_types(out.dtype, promoted))
-
-    return finish
+    return bias.detach().reshape(-1) if bool(bias.any()) else None
 
 
-def _head(model: nn.Module, head: nn.Module, finish):
+def _head(model: nn.Module, head: nn.Module, bias: torch.Tensor | None):
     norm = getattr(model.model.decoder, "layer_norm", None)
     alone = layers.alone(head)
 
@@ -142,6 +134,7 @@ def _head(model: nn.Module, head: nn.Module, finish):
             x = x[:, -1:]
         if norm is not None:
             x = norm(x)
-        return finish(head(x)[:, -1])
+        out = head(x)[:, -1]
+        return out if bias is None else out + bias
 
     return logits

@@ -66,7 +66,7 @@ def search(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config
         if hypotheses.ended:
             break
         step.reorder(parents)
-        logits = step.step(tokens, hypotheses.length - 1)
+        logits = step.step(tokens, hypotheses.length - 1, keep=False)
     return Found(*hypotheses.best(config.num_return_sequences), step_scores, raw)
 
 

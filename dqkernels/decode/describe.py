@@ -18,8 +18,7 @@ def describe(model: nn.Module) -> str:
     text = "own loop over static int8 caches"
     device = next(model.lm_head.parameters()).device.type
     if device == "cpu":
-        reason = native_step.why_not(engine.family_of(model)[0].parts(model)[0])
-        text += ", the layers of a step in one native call" if reason is None else f", layer by layer ({reason})"
+        text += f", {native_step.describe(model, engine.family_of(model)[0])}"
     if device == "cuda":
         captured = "steps in CUDA graphs, logits processors behind them"
         text += f", {state.refused or (captured if plug.uses_graphs(model) else 'no CUDA graphs (graphs=False)')}"

@@ -176,7 +176,7 @@ class Running:
     def _step(self, model: nn.Module, decoder: layers.Decoder, is_beams: bool, most: int) -> Step:
         parts = family_of(model)[0].parts(model)
         if self.caches.tokens.device.type == "cpu" and native_step.why_not(parts[0], is_beams) is None:
-            state = native_step.state_of(*parts)
+            state = native_step.state_of(*parts, decoder.logits_bias)
             native_step.drop_stale(self.state.pool.idle(), state)
             return native_step.NativeStep(decoder, self.caches, is_beams, most, parts, state)
         if not (self.caches.tokens.is_cuda and getattr(model, GRAPHS, True)):

@@ -90,7 +90,7 @@ class GraphStep(Step):
         self.weights, self.refused, self.capture = weights, refused, capture
         self.graphs = True
 
-    def step(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, position: int, keep: bool = True) -> torch.Tensor:
         if not self.graphs:
             return super().step(tokens, position)
         self._make_room(position + 1)

@@ -69,7 +69,7 @@ class Decoder:
         embed: ids [rows, tokens] and positions int64 [tokens] -> x [rows, tokens, width].
         head: the last layer's output [rows, tokens, width] -> logits of the last token [rows, vocabulary], in the
             model's dtype; a tensor that nobody else holds.
-        finish: what `head` does behind the linear: its output [rows, vocabulary] -> logits, the same tensor if nothing.
+        logits_bias: [vocabulary], what `head` adds behind the linear; None: nothing.
         bias: of self-attention for a query at `position` over the first `keys` keys, [1, heads, 1, keys], or None.
         prefill_bias: the same for the first `tokens` queries over as many keys.
         bias_at: as `bias`, over all keys, for a position that stands in a tensor int64 [1].
@@ -81,7 +81,7 @@ class Decoder:
     head_dim: int
     embed: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     head: Callable[[torch.Tensor], torch.Tensor]
-    finish: Callable[[torch.Tensor], torch.Tensor] | None = None
+    logits_bias: torch.Tensor | None = None
     bias: Callable[[int, int], torch.Tensor] | None = None
     prefill_bias: Callable[[int], torch.Tensor] | None = None
     bias_at: Callable[[torch.Tensor, int], torch.Tensor] | None = None

@@ -1,20 +1,33 @@
-"""A decode step whose layers are one call of the compiled core, on a CPU: no Python and no torch between its kernels.
+"""A decode step as one call of the compiled core, on a CPU: no Python and no torch between its kernels.
 
 The calls that `Step` makes layer by layer are written down once per set of caches (`cpu_step.Tape`): the same kernels
-over the same operands in the same order, hence the same bits. So is the head, where no norm of torch stands before it.
+over the same operands in the same order, hence the same bits. So are its two ends where they can be (`native_ends`):
+token ids in, logits and the largest of them out.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 
 from dqkernels import backends, checks
+from dqkernels.decode import native_ends
 from dqkernels.decode.caches import Caches, LayerCache
 from dqkernels.decode.layers import Attend, Decoder
+from dqkernels.decode.native_parts import (
+    checked,
+    elsewhere,
+    format_of,
+    input_of,
+    linear_state,
+    place,
+    tensors,
+    unreadable,
+)
 from dqkernels.decode.step import Step
 from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
 from dqkernels.kernels.cpu_step import Tape
@@ -26,6 +39,18 @@ def why_not(decoder: nn.Module, is_beams: bool = False) -> str | None:
     if native.native() is None:
         return native.why_absent()
     return next(_obstacles(decoder, is_beams), None)
+
+
+def describe(model: nn.Module, file: ModuleType) -> str:
+    """How much of a step of this model is one native call, and why not the rest, in words. file: knows its family."""
+    decoder, head = file.parts(model)
+    reason = why_not(decoder)
+    if reason is not None:
+        return f"layer by layer ({reason})"
+    bias = file.prepare(model).logits_bias
+    ends = {"embedding": native_ends.why_not_embed(decoder), "head": native_ends.why_not_head(decoder, head, bias)}
+    apart = [f"its {name} by torch ({reason})" for name, reason in ends.items() if reason is not None]
+    return ", ".join(["the layers of a step in one native call", *apart]) if apart else "a step in one native call"
 
 
 def _obstacles(decoder: nn.Module, is_beams: bool) -> Iterator[str]:
@@ -40,8 +65,8 @@ def _obstacles(decoder: nn.Module, is_beams: bool) -> Iterator[str]:
                 return
             if norm is not None and not steps.plain_norm(norm):
                 yield f"a norm of {name} is a {type(norm).__name__}, or has no weight"
-            yield from _unreadable((*linears, *([] if norm is None else [norm])), f"{label} of {name}")
-            yield from _elsewhere(linears[0], f"{label} of {name}", norm is not None)
+            yield from unreadable((*linears, *([] if norm is None else [norm])), f"{label} of {name}")
+            yield from elsewhere(linears[0], f"{label} of {name}", norm is not None)
         if steps.epilogue(layer.activation_fn) is None:
             yield f"{type(layer.activation_fn).__name__} of {name} has no epilogue"
         for which in ("self_attn", "encoder_attn"):
@@ -54,32 +79,6 @@ def _obstacles(decoder: nn.Module, is_beams: bool) -> Iterator[str]:
                     yield f"{op} of {name}.{which} runs on {chosen}"
     if not getattr(decoder, "layers", None):
         yield "its blocks are not fused"
-
-
-def _elsewhere(linear: nn.Module, label: str, normed: bool) -> Iterator[str]:
-    """Which of this linear's steps another backend runs."""
-    layer, where = linear.layer, ("cpu", linear.backend, linear.strict)
-    found = [("qgemm", {"bits": layer.bits, "group_size": layer.group_size})]
-    found += [("layernorm_quantize", {"mode": layer.act_granularity})] if normed else []
-    for op, facts in found:
-        chosen = backends.choose(op, *where, **facts).backend
-        if chosen != "cpu":
-            yield f"{op} of {label} runs on {chosen}"
-
-
-def _unreadable(modules: tuple[nn.Module, ...], label: str) -> Iterator[str]:
-    """Which tensors would be copied to be read: the core keeps addresses, and a copy knows no change of its source."""
-    for module in modules:
-        for tensor in _tensors(module):
-            if not tensor.is_contiguous() or tensor.dtype == torch.float64:
-                yield f"{label} hold a {tensor.dtype} tensor of strides {list(tensor.stride())}"
-
-
-def _tensors(module: nn.Module) -> list[torch.Tensor]:
-    """What a linear, or a norm, is computed with."""
-    given = (module.weight, module.bias) if isinstance(module, nn.LayerNorm) else _part(module, None)[:4]
-    scale = getattr(module, "act_scale", None)
-    return [tensor for tensor in (*given, scale) if tensor is not None]
 
 
 def _groups(layer: nn.Module) -> list[tuple[tuple[nn.Module, ...], nn.Module | None, str]]:
@@ -97,35 +96,20 @@ def _groups(layer: nn.Module) -> list[tuple[tuple[nn.Module, ...], nn.Module | N
     ]
 
 
-def plain_head(decoder: nn.Module, head: nn.Module) -> bool:
-    """Whether the head is a linear on what the last layer gives, here and now."""
-    if getattr(decoder, "layer_norm", None) is not None or steps.apart((head,)) is not None:
-        return False
-    return not [*_unreadable((head,), "the head"), *_elsewhere(head, "the head", False)]
-
-
-def state_of(decoder: nn.Module, head: nn.Module) -> tuple[Any, ...]:
+def state_of(decoder: nn.Module, head: nn.Module, bias: torch.Tensor | None) -> tuple[Any, ...]:
     """What a tape was written down for: every tensor it reads, and how it computes with them. The same where it may be
-    run again: the tape holds the memory it reads, so that no other tensor can come to lie there."""
-    found: list[Any] = [_linear_state(head) if plain_head(decoder, head) else None]
+    run again: the tape holds the memory it reads, so that no other tensor can come to lie there.
+
+    bias: behind the head, or None.
+    """
+    found: list[Any] = [native_ends.state_of(decoder, head, bias)]
     for layer in decoder.layers:
         for linears, norm, _ in _groups(layer):
-            found += map(_linear_state, linears)
-            found.append(None if norm is None else (norm.eps, *map(_place, _tensors(norm))))
+            found += map(linear_state, linears)
+            found.append(None if norm is None else (norm.eps, *map(place, tensors(norm))))
         found.append(steps.epilogue(layer.activation_fn))
         found += [(attention.in_use(each), each.scaling) for each in (layer.self_attn, layer.encoder_attn)]
     return tuple(found)
-
-
-def _linear_state(linear: nn.Module) -> tuple[Any, ...]:
-    # A static scale is a number of the call that was written down: its value counts. NaN, which is refused, too.
-    scale = getattr(linear, "act_scale", None)
-    value = None if scale is None else scale.tolist()
-    return linear.layer, linear.backend, linear.strict, repr(value), *map(_place, _tensors(linear))
-
-
-def _place(tensor: torch.Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)
 
 
 def drop_stale(idle: Iterable[Caches], state: tuple[Any, ...]) -> None:
@@ -137,34 +121,44 @@ def drop_stale(idle: Iterable[Caches], state: tuple[Any, ...]) -> None:
 
 
 class Layers:
-    """The layers of a decoder over one set of caches, written down.
+    """A decoder's step over one set of caches, written down.
 
     Attributes:
-        x: [rows, 1, width], what the first layer reads; written by the caller before `tape.run()`.
-        out: likewise, what the last one gives.
-        logits: [rows, 1, vocabulary], what a plain head makes of it; None with another head.
+        x: [rows, 1, width], what the first layer reads; None where the tape makes it of `caches.tokens`. Otherwise
+            written by the caller before `tape.run()`.
+        out: likewise, what the last layer gives.
+        logits: fp32 [rows, vocabulary]; None where the head is torch's.
+        best: int64 [rows], the places of the largest, where a run is asked for them; None likewise.
     """
 
     # A call under inference_mode leaves tensors that one outside may write to.
     @torch.inference_mode(False)
     @torch.no_grad()
-    def __init__(self, decoder: nn.Module, head: nn.Module, prepared: Decoder, caches: Caches, beams: bool, like):
+    def __init__(self, parts: tuple[nn.Module, nn.Module], prepared: Decoder, caches: Caches, beams: bool, like):
+        decoder, head = parts
         self.tape = Tape()
         self.caches, self.ancestors = caches, caches.ancestors if beams else None
-        self.x = torch.empty(like.shape, dtype=like.dtype)
-        self.tape.keep(self.x)
-        x = self.x
+        self.tape.set_rows(caches.tokens.view(-1), caches.positions, caches.lengths, self.ancestors)
+        self.x = self.logits = self.best = None
+        if like is None:
+            x = native_ends.embed(self.tape, decoder, caches)
+            self.tape.next_layer()
+        else:
+            x = self.x = torch.empty(like.shape, dtype=like.dtype)
+            self.tape.keep(x)
         for i, layer in enumerate(decoder.layers):
             x = self._layer(layer, prepared.layers[i], caches.own[i], caches.cross[i], x)
             self.tape.next_layer()
         self.out = x
-        self.logits = self._project(x, (head,), None)[1][0] if plain_head(decoder, head) else None
+        if native_ends.why_not_head(decoder, head, prepared.logits_bias) is None:
+            logits = self._project(x, (head,), getattr(decoder, "layer_norm", None))[1][0]
+            self.logits, self.best = native_ends.finish(self.tape, logits, prepared.logits_bias)
         del self.caches, self.ancestors  # which hold this
 
     @property
     def pool_bytes(self) -> int:
         """What it keeps besides the caches and the weights."""
-        return self.tape.pool_bytes + self.x.nbytes
+        return self.tape.pool_bytes + (0 if self.x is None else self.x.nbytes)
 
     def _layer(self, layer, prepared, own_cache: LayerCache, cross_cache: LayerCache, x: torch.Tensor) -> torch.Tensor:
         post, caches = type(layer).dqkernels_post, self.caches
@@ -188,9 +182,9 @@ class Layers:
 
     def _project(self, x: torch.Tensor, linears, norm: nn.Module | None, activation: str = "none"):
         """As `steps.project`."""
-        parts = [_checked(each, x, activation, None) for each in linears]
-        mode, clip, scale = _input(linears[0])
-        options = {**_format(linears[0]), "activation": activation, "out_dtype": x.dtype, "into": self.tape}
+        parts = [checked(each, x, activation, None) for each in linears]
+        mode, clip, scale = input_of(linears[0])
+        options = {**format_of(linears[0]), "activation": activation, "out_dtype": x.dtype, "into": self.tape}
         if norm is None:
             return x, cpu_gemm.gemm(x, parts, mode=mode, clip=clip, act_scale=scale, **options)
         checks.check_norm(norm.weight, norm.bias, x.shape[-1])
@@ -200,9 +194,9 @@ class Layers:
 
     def _onto(self, x: torch.Tensor, linear: nn.Module, base: torch.Tensor) -> torch.Tensor:
         """As `steps.project_onto`."""
-        mode, clip, scale = _input(linear)
-        options = {**_format(linear), "activation": "none", "out_dtype": x.dtype, "into": self.tape}
-        parts = [_checked(linear, x, "none", base)]
+        mode, clip, scale = input_of(linear)
+        options = {**format_of(linear), "activation": "none", "out_dtype": x.dtype, "into": self.tape}
+        parts = [checked(linear, x, "none", base)]
         return cpu_gemm.gemm(x, parts, mode=mode, clip=clip, act_scale=scale, **options)[0]
 
     def _write(self, attend: Attend, cache: LayerCache, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -221,33 +215,9 @@ class Layers:
         return x.view(shape.rows, shape.heads, 1, shape.head_dim)
 
 
-def _part(linear: nn.Module, residual: torch.Tensor | None) -> cpu_gemm.Part:
-    qweight, scale, mult = linear.packed()
-    return cpu_gemm.part(qweight, scale, checks.given(mult), linear.bias, residual, linear.out_features)
-
-
-def _checked(linear: nn.Module, x: torch.Tensor, activation: str, residual: torch.Tensor | None) -> cpu_gemm.Part:
-    """`_part`, after the checks of `ops.qlinear`: what is written down is never checked again."""
-    part, layer = _part(linear, residual), linear.layer
-    mode, clip, scale = _input(linear)
-    checks.check_activation(x, mode, scale, clip)
-    size = linear.out_features
-    checks.check_gemm(x.shape[-1], *part[:4], layer.bits, layer.group_size, size, activation, x.dtype)
-    checks.check_residual(residual, (*x.shape[:-1], size))
-    return part
-
-
-def _input(linear: nn.Module) -> tuple[str, float | None, torch.Tensor | None]:
-    return linear.layer.act_granularity, linear.layer.act_clip, getattr(linear, "act_scale", None)
-
-
-def _format(linear: nn.Module) -> dict[str, Any]:
-    layer = linear.layer
-    return {"bits": layer.bits, "four_level": layer.four_level, "group_size": layer.group_size}
-
-
 class NativeStep(Step):
-    """As `Step`, with the layers of a step in one call; the first tokens are run as they come.
+    """As `Step`, with a step in one call, or its layers where an end stays with torch; the first tokens are run as they
+    come.
 
     Args:
         parts: the decoder of transformers that `decoder` was prepared from, and its head.
@@ -265,22 +235,40 @@ class NativeStep(Step):
     ):
         super().__init__(decoder, caches, beams, most)
         self.parts, self.state = parts, state
+        self.embeds = native_ends.why_not_embed(parts[0]) is None
+        self.finds_best = native_ends.why_not_head(*parts, decoder.logits_bias) is None
+        self._layers: Layers | None = None
 
-    def step(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
+    def step(self, tokens: torch.Tensor, position: int, keep: bool = True) -> torch.Tensor:
         self._make_room(position + 1)
-        self._place(tokens, position)
         caches = self.caches
-        x = self.decoder.embed(caches.tokens, caches.position)
-        kept = caches.captured.get(self.beams)
-        if kept is None or kept[0] != self.state or kept[1].x.dtype != x.dtype:
-            caches.captured.pop(self.beams, None)  # its memory first
-            kept = self.state, Layers(*self.parts, self.decoder, caches, self.beams, x)
-            caches.captured[self.beams] = kept
-        layers = kept[1]
-        layers.x.copy_(x)
-        layers.tape.run()
+        # A position that the model does not have is torch's to refuse.
+        if self.embeds and (self.decoder.limit is None or position < self.decoder.limit):
+            layers = self._written(None)
+            layers.tape.run(tokens.contiguous(), position, self.wants_best)
+        else:
+            self._place(tokens, position)
+            x = self.decoder.embed(caches.tokens, caches.position)
+            layers = self._written(x)
+            layers.x.copy_(x)
+            layers.tape.run(wants_best=self.wants_best)
+        self.best = layers.best if self.wants_best else None
         if layers.logits is None:
             return self.decoder.head(layers.out).to(torch.float32).contiguous()
-        logits = self.decoder.finish(layers.logits[:, -1])
-        # A tensor of the caller's own: the next step writes over this one.
-        return logits.to(torch.float32, copy=logits.data_ptr() == layers.logits.data_ptr())
+        return layers.logits.clone() if keep else layers.logits  # the next step writes over it
+
+    def _written(self, like: torch.Tensor | None) -> Layers:
+        """The tape for this call's caches. like: what the first layer reads, where torch makes it."""
+        kept = self.caches.captured.get(self.beams)
+        if kept is not None and kept[1] is self._layers:  # of this call; `grow` drops it
+            return kept[1]
+        if kept is None or kept[0] != self.state or not _suits(kept[1].x, like):
+            self.caches.captured.pop(self.beams, None)  # its memory first
+            kept = self.state, Layers(self.parts, self.decoder, self.caches, self.beams, like)
+            self.caches.captured[self.beams] = kept
+        self._layers = kept[1]
+        return self._layers
+
+
+def _suits(x: torch.Tensor | None, like: torch.Tensor | None) -> bool:
+    return (x is None) == (like is None) and (x is None or x.dtype == like.dtype)

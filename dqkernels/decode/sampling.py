@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dqkernels.decode.step import Step
-from dqkernels.decode.stopping import Stop, processor
+from dqkernels.decode.stopping import Stop, processor, silent
 
 
 def sample(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config: Any, streamer: Any = None):
@@ -24,12 +24,17 @@ def sample(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config
         ids with what was written, int64 [rows, ...]; and per step the scores and the raw logits, fp32
         [rows, vocabulary], as tuples, None where they were not asked for.
     """
-    process, stop = processor(processors), Stop(criteria)
+    process, unheard, stop = processor(processors), silent(processors), Stop(criteria)
+    step.wants_best = not config.do_sample
     keeps_scores = config.return_dict_in_generate and config.output_scores
     keeps_logits = config.return_dict_in_generate and config.output_logits
     scores = () if keeps_scores else None
     raw = () if keeps_logits else None
     pad = None if config._pad_token_tensor is None else config._pad_token_tensor.to(ids.device)
+    keeps = keeps_scores or keeps_logits
+    if step.finds_best and not config.do_sample and stop.simple and not keeps:
+        return _greedy(step, ids, process, unheard, stop, pad, streamer), None, None
+    keeps = keeps or len(processors) > 0
     running = torch.ones(ids.shape[0], dtype=torch.bool, device=ids.device)
     logits = step.prefill(ids)
     while True:
@@ -51,7 +56,37 @@ def sample(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config
             streamer.put(tokens.cpu())
         if not bool(running.any()):
             break
-        logits = step.step(tokens, ids.shape[1] - 1)
+        logits = step.step(tokens, ids.shape[1] - 1, keeps)
     if streamer is not None:
         streamer.end()
     return ids, scores, raw
+
+
+def _greedy(step: Step, ids, process, unheard, stop: Stop, pad, streamer) -> torch.Tensor:
+    """The same for a step that finds the largest logit itself, and where nobody asks for more than tokens: with as
+    little between two steps as possible. `unheard`: of `stopping.silent`."""
+    length, running = ids.shape[1], [True] * ids.shape[0]
+    ends = {token for each in stop.ends for token in each.reshape(-1).tolist()}
+    written = [ids]
+    logits = step.prefill(ids)
+    while True:
+        if not unheard(length):
+            tokens = torch.argmax(process(torch.cat(written, dim=1), logits.clone()), dim=-1)
+        else:
+            tokens = torch.argmax(logits, dim=-1) if step.best is None else step.best.clone()
+        if stop.pads and not all(running):
+            tokens = torch.where(torch.tensor(running), tokens, pad)
+        written.append(tokens.unsqueeze(1))
+        length += 1
+        if streamer is not None:
+            streamer.put(tokens.cpu())
+        if stop.most is not None and length >= stop.most:
+            break
+        if ends:
+            running = [going and token not in ends for going, token in zip(running, tokens.tolist(), strict=True)]
+            if not any(running):
+                break
+        logits = step.step(tokens, length - 1, keep=False)
+    if streamer is not None:
+        streamer.end()
+    return torch.cat(written, dim=1)

@@ -1,7 +1,7 @@
 """One decoder step over static int8 caches: tokens in, logits out.
 
-`Step` is the seam of this package: the loops of `sampling` and `beams` know its four methods and nothing of caches,
-layers or devices. `graphs.GraphStep` replays a captured one.
+`Step` is the seam of this package: the loops of `sampling` and `beams` know its four methods, whether it finds the
+largest logit of a row, and nothing of caches, layers or devices. `graphs.GraphStep` replays a captured one.
 """
 
 from __future__ import annotations
@@ -22,11 +22,21 @@ class Step:
         caches: their static caches.
         beams: whether rows will be reordered.
         most: keys of self-attention that this call may reach; the caches grow up to it.
+
+    Attributes:
+        wants_best: set by a loop that has a use for `best`.
+        finds_best: whether `step` gives it.
+        best: int64 [rows], where the largest of the last step's logits are, as `torch.argmax` has them; written over by
+            the next step. None where that was not asked for, or is not found here.
     """
+
+    finds_best = False
 
     def __init__(self, decoder: Decoder, caches: Caches, beams: bool, most: int):
         self.decoder, self.caches = decoder, caches
         self.beams, self.most = beams, most
+        self.wants_best = False
+        self.best: torch.Tensor | None = None
         # Plain torch computes all keys that it is shown, so it is shown those that are there; kernels read `lengths`.
         self.exact_windows = any(_plain(layer.own, caches, beams) for layer in decoder.layers)
 
@@ -66,8 +76,11 @@ class Step:
         bias = None if decoder.prefill_bias is None else decoder.prefill_bias(tokens)
         return self._run(ids, positions, None, None, tokens, bias)
 
-    def step(self, tokens: torch.Tensor, position: int) -> torch.Tensor:
-        """tokens int64 [rows], all at `position` -> logits fp32 [rows, vocabulary]; a tensor of the caller's own."""
+    def step(self, tokens: torch.Tensor, position: int, keep: bool = True) -> torch.Tensor:
+        """tokens int64 [rows], all at `position` -> logits fp32 [rows, vocabulary].
+
+        keep: give a tensor of the caller's own; otherwise the next step may write over it.
+        """
         self._make_room(position + 1)
         self._place(tokens, position)
         keys = position + 1 if self.exact_windows else self.caches.shape.capacity

@@ -35,6 +35,35 @@ def processor(processors: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.T
     return run
 
 
+def silent(processors: Any) -> Callable[[int], bool]:
+    """Whether a list leaves all scores as they are, for sequences of so many tokens: nobody need call it then.
+
+    Known are those that `generate` makes of the configuration and that speak up at one length, or until one.
+    """
+    from transformers import LogitsProcessorList
+    from transformers.generation import logits_process
+
+    ask = {
+        "ForcedBOSTokenLogitsProcessor": lambda each, length: length != 1,
+        "ForcedEOSTokenLogitsProcessor": lambda each, length: length != each.max_length - 1,
+        "MinLengthLogitsProcessor": lambda each, length: length >= each.min_length,
+        "MinNewTokensLengthLogitsProcessor": lambda each, length: (
+            length - each.prompt_length_to_skip >= each.min_new_tokens
+        ),
+    }
+    asked = []
+    for each in processors:
+        kind = type(each)
+        known = kind.__name__ in ask and kind is getattr(logits_process, kind.__name__, None)
+        # Not where somebody has put another function into the class of transformers.
+        if not known or kind.__call__.__module__ != logits_process.__name__:
+            return lambda length: False
+        asked.append((ask[kind.__name__], each))
+    if type(processors) is not LogitsProcessorList:
+        return lambda length: False
+    return lambda length: all(answer(each, length) for answer, each in asked)
+
+
 class Stop:
     """Which sequences end: `StoppingCriteriaList`, in the short form where it allows one.
 

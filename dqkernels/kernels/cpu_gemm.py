@@ -176,8 +176,11 @@ def embedding(
     embed_scale: float,
     out_dtype: torch.dtype,
     kernel: str | None = None,
+    into: Tape | None = None,
 ) -> torch.Tensor:
     """Rows of a packed table -> [..., embedding_dim]; the arguments as in `reference.qembedding`.
+
+    into: write the call down there.
 
     Raises:
         IndexError: for an id without a row: of `weight_scale` where it has one number per row, else of `qweight`.
@@ -186,7 +189,7 @@ def embedding(
     core = native.require("cpu_embedding")
     shape = (*ids.shape, embedding_dim)
     flat = ids if ids.is_contiguous() else ids.contiguous()
-    y = torch.empty(shape, dtype=out_dtype)
+    y = (torch if into is None else into).empty(shape, dtype=out_dtype)
     address, position_dtype = 0, torch.float32
     if position is not None:
         position = _ready(position.expand(shape))
@@ -217,5 +220,8 @@ def embedding(
         y_dtype=_code("out_dtype", out_dtype),
         threads=torch.get_num_threads(),
         kernel=0 if kernel is None else 1 + core.cpu_gemm_kernels().index(kernel),
+        step=None if into is None else into.core,
     )
+    if into is not None:
+        into.keep(flat, qweight, weight_scale, group_mult, position)
     return y

@@ -1,8 +1,9 @@
 """Calls of the compiled core that are written down instead of made, to be run together later: a decode step on a CPU.
 
-With `into=tape`, `cpu_gemm.gemm`, `cpu_norm.layernorm_quantize`, `cpu_attention.qattention_decode` and
-`quantize_into_cache` check their operands, return the tensors that will hold their results, and append themselves.
-`run` then makes all the calls over whatever stands in the operands, with the bits of the calls made one by one.
+With `into=tape`, `cpu_gemm.gemm` and `embedding`, `cpu_norm.layernorm_quantize`, `cpu_attention.qattention_decode` and
+`quantize_into_cache`, and those of `cpu_token` check their operands, return the tensors that will hold their results,
+and append themselves. `run` then makes all the calls over whatever stands in the operands, with the bits of the calls
+made one by one.
 """
 
 from __future__ import annotations
@@ -61,10 +62,40 @@ class Tape:
         """Of the results, and what lies between two calls."""
         return self._own_bytes + sum(each.nbytes for results in self._results for each in results)
 
-    def run(self) -> None:
+    def set_rows(
+        self, tokens: torch.Tensor, positions: torch.Tensor, lengths: torch.Tensor, ancestors: torch.Tensor | None
+    ) -> None:
+        """What `run` writes where it is given tokens: int64 [rows], int32 [rows] twice, int32 [rows, capacity] or None,
+        all contiguous.
+
+        Raises:
+            ValueError: for another dtype, shape or layout.
+        """
+        rows, capacity = tokens.numel(), (1 << 31) - 1 if ancestors is None else ancestors.shape[-1]
+        wanted = {"tokens": (tokens, torch.int64, (rows,)), "positions": (positions, torch.int32, (rows,))}
+        wanted |= {"lengths": (lengths, torch.int32, (rows,))}
+        if ancestors is not None:
+            wanted["ancestors"] = (ancestors, torch.int32, (rows, capacity))
+        for name, (tensor, dtype, shape) in wanted.items():
+            if tensor.dtype != dtype or tuple(tensor.shape) != shape or not tensor.is_contiguous():
+                found = f"{tensor.dtype} {list(tensor.shape)} of strides {list(tensor.stride())}"
+                raise ValueError(f"{name} must be {dtype} {list(shape)}, contiguous, got {found}")
+        self.keep(*(tensor for tensor, _, _ in wanted.values()))
+        addresses = (tokens.data_ptr(), positions.data_ptr(), lengths.data_ptr())
+        self.core.set_rows(rows, capacity, *addresses, 0 if ancestors is None else ancestors.data_ptr())
+
+    def run(self, tokens: torch.Tensor | None = None, position: int = 0, wants_best: bool = False) -> None:
         """Makes all calls, with as many threads as torch would take.
+
+        Args:
+            tokens: int64 [rows] contiguous, all at `position`: written with it into what `set_rows` was given, first.
+            wants_best: whether `finish_logits` finds the largest.
 
         Raises:
             ValueError: for a length, position or ancestor outside the caches.
+            IndexError: for a token or position that an embedding has no row for.
         """
-        self.core.run(torch.get_num_threads())
+        if tokens is None:
+            self.core.run(torch.get_num_threads(), 0, 0, wants_best)
+        else:
+            self.core.run(torch.get_num_threads(), tokens.data_ptr(), position, wants_best)

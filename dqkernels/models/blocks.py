@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from dqkernels.config import DQConfig
-from dqkernels.models import steps
+from dqkernels.models import norms, steps
 
 logger = logging.getLogger("dqkernels")
 
@@ -66,6 +66,7 @@ def patch(model: nn.Module) -> nn.Module:
     for module in _fusable(model):
         if not is_fused(module):
             module.__class__ = _fused_class(type(module))
+    norms.patch(model, FAMILIES)
     return model
 
 
@@ -86,6 +87,7 @@ def unpatch(model: nn.Module) -> nn.Module:
                 )
     for _, module in fused:
         module.__class__ = type(module).dqkernels_base
+    norms.unpatch(model)
     return model
 
 

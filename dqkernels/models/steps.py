@@ -95,10 +95,20 @@ def behind(x: torch.Tensor, norm: nn.Module, linear: nn.Module) -> torch.Tensor:
 
     x: [..., K].
     """
-    watched = not plain_norm(norm) or apart((linear,)) is not None or under_autocast(x) or _wants_gradient(x, norm)
-    if watched or x.device.type != "cpu" or linear.backend not in ("auto", "cpu"):
+    if not plain_norm(norm) or not normed_by_kernel(x, norm, linear):
         return norm(x)
+    return kernel_norm(x, norm, linear)
+
+
+def kernel_norm(x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Module) -> torch.Tensor:
+    """norm(x) by the kernel of linears like `linear`, whose codes nobody wants here."""
     return ops.layernorm_quantize(x, None, norm.weight, norm.bias, norm.eps, "per_token", backend=linear.backend)[0]
+
+
+def normed_by_kernel(x: torch.Tensor, norm: nn.Module, linear: nn.Module) -> bool:
+    """Whether that kernel gives norm(x) beside linears like `linear`: on a CPU, for whoever wants no gradient."""
+    watched = apart((linear,)) is not None or under_autocast(x) or _wants_gradient(x, norm)
+    return not watched and x.device.type == "cpu" and linear.backend in ("auto", "cpu")
 
 
 def epilogue(activation: nn.Module) -> str | None:

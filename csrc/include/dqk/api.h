@@ -8,7 +8,7 @@
 namespace dqk {
 
 // Raised whenever a signature below or the packed format changes; dqkernels/kernels/native.py holds its twin.
-constexpr int32_t kAbiVersion = 5;
+constexpr int32_t kAbiVersion = 6;
 
 // ---- CPU instruction sets ---------------------------------------------------------------------------------
 
@@ -243,6 +243,42 @@ struct CpuEmbedding {
 
 // An id outside 0..rows-1 is refused before anything is written.
 Status cpu_embedding(const CpuEmbedding& args);
+
+// ---- the two ends of a decode step on a CPU --------------------------------------------------------------
+
+// x = x * factor, then + the row of `table` for the position that the row stands at; each step rounded to the
+// type of x, as separate operations of torch are.
+struct AddPosition {
+    void* x;  // [rows, k] contiguous
+    DType dtype;
+    int64_t rows;
+    int64_t k;
+    float factor;             // 1: no step of its own
+    const void* table;        // [table_rows, k] contiguous, of dtype
+    int64_t table_rows;       //
+    const int32_t* position;  // [rows]
+    int64_t offset;           // of position 0 in the table
+};
+
+// A position without a row is refused before anything is written.
+Status add_position(const AddPosition& args);
+
+// y = x (+ bias) as fp32, and the place of the largest in each row: the first of them; a NaN is larger than
+// any number.
+struct FinishLogits {
+    const void* x;  // [rows, n] contiguous
+    DType dtype;
+    int64_t rows;
+    int64_t n;
+    const void* bias;  // [n] of bias_dtype, or nullptr
+    DType bias_dtype;
+    bool rounded;   // the sum is rounded to dtype first
+    float* y;       // [rows, n] contiguous; x itself where that is fp32
+    int64_t* best;  // [rows], or nullptr: not wanted
+    int32_t threads;
+};
+
+Status finish_logits(const FinishLogits& args);
 
 // ---- the skinny GEMM: few tokens, packed weights ---------------------------------------------------------
 

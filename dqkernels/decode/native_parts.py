@@ -1,0 +1,79 @@
+"""What a native decode step asks of a linear or a norm: where it runs, what it reads, how it is written down."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+
+from dqkernels import backends, checks
+from dqkernels.kernels import cpu_gemm
+
+
+def elsewhere(linear: nn.Module, label: str, normed: bool) -> Iterator[str]:
+    """Which of this linear's steps another backend runs."""
+    layer, where = linear.layer, ("cpu", linear.backend, linear.strict)
+    found = [("qgemm", {"bits": layer.bits, "group_size": layer.group_size})]
+    found += [("layernorm_quantize", {"mode": layer.act_granularity})] if normed else []
+    for op, facts in found:
+        chosen = backends.choose(op, *where, **facts).backend
+        if chosen != "cpu":
+            yield f"{op} of {label} runs on {chosen}"
+
+
+def unreadable(modules: tuple[nn.Module, ...], label: str) -> Iterator[str]:
+    """Which tensors would be copied to be read: the core keeps addresses, and a copy knows no change of its source."""
+    for module in modules:
+        for tensor in tensors(module):
+            if not tensor.is_contiguous() or tensor.dtype == torch.float64:
+                yield f"{label} hold a {tensor.dtype} tensor of strides {list(tensor.stride())}"
+
+
+def tensors(module: nn.Module) -> list[torch.Tensor]:
+    """What a linear, or a norm, is computed with."""
+    given = (module.weight, module.bias) if isinstance(module, nn.LayerNorm) else part_of(module, None)[:4]
+    scale = getattr(module, "act_scale", None)
+    return [tensor for tensor in (*given, scale) if tensor is not None]
+
+
+def linear_state(linear: nn.Module) -> tuple[Any, ...]:
+    """What a call of this linear was written down for."""
+    # A static scale is a number of the call that was written down: its value counts. NaN, which is refused, too.
+    scale = getattr(linear, "act_scale", None)
+    value = None if scale is None else scale.tolist()
+    return linear.layer, linear.backend, linear.strict, repr(value), *map(place, tensors(linear))
+
+
+def place(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where a tensor lies, and as what."""
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)
+
+
+def part_of(linear: nn.Module, residual: torch.Tensor | None) -> cpu_gemm.Part:
+    """Its tensors, as the GEMM takes them."""
+    qweight, scale, mult = linear.packed()
+    return cpu_gemm.part(qweight, scale, checks.given(mult), linear.bias, residual, linear.out_features)
+
+
+def checked(linear: nn.Module, x: torch.Tensor, activation: str, residual: torch.Tensor | None) -> cpu_gemm.Part:
+    """`part_of`, after the checks of `ops.qlinear`: what is written down is never checked again."""
+    part, layer = part_of(linear, residual), linear.layer
+    mode, clip, scale = input_of(linear)
+    checks.check_activation(x, mode, scale, clip)
+    size = linear.out_features
+    checks.check_gemm(x.shape[-1], *part[:4], layer.bits, layer.group_size, size, activation, x.dtype)
+    checks.check_residual(residual, (*x.shape[:-1], size))
+    return part
+
+
+def input_of(linear: nn.Module) -> tuple[str, float | None, torch.Tensor | None]:
+    """How it quantizes its input: mode, clip, static scale."""
+    return linear.layer.act_granularity, linear.layer.act_clip, getattr(linear, "act_scale", None)
+
+
+def format_of(linear: nn.Module) -> dict[str, Any]:
+    """The format of its weights, as the GEMM takes it."""
+    layer = linear.layer
+    return {"bits": layer.bits, "four_level": layer.four_level, "group_size": layer.group_size}
