@@ -122,6 +122,25 @@ void embedding(uintptr_t ids, bool ids32, int64_t count, uintptr_t qweight, uint
     raise_cpu(run_or_add(args, cpu_embedding, step), kName);
 }
 
+// Several pieces of memory of one size, one after the other.
+uint64_t read(const std::vector<uintptr_t>& pieces, int64_t bytes, int threads) {
+    constexpr const char* kName = "read_bytes";
+    for (const uintptr_t piece : pieces) pointer<const void>(piece, 1, bytes > 0, kName, "piece");
+    uint64_t total = 0;
+    Status status = Status::ok;
+    {
+        py::gil_scoped_release released;
+        for (const uintptr_t piece : pieces) {
+            uint64_t sum = 0;
+            status = read_bytes(reinterpret_cast<const void*>(piece), bytes, threads, &sum);
+            if (status != Status::ok) break;
+            total += sum;
+        }
+    }
+    raise_cpu(status, kName);
+    return total;
+}
+
 std::vector<std::string> kernel_names() {
     std::vector<std::string> names;
     for (int32_t i = 0; gemm_kernel_name(i) != nullptr; ++i) names.emplace_back(gemm_kernel_name(i));
@@ -148,6 +167,8 @@ void define_cpu_gemm(py::module_& m) {
           py::arg("embed_scale"), py::arg("position"), py::arg("position_dtype"), py::arg("position_stride"),
           py::arg("y"), py::arg("y_dtype"), py::arg("threads"), py::arg("kernel") = 0,
           py::arg("step").none(true) = nullptr, "Rows of a packed table -> floats.");
+    m.def("read_bytes", &read, py::arg("pieces"), py::arg("bytes"), py::arg("threads"),
+          "Reads pieces of memory (addresses) and does nothing else; the sum of their words.");
     py::class_<CpuPlan>(m, "CpuPlan", "Options of a linear on the CPU; `run` computes it.")
         .def(py::init<int64_t, int, int, float, int, bool, int, int, int, const std::vector<int64_t>&,
                       const std::vector<bool>&, const std::vector<int>&, const std::vector<int>&, int>(),

@@ -97,7 +97,8 @@ def test_help_is_quick_complete_and_fits_80_columns():
 
 @pytest.mark.parametrize(
     "verb",
-    [[v] for v in VERBS] + [["bench"], *(["bench", b] for b in ("linear", "gemm", "kernels", "generate", "size"))],
+    [[v] for v in VERBS]
+    + [["bench"], *(["bench", b] for b in ("linear", "gemm", "kernels", "generate", "cpu", "size"))],
 )
 def test_help_of_each_verb_teaches(verb, capsys):
     assert main([*verb, "--help"]) == 0

@@ -47,11 +47,11 @@ def _of_process(call: Callable[[], Any]) -> tuple[Any, Growth]:
     _trim()
     try:
         (_PROC / "clear_refs").write_text("5")  # VmHWM starts anew from VmRSS
-        before = _status("VmRSS")
+        before = status("VmRSS")
     except OSError:
         before = None
     result = call()
-    most = _status("VmHWM") if before is not None else None
+    most = status("VmHWM") if before is not None else None
     return result, Growth(None if before is None or most is None else max(0, most - before))
 
 
@@ -63,7 +63,8 @@ def _trim() -> None:
         pass  # not glibc
 
 
-def _status(name: str) -> int | None:
+def status(name: str) -> int | None:
+    """Bytes of a line of this process's status, such as VmRSS, or None where nobody says."""
     try:
         found = re.search(rf"^{name}:\s+(\d+) kB$", (_PROC / "status").read_text(), re.MULTILINE)
     except OSError:

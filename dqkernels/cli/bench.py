@@ -22,6 +22,7 @@ Examples:
   dqkernels bench gemm --seconds 120
   dqkernels bench kernels --seconds 10
   dqkernels bench generate tiny --seconds 30
+  dqkernels bench cpu --seconds 600
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
   dqkernels bench compare before.json after.json
   dqkernels bench projected --card a100-80-sxm
@@ -85,6 +86,20 @@ Examples:
   dqkernels bench generate ./bart-cnn --bits 4 \\
       --candidates torch,ours,ctranslate2
 """
+_CPU = """What the goals of the CPU are about, in one run: each named at the end, met, not met or not measured.
+
+Parts: gemv (one token through a linear, against a loop that only reads the same bytes), gemm (against torch's int8 and
+fp32), step (what passes between two native decode steps), threads (a call right behind a parallel op of torch), memory
+(a fresh process that loads a file and generates), generate (bench generate, with the peers that are installed).
+
+Everything is proven before it is timed. --out is written after every part, and --resume goes on with it.
+
+\b
+Examples:
+  dqkernels bench cpu --seconds 600 --out cpu.json
+  dqkernels bench cpu --parts gemv,gemm --bits 4,2 --seconds 60
+  dqkernels bench cpu --shape tiny --parts step,memory --seconds 10
+"""
 _SIZE = """The file of a packed student against its fp32 teacher's, really written, with random weights.
 
 Layers are encoder-decoder, bits are weights-embeddings: 6-3 at 2-2 is the paper's smallest BART-base.
@@ -113,6 +128,7 @@ def register(app: typer.Typer) -> None:
     group.command("gemm", help=_GEMM, short_help="The GEMM of decoding, against other projects'.")(gemm)
     group.command("kernels", help=_KERNELS, short_help="Every other op, on every backend.")(kernels)
     group.command("generate", help=_GENERATE, short_help="Whole models, against other projects'.")(generate)
+    group.command("cpu", help=_CPU, short_help="What the goals of the CPU are about.")(cpu)
     group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
     compare.register(group)
     projected.register(group)
@@ -321,6 +337,39 @@ def generate(
     elif plot is not None:
         library.write_plot(result, plot)
         common.say(f"wrote {plot}")
+
+
+def cpu(
+    shape: Annotated[str, typer.Option("--shape", help="tiny, bart-base or bart-large.")] = "bart-base",
+    parts: Annotated[
+        str | None,
+        typer.Option("--parts", help="Of gemv, step, threads, memory, gemm, generate, comma-separated; default: all."),
+    ] = None,
+    bits: Widths = "8,4,2",
+    seconds: Annotated[float, typer.Option("--seconds", help="For all of it, shared among the parts.")] = 600.0,
+    out: Out = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
+    overwrite: Overwrite = False,
+    json_output: common.Json = False,
+) -> None:
+    widths = common.choices("--bits", bits, (8, 4, 2))
+    _check_seconds(seconds)
+    if resume and (out is None or overwrite):
+        raise common.WrongUsage("--resume goes on with the record in --out, which --overwrite would replace")
+    common.check_new_file("--out", out, overwrite or resume)
+    from dqkernels.bench import cpu as library
+
+    common.quiet_transformers()
+    with common.checking_input():  # the library refuses what it cannot measure before it measures
+        result = library.run(
+            shape,
+            None if parts is None else [part.strip() for part in parts.split(",")],
+            widths,
+            seconds=seconds,
+            out=out,
+            resume=resume,
+        )
+    _finish(library, result, out, json_output)
 
 
 def size(

@@ -244,6 +244,10 @@ struct CpuEmbedding {
 // An id outside 0..rows-1 is refused before anything is written.
 Status cpu_embedding(const CpuEmbedding& args);
 
+// Reads `bytes` bytes and does nothing else: the yardstick of kernels that must read as many. sum: of the
+// 64-bit words, and of the bytes left over.
+Status read_bytes(const void* data, int64_t bytes, int32_t threads, uint64_t* sum);
+
 // ---- the two ends of a decode step on a CPU --------------------------------------------------------------
 
 // x = x * factor, then + the row of `table` for the position that the row stands at; each step rounded to the
