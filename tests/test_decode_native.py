@@ -346,6 +346,12 @@ def test_processors_that_have_nothing_to_say_are_not_asked(name):
         ids, scores = torch.full((1, length), 4), torch.arange(9.0).unsqueeze(0)
         changed = not torch.equal(one(ids, scores.clone()), scores)
         assert changed <= (not unheard(length)) and (length in lengths) == (not unheard(length))
+        for token in (2, 8):  # the end of sequence, or another one, is the largest
+            scores[0, token] = 20.0 + token
+            if unheard(length, [token]):
+                assert one(ids, scores.clone()).argmax() == token
+        assert unheard(length, [8]) or name in ("bos", "eos", "ngram")
+        assert unheard(length, [8, 2]) == unheard(length)
     both = logits_process.LogitsProcessorList([one, PROCESSORS["eos"][0]])
     assert not stopping.silent(both)(5) and not stopping.silent([one])(8), "a list of the user's is called"
 

@@ -70,10 +70,9 @@ def _greedy(step: Step, ids, process, unheard, stop: Stop, pad, streamer) -> tor
     written = [ids]
     logits = step.prefill(ids)
     while True:
-        if not unheard(length):
+        tokens = torch.argmax(logits, dim=-1) if step.best is None else step.best.clone()
+        if not unheard(length) and not unheard(length, tokens.tolist()):
             tokens = torch.argmax(process(torch.cat(written, dim=1), logits.clone()), dim=-1)
-        else:
-            tokens = torch.argmax(logits, dim=-1) if step.best is None else step.best.clone()
         if stop.pads and not all(running):
             tokens = torch.where(torch.tensor(running), tokens, pad)
         written.append(tokens.unsqueeze(1))

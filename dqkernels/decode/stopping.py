@@ -35,10 +35,12 @@ def processor(processors: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.T
     return run
 
 
-def silent(processors: Any) -> Callable[[int], bool]:
-    """Whether a list leaves all scores as they are, for sequences of so many tokens: nobody need call it then.
+def silent(processors: Any) -> Callable[..., bool]:
+    """Whether a list leaves the largest score of every row where it is, for sequences of so many tokens, and where that
+    is known for these largest ones: (length, largest=()) -> bool. Nobody need call it then.
 
-    Known are those that `generate` makes of the configuration and that speak up at one length, or until one.
+    Known are those that `generate` makes of the configuration and that speak up at one length, or until one. A minimal
+    length takes nothing but the end of sequence away: it matters where that is the largest.
     """
     from transformers import LogitsProcessorList
     from transformers.generation import logits_process
@@ -57,11 +59,19 @@ def silent(processors: Any) -> Callable[[int], bool]:
         known = kind.__name__ in ask and kind is getattr(logits_process, kind.__name__, None)
         # Not where somebody has put another function into the class of transformers.
         if not known or kind.__call__.__module__ != logits_process.__name__:
-            return lambda length: False
-        asked.append((ask[kind.__name__], each))
+            return lambda length, largest=(): False
+        takes = {*each.eos_token_id.reshape(-1).tolist()} if kind.__name__.startswith("Min") else None
+        asked.append((ask[kind.__name__], each, takes))
     if type(processors) is not LogitsProcessorList:
-        return lambda length: False
-    return lambda length: all(answer(each, length) for answer, each in asked)
+        return lambda length, largest=(): False
+
+    def run(length, largest=()):
+        for unheard, each, takes in asked:
+            if not unheard(each, length) and (takes is None or not largest or not takes.isdisjoint(largest)):
+                return False
+        return True
+
+    return run
 
 
 class Stop:
