@@ -101,16 +101,17 @@ class DQConfig:
         act_clip: clamp activations to +-act_clip before their maximum is taken (DQ-BART: 2.5).
         weight_clip: clamp weights to +-weight_clip before they are quantized (DQ-BART: 2.5).
         attention: `int8` (Q, K, V and probabilities; refused where `dqkernels.models.attention` cannot), `float`, or
-            `auto`: int8 in BART, mBART, Marian and Pegasus, float in others. Files hold which of the two it was.
+            `auto`: int8 in BART and its relatives (`fused`), float in others. Files hold which of the two it was.
         head: `quantized`, or `float` to leave the output head in float (what the DQ-BART code does).
         overrides: `{regex: {key: value}}`; a module whose full name matches takes these values. Of several
             matching entries the last one that sets a key wins, so their order counts. `{"skip": True}` leaves a
             module in float, a later `{"skip": False}` packs it again.
         strict: raise instead of taking a slower or wider path. Of the machine, not the model: never in a file.
         backend: `auto`, or the one to force: `eager`, `triton`, `cuda`, `cpu`. Never in a file either.
-        fused: `auto` computes attention and feed-forward of BART, mBART, Marian and Pegasus in fused steps at inference
-            (`dqkernels.models.patch`), other models module by module; False does so with all. `report()` says what
-            runs, and why. Never in a file either: in fp32 the results do not depend on it.
+        fused: `auto` computes attention and feed-forward of BART, mBART, Marian, Pegasus, M2M100 (NLLB), PLBart and
+            Blenderbot in fused steps at inference (`dqkernels.models.patch`), other models module by module; False does
+            so with all. `report()` says what runs, and why. Never in a file either: in fp32 the results do not depend
+            on it, but for the last bits of norms on a CPU.
 
     Raises:
         ValueError: naming the argument, the value found and the values wanted.

@@ -13,7 +13,7 @@ KIN = {
     "m2m_100": ("M2M100ForConditionalGeneration", "bart"),
     "plbart": ("PLBartForConditionalGeneration", "bart"),
     "blenderbot": ("BlenderbotForConditionalGeneration", "bart"),
-    "blenderbot_small": ("BlenderbotSmallForConditionalGeneration", "bart"),
+    "blenderbot-small": ("BlenderbotSmallForConditionalGeneration", "bart"),
 }
 IDS = torch.tensor([[5, 6, 7, 8, 9, 2], [11, 12, 13, 2, 1, 1]])
 PADDED = {"attention_mask": (IDS != 1).long(), "decoder_attention_mask": torch.tensor([[1] * 5, [1] * 3 + [0] * 2])}

@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import functools
+import importlib
 import io
 import pickle
 import warnings
@@ -273,7 +274,7 @@ def test_patch_and_unpatch(family):
     models.patch(models.patch(model))  # twice is once
     names = dict(model.named_modules())
     prefix = blocks.FAMILIES[family][0]
-    modeling = __import__(f"transformers.models.{family}.modeling_{family}", fromlist=["x"])
+    modeling = importlib.import_module(blocks.file_of(family))
     for part, count in (("Attention", 4), ("EncoderLayer", 2), ("DecoderLayer", 1)):
         fused = [m for m in names.values() if blocks.is_fused(m) and isinstance(m, getattr(modeling, prefix + part))]
         assert len(fused) == count, part

@@ -25,8 +25,9 @@ with `dqkernels train`.
 --act_granularity   per_token   one scale per token, independent of the batch
                     per_tensor  the paper's; results depend on batch mates
                     static      one per layer, out of --calibration_file
---attention         auto        int8 in BART, mBART, Marian and Pegasus
-                    int8        in T5 and the kin of these families too
+--attention         auto        int8 in BART, mBART, Marian, Pegasus, M2M100
+                                (NLLB), PLBart and Blenderbot
+                    int8        in T5 too
                     float       stays in float
 
 \b

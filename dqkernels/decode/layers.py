@@ -12,7 +12,7 @@ from torch import nn
 
 from dqkernels import backends
 from dqkernels.decode.prepared import Onto, Projection
-from dqkernels.models import attention, steps
+from dqkernels.models import attention, blocks, steps
 
 
 @dataclass
@@ -90,7 +90,7 @@ class Decoder:
 
 def modeling(family: str) -> ModuleType | None:
     """The file of transformers that holds a family's classes, if it was imported."""
-    return sys.modules.get(f"transformers.models.{family}.modeling_{family}")
+    return sys.modules.get(blocks.file_of(family))
 
 
 def altered(module: nn.Module, file: ModuleType, names: Sequence[str]) -> bool:

@@ -1,4 +1,4 @@
-"""Attention and feed-forward of packed BART, mBART, Marian and Pegasus models in fused steps.
+"""Attention and feed-forward of packed BART models and their relatives (`FAMILIES`) in fused steps.
 
     patch(model)        # in place; `isinstance`, names, `state_dict`, hooks and saving stay what they were
     unpatch(model)      # the classes of before
@@ -34,6 +34,10 @@ FAMILIES = {
     "mbart": ("MBart", "pre"),
     "marian": ("Marian", "post"),
     "pegasus": ("Pegasus", "pre"),
+    "plbart": ("PLBart", "post"),
+    "m2m_100": ("M2M100", "pre"),  # NLLB too
+    "blenderbot": ("Blenderbot", "pre"),
+    "blenderbot-small": ("BlenderbotSmall", "post"),
 }
 #: What the forwards that are replaced here take, and in which order; the cache under one of the names below. A further
 #: parameter would end in `**kwargs` and be ignored without a word: such a transformers is refused.
@@ -53,8 +57,8 @@ def patch(model: nn.Module) -> nn.Module:
     """Makes every attention and every layer of `model` a fused one, in place.
 
     Args:
-        model: a BART, mBART, Marian or Pegasus of transformers, or a module that contains one; packed by `quantize_` or
-            about to be: layers in float run as before.
+        model: of transformers and of `FAMILIES`, or a module that contains such models; packed by `quantize_` or about
+            to be: layers in float run as before.
 
     Returns:
         `model` itself.
@@ -113,6 +117,12 @@ def apply(model: nn.Module, config: DQConfig) -> None:
             if config.strict:
                 raise
             logger.warning("%s is not fused: %s", type(model).__name__, error)
+
+
+def file_of(family: str) -> str:
+    """The module of transformers that holds the classes of a `model_type`."""
+    folder = family.replace("-", "_")
+    return f"transformers.models.{folder}.modeling_{folder}"
 
 
 def is_fused(module: nn.Module) -> bool:
@@ -205,7 +215,7 @@ def _base_of(module: nn.Module) -> type | None:
     """The class of transformers that `module` is, if its forward is that class's (or was, before `patch`)."""
     cls = getattr(type(module), "dqkernels_base", type(module))
     for family, (prefix, _) in FAMILIES.items():
-        modeling = sys.modules.get(f"transformers.models.{family}.modeling_{family}")
+        modeling = sys.modules.get(file_of(family))
         for part in _PARTS if modeling is not None else ():
             base = getattr(modeling, prefix + part)
             if issubclass(cls, base):
@@ -250,7 +260,7 @@ def _fused_class(base: type) -> type:
     mixin = {"Attention": _Attention, "EncoderLayer": _EncoderLayer, "DecoderLayer": _DecoderLayer}
     for cls in base.__mro__:
         for family, (prefix, order) in FAMILIES.items():
-            if cls.__module__ == f"transformers.models.{family}.modeling_{family}":
+            if cls.__module__ == file_of(family):
                 fields = {
                     "dqkernels_base": base,
                     "dqkernels_post": order == "post",

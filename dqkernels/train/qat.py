@@ -149,12 +149,7 @@ def packed_copy(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
     del new.dqkernels_qat
     if getattr(new, "config", None) is not None and hasattr(new.config, CONFIG_KEY):
         delattr(new.config, CONFIG_KEY)
-    # Loading leaves alone what no file holds (rotary frequencies), which a cast would round.
-    apart = [(m, name) for m in new.modules() for name in m._non_persistent_buffers_set if m._buffers[name] is not None]
-    wide = [module._buffers[name] for module, name in apart]
-    new.to(dtype)
-    for (module, name), buffer in zip(apart, wide, strict=True):
-        module._buffers[name] = buffer
+    _cast(new, dtype)
     convert.install(new, config, decisions, packed)
     kept = new._get_dtype_plan(dtype) if hasattr(new, "_get_dtype_plan") else {}
     for name, module in new.named_modules():  # as loading does: T5 keeps `wo` in float32 beside float16
@@ -162,6 +157,33 @@ def packed_copy(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
         if wide is not None and isinstance(module, PackedModule):
             module.to(wide)
     return new.eval().requires_grad_(False)
+
+
+def _cast(model: nn.Module, dtype: torch.dtype) -> None:
+    """`model.to(dtype)` as loading has it: a buffer that no file holds is what its module makes, in the type it makes.
+
+    Rotary frequencies are float32 in every model, and a cast would round them; M2M100's positions are of the model's
+    type. A model of transformers that is made anew, without memory, tells which.
+    """
+    made: dict[str, torch.Tensor] = {}
+    if hasattr(model, "_from_config") and getattr(model, "config", None) is not None:
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)
+        try:
+            with torch.device("meta"):
+                made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
+        finally:
+            torch.set_default_dtype(before)
+    kept = {}
+    for prefix, module in model.named_modules():
+        for name in module._non_persistent_buffers_set:
+            buffer = module._buffers[name]
+            if buffer is not None:
+                like = made.get(f"{prefix}.{name}" if prefix else name)
+                kept[module, name] = buffer if like is None else buffer.to(like.dtype)
+    model.to(dtype)
+    for (module, name), buffer in kept.items():
+        module._buffers[name] = buffer
 
 
 def export(
