@@ -52,8 +52,9 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     """Replaces every `nn.Linear` and token embedding of `model` by its packed form, in place.
 
     Attention and feed-forward of BART, mBART, Marian, Pegasus, M2M100 (NLLB), PLBart and Blenderbot run in fused steps
-    from then on, and attention in int8 (`dqkernels.models`). Where it is int8 (T5 too, with attention="int8"), `model.generate` runs a loop over int8
-    caches that writes the same tokens (`dqkernels.decode`; `decode.plain(model)` is transformers' own).
+    from then on, and attention in int8 (`dqkernels.models`). Where it is int8 (T5 too, with attention="int8"),
+    `model.generate` runs a loop over int8 caches that writes the same tokens (`dqkernels.decode`;
+    `decode.plain(model)` is transformers' own).
 
     Tied weights stay tied: an lm_head that shares the embedding's weight shares its packed table. Everything is
     packed before anything is swapped, so an error leaves the model as it was. Modules that are packed already

@@ -13,7 +13,7 @@ from dqkernels import DQConfig, decode, models, quantize_
 from dqkernels.decode import engine
 
 CONFIG = DQConfig(weight_bits=4, attention="int8")
-FAMILIES = ("bart", "mbart", "marian", "pegasus")
+FAMILIES = ("bart", "mbart", "marian", "pegasus", "plbart", "m2m_100", "blenderbot", "blenderbot-small")
 #: T5 with a ReLU, and its later form (FLAN-T5's) with a gated GELU and a head of its own.
 ALL = (*FAMILIES, "t5", "t5_v1_1")
 #: Four sources of different lengths, padded on the right.
@@ -35,6 +35,9 @@ def build(family: str, config: DQConfig = CONFIG, dtype: torch.dtype = torch.flo
     settings = model.generation_config
     if hasattr(model, "final_logits_bias"):
         model.final_logits_bias[0, settings.eos_token_id] = 2.0 if family == "pegasus" else 4.0
+    elif family == "m2m_100":  # the same by the norm before the head
+        row = model.lm_head.weight[settings.eos_token_id].detach()
+        model.model.decoder.layer_norm.bias.data += 4.0 * row / row.square().sum()
     settings.forced_eos_token_id = None
     settings.max_length = None
     model = quantize_(model.to(dtype), config)

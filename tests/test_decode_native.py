@@ -32,7 +32,15 @@ pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absen
 #: or three before.
 CALLS = 9 + 3
 #: And of the two ends: tokens, positions, a norm of theirs; a norm before the head, the head, its largest.
-ENDS = {"bart": 3 + 2, "mbart": 3 + 3, "marian": 2 + 2, "pegasus": 2 + 3}
+ENDS = {
+    "bart": 3 + 2, "mbart": 3 + 3, "marian": 2 + 2, "pegasus": 2 + 3, "plbart": 3 + 2, "blenderbot": 2 + 3,
+    "m2m_100": 0 + 3, "blenderbot-small": 0 + 2,
+}  # fmt: skip
+#: Whose embedding torch computes, and why.
+BY_TORCH = {
+    "m2m_100": "positions count the tokens that are no padding",
+    "blenderbot-small": "the norm stands before the positions",
+}
 
 
 def layers_of(model) -> list[native_step.Layers]:
@@ -71,7 +79,8 @@ def test_the_bits_of_the_calls_one_by_one(family, threads, monkeypatch):
         torch.set_num_threads(threads)
         for rows, beams in ((1, 1), (4, 1), (2, 3)):
             written = assert_one_by_one(model, monkeypatch, rows, num_beams=beams)
-            assert len(written.tape.core) == 3 * CALLS + ENDS[family] and written.x is None
+            assert len(written.tape.core) == 3 * CALLS + ENDS[family]
+            assert (written.x is None) == (family not in BY_TORCH)
     finally:
         torch.set_num_threads(before)
 
@@ -233,6 +242,12 @@ def test_where_it_cannot_be_it_says_so(case):
     assert told == f"own loop over static int8 caches, layer by layer ({WHY[case]})"
     alike(model, lively=False)
     assert layers_of(model) == []
+
+
+@pytest.mark.parametrize("family", BY_TORCH)
+def test_an_embedding_of_another_kind_says_so(family):
+    words = f"the layers of a step in one native call, its embedding by torch ({BY_TORCH[family]})"
+    assert decode.describe(build(family)) == f"own loop over static int8 caches, {words}"
 
 
 ENDS_APART = {

@@ -1,4 +1,4 @@
-"""The decoders of BART, mBART, Marian and Pegasus, whose blocks `models.blocks` has fused."""
+"""The decoders of BART and its relatives, whose blocks `models.blocks` has fused."""
 
 from __future__ import annotations
 
@@ -18,6 +18,10 @@ CLASSES = {
     "MBartForConditionalGeneration": "mbart",
     "MarianMTModel": "marian",
     "PegasusForConditionalGeneration": "pegasus",
+    "PLBartForConditionalGeneration": "plbart",
+    "M2M100ForConditionalGeneration": "m2m_100",
+    "BlenderbotForConditionalGeneration": "blenderbot",
+    "BlenderbotSmallForConditionalGeneration": "blenderbot-small",
 }
 _POSITIONS = ("LearnedPositionalEmbedding", "SinusoidalPositionalEmbedding")
 
@@ -56,7 +60,6 @@ def prepare(model: nn.Module) -> layers.Decoder:
     """The decoder of a model without obstacles, for calls from now on until a module changes."""
     decoder, head = parts(model)
     first = decoder.layers[0].self_attn
-    positions = decoder.embed_positions
     bias = _logits_bias(model)
     return layers.Decoder(
         [_layer(layer) for layer in decoder.layers],
@@ -65,7 +68,7 @@ def prepare(model: nn.Module) -> layers.Decoder:
         embed=_embedding(decoder),
         head=_head(model, head, bias),
         logits_bias=bias,
-        limit=positions.num_embeddings - getattr(positions, "offset", 0),
+        limit=_limit(decoder.embed_positions),
     )
 
 
@@ -101,28 +104,62 @@ def _layer(layer: nn.Module) -> layers.Layer:
     )
 
 
-def _embedding(decoder: nn.Module):
-    """Tokens, their factor where the decoder has it, positions and the norm behind, in the steps of transformers."""
-    tokens, positions = decoder.embed_tokens, decoder.embed_positions
+def norms_tokens(decoder: nn.Module) -> bool:
+    """Whether the embedding's norm stands before the positions, as in Blenderbot's small form, and not behind them."""
+    return type(decoder.embed_positions).__name__.startswith("BlenderbotSmall")
+
+
+def skips_padding(positions: nn.Module) -> bool:
+    """Whether positions count the tokens that are no padding, as M2M100's do, and not all of them."""
+    return not isinstance(positions, nn.Embedding)
+
+
+def _limit(positions: nn.Module) -> int:
+    """Positions there are. Those of M2M100 grow; longer texts than it has rows for are left to transformers."""
+    if skips_padding(positions):
+        return positions.weights.shape[0] - positions.padding_idx - 1
+    return positions.num_embeddings - getattr(positions, "offset", 0)
+
+
+def _places(positions: nn.Module):
+    """ids [rows, tokens] and the tokens' positions int64 [tokens] -> what is added to the tokens."""
+    if skips_padding(positions):
+        grown, padding = positions.weights, positions.padding_idx
+
+        def counted(ids, at):
+            real = ids.ne(padding)
+            # As transformers counts: within this call, from the length of the cache on.
+            return F.embedding((real.cumsum(1) + at[:1]) * real + padding, grown)
+
+        return counted
     table, offset = positions.weight, getattr(positions, "offset", 0)
-    scale = getattr(decoder, "embed_scale", 1.0)
+    return lambda ids, at: F.embedding(at + offset if offset else at, table)
+
+
+def _embedding(decoder: nn.Module):
+    """Tokens, their factor where the decoder has it, positions and the norm, in the steps of transformers."""
+    tokens, places, norm_first = decoder.embed_tokens, _places(decoder.embed_positions), norms_tokens(decoder)
+    # The one that norms first has a factor, and takes it in its encoder alone.
+    scale = 1.0 if norm_first else getattr(decoder, "embed_scale", 1.0)
     norm = getattr(decoder, "layernorm_embedding", None)
 
     def embed(ids, at):
         x = tokens(ids)
         if scale != 1.0:
             x = x * scale
-        x = x + F.embedding(at + offset if offset else at, table)
+        if norm_first:
+            return norm(x) + places(ids, at)
+        x = x + places(ids, at)
         return x if norm is None else norm(x)
 
     return embed
 
 
 def _logits_bias(model: nn.Module) -> torch.Tensor | None:
-    """The model's, [vocabulary]; None where it is zero, as nearly always."""
-    bias = model.final_logits_bias
+    """The model's, [vocabulary]; None where it is zero, as nearly always, or there is none (M2M100)."""
+    bias = getattr(model, "final_logits_bias", None)
     # Adding zeros changes nothing but the sign of a zero; asked once per call.
-    return bias.detach().reshape(-1) if bool(bias.any()) else None
+    return bias.detach().reshape(-1) if bias is not None and bool(bias.any()) else None
 
 
 def _head(model: nn.Module, head: nn.Module, bias: torch.Tensor | None):

@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from dqkernels import backends, checks
+from dqkernels.decode import bart
 from dqkernels.decode.caches import Caches
 from dqkernels.decode.native_parts import elsewhere, linear_state, place, tensors, unreadable
 from dqkernels.kernels import cpu_gemm, cpu_norm, cpu_token
@@ -32,6 +33,9 @@ def why_not_head(decoder: nn.Module, head: nn.Module, bias: torch.Tensor | None)
 
 
 def _embed_obstacles(decoder: nn.Module) -> Iterator[str]:
+    if (why := _strange(decoder)) is not None:
+        yield why
+        return
     tokens, table = decoder.embed_tokens, decoder.embed_positions.weight
     if type(tokens).__name__ != "QEmbedding" or not type(tokens).__module__.startswith("dqkernels."):
         yield f"embed_tokens is a {type(tokens).__name__}"
@@ -45,6 +49,13 @@ def _embed_obstacles(decoder: nn.Module) -> Iterator[str]:
     if table.dtype != tokens.compute_dtype or table.dtype == torch.float64:
         yield f"positions are {table.dtype}, tokens {tokens.compute_dtype}"
     yield from _norm_obstacles(decoder, "layernorm_embedding")
+
+
+def _strange(decoder: nn.Module) -> str | None:
+    """What this decoder does otherwise than to add positions, from a table, and norm the sum; in words."""
+    if bart.skips_padding(decoder.embed_positions):
+        return "positions count the tokens that are no padding"
+    return "the norm stands before the positions" if bart.norms_tokens(decoder) else None
 
 
 def _head_obstacles(decoder: nn.Module, head: nn.Module, bias: torch.Tensor | None) -> Iterator[str]:

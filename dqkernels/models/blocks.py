@@ -70,7 +70,7 @@ def patch(model: nn.Module) -> nn.Module:
     for module in _fusable(model):
         if not is_fused(module):
             module.__class__ = _fused_class(type(module))
-    norms.patch(model, FAMILIES)
+    norms.patch(model, {file_of(family): prefix for family, (prefix, _) in FAMILIES.items()})
     return model
 
 

@@ -17,11 +17,11 @@ from dqkernels.models import steps
 NAMES = ("layernorm_embedding", "layer_norm")
 
 
-def patch(model: nn.Module, families: Mapping[str, tuple[str, str]]) -> None:
-    """Takes those of every decoder of `families` (`model_type` -> prefix of its classes, ...) inside `model`."""
+def patch(model: nn.Module, families: Mapping[str, str]) -> None:
+    """Takes those of every decoder of `families` (module of transformers -> prefix of its classes) inside `model`."""
     kinds = []
-    for family, (prefix, _) in families.items():
-        modeling = sys.modules.get(f"transformers.models.{family}.modeling_{family}")
+    for file, prefix in families.items():
+        modeling = sys.modules.get(file)
         kinds += [] if modeling is None else [getattr(modeling, prefix + "Decoder")]
     for decoder in model.modules():
         if isinstance(decoder, tuple(kinds)):
