@@ -36,7 +36,8 @@ def attach(model: nn.Module, graphs: bool = True) -> nn.Module:
     and blocks fused, later on; `report(model)` says why the last call went to transformers' loop, if it did.
 
     Args:
-        model: BartForConditionalGeneration, MBart..., MarianMTModel, Pegasus..., T5..., MT5...
+        model: BartForConditionalGeneration, MBart..., MarianMTModel, Pegasus..., M2M100..., PLBart..., Blenderbot...,
+            BlenderbotSmall..., T5..., MT5...
         graphs: whether steps on a GPU are captured in CUDA graphs.
 
     Returns:
