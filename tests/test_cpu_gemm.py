@@ -100,14 +100,16 @@ def test_saturated_codes(form, kernel):
     n, k = 9, 1300
     for code, sign in itertools.product({8: (-127, 127), 4: (-8, 7), 2: (-2, 1)}[bits], (1, -1)):
         codes = np.full((n, k), code)
-        q = torch.full((5, k), 127, dtype=torch.int8) * sign
+        q = torch.full((19, k), 127, dtype=torch.int8) * sign  # from 16 rows on: columns in lanes, in sums of their own
         q[1, ::2] = -127
+        q[7, ::4], q[7, 1::4] = -127, -127
+        q[17, 64:] = -q[17, 64:]
         mult = None
         if group != -1:
             mult = np.full((n, -(-k // group)), oracle.mult_max(bits, four_level, k), np.uint8)
         qweight, scale = torch.from_numpy(oracle.pack_fast(codes, bits)), torch.ones(n)
         part = cpu_gemm.part(qweight, scale, None if mult is None else torch.from_numpy(mult), None, None, n)
-        for m in (1, 5):
+        for m in (1, 5, 19):
             (y,) = cpu_gemm.gemm(q[:m], [part], **facts_of(form), act_scale=torch.ones(m), kernel=kernel)
             acc = oracle.accumulate(q[:m].numpy(), codes, mult, four_level, group)
             assert_equal(y, acc.astype(np.float32), f"{kernel} {form} code {code} sign {sign} M={m}")

@@ -139,9 +139,12 @@ QuantizeRows quantize_args(const CpuGemm& args, int64_t first, int64_t count, in
 
 // ---- the tiles -------------------------------------------------------------------------------------------
 
-// Rows of x that stay in a second-level cache (half a megabyte and more) while the weights pass by.
-constexpr int64_t kRowBlockBytes = 192 << 10;
-constexpr int64_t kMaxRowBlock = 256, kMinRowBlock = 32;
+// Rows of x from which a panel is worth its making.
+constexpr int64_t kManyRows = 8;
+// How many share one at most, so that the part of theirs that meets it (up to 1 KiB a row) stays in a
+// second-level cache, and at least, where a call has few columns for many threads. kRowGrain is what the
+// loops take at a time.
+constexpr int64_t kMaxRowBlock = 264, kMinRowBlock = 48, kRowGrain = 12;
 // Shared among threads when one alone would take longer: waking them costs a few microseconds at best.
 constexpr double kSharedNs = 20000.0;
 
@@ -159,7 +162,7 @@ struct Tile {
     bool run(const CpuPart& part, int64_t m0, int64_t m1, int64_t n0, int64_t n1) const {
         const int64_t acc_bytes = (m1 - m0) * kGemmColumns * static_cast<int64_t>(sizeof(int32_t));
         const int64_t words =
-            kGemmRows * gemm_words(blocks, args.group_size) * static_cast<int64_t>(sizeof(int32_t));
+            kGemmColumns * gemm_words(blocks, args.group_size) * static_cast<int64_t>(sizeof(int32_t));
         uint8_t* memory = thread_scratch.get(acc_bytes + kGemmScratchBytes + words);
         if (memory == nullptr) return false;
         auto* acc = reinterpret_cast<int32_t*>(memory);
@@ -196,6 +199,15 @@ struct Tile {
         kernel.epilogue(row);
     }
 };
+
+// Rows of x that a task takes, of `pieces` of columns.
+int64_t row_block_of(int64_t m, int64_t pieces, int32_t threads) {
+    const int64_t wanted =
+        (4 * static_cast<int64_t>(threads) + pieces - 1) / pieces;  // tasks for every thread
+    const int64_t blocks =
+        std::max((m + kMaxRowBlock - 1) / kMaxRowBlock, std::min(wanted, m / kMinRowBlock));
+    return std::min(m, ((m + blocks - 1) / blocks + kRowGrain - 1) / kRowGrain * kRowGrain);
+}
 
 // What one thread would need, roughly: the weights at 20 bytes a nanosecond, or the products at 40.
 double alone_ns(const CpuGemm& args, int64_t columns) {
@@ -235,7 +247,9 @@ Status cpu_gemm(const CpuGemm& args) {
     if (status != Status::ok || args.m == 0) return status;
 
     const int32_t format = gemm_format(args.bits, args.four_level, args.group_size);
-    const GemmLoops& loops = args.m == 1 ? kernel->one[format] : kernel->many[format];
+    const GemmLoops& loops = args.m == 1          ? kernel->one[format]
+                             : args.m < kManyRows ? kernel->few[format]
+                                                  : kernel->many[format];
     const int64_t blocks = (args.k + kBlockK - 1) / kBlockK;
     const int64_t groups = args.group_size == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
     const bool floats = args.x_dtype != DType::int8;
@@ -289,15 +303,14 @@ Status cpu_gemm(const CpuGemm& args) {
 
     if (status == Status::ok) {
         const Tile tile = {args, *kernel, loops, rows, blocks, groups};
-        const int64_t fitting = kRowBlockBytes / rows.stride / 2 * 2;
-        const int64_t row_block = std::min(args.m, std::min(kMaxRowBlock, std::max(kMinRowBlock, fitting)));
-        const int64_t row_blocks = (args.m + row_block - 1) / row_block;
         // One row: a few pieces per thread. More: as many columns as the sums of a tile have.
         int64_t width = kGemmColumns;
         if (args.m == 1) width = std::max<int64_t>(1, columns / kGemmColumns / (4 * threads)) * kGemmColumns;
         int64_t pieces[kMaxParts] = {}, all = 0;
         for (int32_t i = 0; i < args.part_count; ++i)
             all += pieces[i] = (args.parts[i].n + width - 1) / width;
+        const int64_t row_block = row_block_of(args.m, all, threads);
+        const int64_t row_blocks = (args.m + row_block - 1) / row_block;
         std::atomic<bool> starved{false};
         parallel_for(row_blocks * all, threads, [&](int64_t index) {
             const int64_t m0 = index / all * row_block;

@@ -6,7 +6,7 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
-#include "cpu/gemm_kernel.h"
+#include "cpu/gemm_table.h"
 
 namespace dqk {
 namespace {
@@ -63,6 +63,53 @@ DQK_TARGET inline __m128i reduce256(const __m256i (&s)[kGemmRows]) {
     return _mm_add_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
 }
 
+// 8 rows of 8 words: row i of the result holds word i of each.
+DQK_TARGET inline void transpose256(__m256i (&a)[8]) {
+    __m256i b[8];
+    for (int i = 0; i < 8; i += 2) {
+        b[i] = _mm256_unpacklo_epi32(a[i], a[i + 1]);
+        b[i + 1] = _mm256_unpackhi_epi32(a[i], a[i + 1]);
+    }
+    for (int i = 0; i < 8; i += 4) {
+        a[i] = _mm256_unpacklo_epi64(b[i], b[i + 2]);
+        a[i + 1] = _mm256_unpackhi_epi64(b[i], b[i + 2]);
+        a[i + 2] = _mm256_unpacklo_epi64(b[i + 1], b[i + 3]);
+        a[i + 3] = _mm256_unpackhi_epi64(b[i + 1], b[i + 3]);
+    }
+    for (int i = 0; i < 4; ++i) {
+        b[i] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x20);
+        b[i + 4] = _mm256_permute2x128_si256(a[i], a[i + 4], 0x31);
+    }
+    for (int i = 0; i < 8; ++i) a[i] = b[i];
+}
+
+// A block of 8 rows of weights, as the columns of a panel: 4 unsigned codes of each in a step.
+template <typename F>
+DQK_TARGET inline void pack256(const uint8_t* rows, int64_t row_bytes, uint8_t* panel, int64_t step) {
+    __m256i u[8][4];
+    for (int r = 0; r < 8; ++r) unpack256<F>(rows + r * row_bytes, u[r]);
+    for (int j = 0; j < 4; ++j) {
+        __m256i words[8];
+        for (int r = 0; r < 8; ++r) words[r] = u[r][j];
+        transpose256(words);
+        for (int i = 0; i < 8; ++i) store256(panel + (8 * j + i) * step, 0, words[i]);
+    }
+}
+
+// The start of a span for int32 lanes: minus the offset times the sum of its activations.
+DQK_TARGET inline int32_t start256(const uint8_t* x, int64_t codes, int32_t offset) {
+    const __m256i ones = _mm256_set1_epi16(1);
+    __m256i sum = _mm256_setzero_si256();
+    for (int64_t i = 0; i < codes / 32; ++i) {
+        const __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), load256(x, i));
+        sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, ones));
+    }
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128(sum), _mm256_extracti128_si256(sum, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4E));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0xB1));
+    return -offset * _mm_cvtsi128_si32(four);
+}
+
 // What dots of 32 codes share. Sums are 8 lanes of int32.
 struct Dot256 {
     using Vec = __m256i;
@@ -70,6 +117,9 @@ struct Dot256 {
     using Partial = __m256i;
     static constexpr int64_t kCodes = 32, kGrain = 32, kXBytes = 1, kVecBytes = 32, kSteps = 0;
     static constexpr int kTokens = 2;
+    // 12 sums, two vectors of weights, a word of activations and a product: all 16 registers.
+    static constexpr int kPanelRows = 6;
+    static constexpr int64_t kPanelSteps = 0;
 
     static DQK_TARGET inline Sum sum_zero() { return _mm256_setzero_si256(); }
     static DQK_TARGET inline Partial zero() { return _mm256_setzero_si256(); }
@@ -84,6 +134,22 @@ struct Dot256 {
     static DQK_TARGET inline void add_reduced(const Sum (&s)[kGemmRows], int32_t* acc) {
         __m128i* to = reinterpret_cast<__m128i*>(acc);
         _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), reduce256(s)));
+    }
+    static DQK_TARGET inline __m256i broadcast(const uint8_t* word) {
+        int32_t value;
+        std::memcpy(&value, word, sizeof value);
+        return _mm256_set1_epi32(value);
+    }
+    static DQK_TARGET inline Partial broadcast_start(const uint8_t* word) { return broadcast(word); }
+    static DQK_TARGET inline Sum load_sum(const int32_t* from) { return load256(from, 0); }
+    static DQK_TARGET inline void store_sum(Sum s, int32_t* to) { store256(to, 0, s); }
+    static DQK_TARGET inline int32_t start(const uint8_t* x, int64_t codes, int32_t offset) {
+        return start256(x, codes, offset);
+    }
+    template <typename F>
+    static DQK_TARGET inline void pack_block(const uint8_t* rows, int64_t row_bytes, uint8_t* panel,
+                                             int64_t step) {
+        pack256<F>(rows, row_bytes, panel, step);
     }
     static DQK_TARGET inline void pin(Partial& p) { __asm__ volatile("" : "+x"(p)); }
     template <typename F>

@@ -23,6 +23,8 @@ struct Dot512 {
     using Partial = __m512i;
     static constexpr int64_t kCodes = 64, kGrain = 64, kXBytes = 1, kVecBytes = 64, kSteps = 0;
     static constexpr int kTokens = 4;
+    static constexpr int kPanelRows = 12;  // 24 sums of 32 registers
+    static constexpr int64_t kPanelSteps = 0;
     static constexpr int32_t kOffset8 = 128, kMultiplierWord = 1;
 
     static DQK_TARGET inline Sum sum_zero() { return _mm512_setzero_si512(); }
@@ -49,6 +51,27 @@ struct Dot512 {
     // multiplies.
     static DQK_TARGET inline Sum drain_scaled(Sum s, Partial p, __m512i m) {
         return _mm512_add_epi32(s, _mm512_madd_epi16(p, m));
+    }
+
+    // In a panel a lane holds the whole sum of a group.
+    static DQK_TARGET inline Sum drain_columns(Sum s, Partial p, __m512i m) {
+        return _mm512_add_epi32(s, _mm512_mullo_epi32(p, m));
+    }
+    static DQK_TARGET inline X broadcast(const uint8_t* word) {
+        int32_t value;
+        std::memcpy(&value, word, sizeof value);
+        return _mm512_set1_epi32(value);
+    }
+    static DQK_TARGET inline Partial broadcast_start(const uint8_t* word) { return broadcast(word); }
+    static DQK_TARGET inline Sum load_sum(const int32_t* from) { return load512(from, 0); }
+    static DQK_TARGET inline void store_sum(Sum s, int32_t* to) { store512(to, 0, s); }
+    static DQK_TARGET inline int32_t start(const uint8_t* x, int64_t codes, int32_t offset) {
+        return start256(x, codes, offset);
+    }
+    template <typename F>
+    static DQK_TARGET inline void pack_block(const uint8_t* rows, int64_t row_bytes, uint8_t* panel,
+                                             int64_t step) {
+        pack256<F>(rows, row_bytes, panel, step);
     }
 
     static DQK_TARGET inline void pin(Partial& p) { __asm__ volatile("" : "+v"(p)); }

@@ -28,6 +28,10 @@ struct DotVnni : Dot256 {
     static DQK_TARGET inline Sum drain_scaled(Sum s, Partial p, __m256i m) {
         return _mm256_add_epi32(s, _mm256_madd_epi16(p, m));
     }
+    // In a panel a lane holds the whole sum of a group.
+    static DQK_TARGET inline Sum drain_columns(Sum s, Partial p, __m256i m) {
+        return _mm256_add_epi32(s, _mm256_mullo_epi32(p, m));
+    }
 };
 
 struct AvxVnni : Convert256 {

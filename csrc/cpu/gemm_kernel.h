@@ -1,5 +1,6 @@
 // The loops of the CPU GEMM as templates over what an instruction set can do. Each gemm_<set>.cpp defines
-// DQK_TARGET, the function attribute of its set, then its operations, then instantiates them (`kernel_of`).
+// DQK_TARGET, the function attribute of its set, then its operations, then instantiates them (`kernel_of`,
+// gemm_table.h).
 //
 // Everything here has internal linkage and the attribute of the one file that includes it: code of one set
 // can never be linked into another. Lambdas do not inherit the attribute, so there are none.
@@ -8,7 +9,8 @@
 //     Vec        a register of weights, X one of activations (or two); each holds kCodes of them
 //     kXBytes    bytes of a prepared row for an activation; store_x writes kGrain activations at a time
 //     Sum        int32 lanes;  Partial, what products are added to first
-//     kSteps     vectors that a Partial holds without overflow; 0 for any number
+//     kSteps     vectors that a Partial holds without overflow; 0 for any number. In a panel (gemm_panel.h),
+//                whose offsets are off from the start: kPanelSteps
 //     kOffset8   what the codes of 8-bit weights are larger than the signed ones: 128, or 0
 //     pin        nothing, to a compiler that copies an accumulator in every step once it has seen that it is
 //     0 zero, load, multiply(partial, w, x), drain(sum, partial), drain_scaled(sum, partial, multipliers),
@@ -87,8 +89,9 @@ int64_t row_bytes(int64_t blocks) {
     return (bytes + 63) / 64 * 64;
 }
 
-template <typename Dot, typename F, int kGroup>
-DQK_TARGET void prepare(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row) {
+// The codes of a row, in the dot's order, and zeros up to a whole block.
+template <typename Dot>
+DQK_TARGET inline void store_row(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row) {
     const int64_t whole = k / Dot::kGrain, all = blocks * (kBlockK / Dot::kGrain);
     for (int64_t i = 0; i < whole; ++i) Dot::store_x(q + i * Dot::kGrain, row, i);
     int8_t tail[Dot::kGrain] = {};
@@ -98,6 +101,11 @@ DQK_TARGET void prepare(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row
         Dot::store_x(tail, row, i);
         std::memset(tail, 0, sizeof tail);
     }
+}
+
+template <typename Dot, typename F, int kGroup>
+DQK_TARGET void prepare(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row) {
+    store_row<Dot>(q, k, blocks, row);
     if constexpr (kGroup > 0) {
         constexpr int64_t kSpan = span_vectors<Dot, kGroup>();
         uint8_t* starts = row + blocks * kBlockK * Dot::kXBytes;
@@ -174,7 +182,7 @@ DQK_TARGET void one_sums(const uint8_t* x, int64_t, int64_t, const GemmWeights& 
     }
 }
 
-// ---- many rows of activations ----------------------------------------------------------------------------
+// ---- a few rows of activations ---------------------------------------------------------------------------
 
 template <typename Dot, int kM>
 DQK_TARGET inline void clear(typename Dot::Partial (&part)[kM][kGemmRows]) {
@@ -254,8 +262,8 @@ DQK_TARGET __attribute__((noinline)) void tile(const Walk& walk, int64_t m0, int
 }
 
 template <typename Dot, typename F, int kGroup>
-DQK_TARGET void many_sums(const uint8_t* x, int64_t stride, int64_t rows, const GemmWeights& w, int64_t n0,
-                          int64_t count, int32_t* acc, uint8_t* scratch) {
+DQK_TARGET void few_sums(const uint8_t* x, int64_t stride, int64_t rows, const GemmWeights& w, int64_t n0,
+                         int64_t count, int32_t* acc, uint8_t* scratch) {
     constexpr int64_t kVecs = kBlockK / Dot::kCodes, kBytes = block_bytes(F::kBits);
     constexpr int64_t kBlocks = kGemmPanelBytes / (kVecs * Dot::kVecBytes);  // that the panel holds
     int32_t* words = reinterpret_cast<int32_t*>(scratch + kGemmScratchBytes);
@@ -366,39 +374,6 @@ DQK_TARGET void embed(const EmbeddingRow& args) {
         }
         Ops::narrow(t, count, static_cast<char*>(args.y) + first * element_bytes(args.y_dtype), args.y_dtype);
     }
-}
-
-// ---- the table -------------------------------------------------------------------------------------------
-
-template <typename Dot, typename F, int kGroup = 0>
-constexpr GemmLoops one_loops() {
-    return {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>, prepare<Dot, F, kGroup>,
-            one_sums<Dot, F, kGroup>};
-}
-template <typename Dot, typename F, int kGroup = 0>
-constexpr GemmLoops many_loops() {
-    return {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>, prepare<Dot, F, kGroup>,
-            many_sums<Dot, F, kGroup>};
-}
-
-// Ops names the dot of each use: One8 and Many8 for 8-bit weights, Narrow4 and Narrow2 for the others. The
-// order is that of gemm_format().
-template <typename Ops>
-constexpr GemmKernel kernel_of(const char* name) {
-    using D4 = typename Ops::Narrow4;
-    using D2 = typename Ops::Narrow2;
-    return {
-        name,
-        {one_loops<typename Ops::One8, W8>(), one_loops<D4, W4>(), one_loops<D4, W4, 32>(),
-         one_loops<D4, W4, 64>(), one_loops<D4, W4, 128>(), one_loops<D2, W2>(), one_loops<D2, W2, 32>(),
-         one_loops<D2, W2, 64>(), one_loops<D2, W2, 128>(), one_loops<D2, W2F>(), one_loops<D2, W2F, 32>(),
-         one_loops<D2, W2F, 64>(), one_loops<D2, W2F, 128>()},
-        {many_loops<typename Ops::Many8, W8>(), many_loops<D4, W4>(), many_loops<D4, W4, 32>(),
-         many_loops<D4, W4, 64>(), many_loops<D4, W4, 128>(), many_loops<D2, W2>(), many_loops<D2, W2, 32>(),
-         many_loops<D2, W2, 64>(), many_loops<D2, W2, 128>(), many_loops<D2, W2F>(),
-         many_loops<D2, W2F, 32>(), many_loops<D2, W2F, 64>(), many_loops<D2, W2F, 128>()},
-        epilogue<Ops>,
-        {embed<Ops, W8>, embed<Ops, W4>, embed<Ops, W2>, embed<Ops, W2F>}};
 }
 
 }  // namespace

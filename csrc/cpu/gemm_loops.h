@@ -39,15 +39,19 @@ struct GemmLoops {
     int64_t (*row_bytes)(int64_t blocks);  // of a prepared row
     void (*prepare)(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row);
     // acc[m][c] = the sum of row m and column n0 + c, for c < count. acc has kGemmColumns columns, x `stride`
-    // bytes a row. `scratch` holds kGemmScratchBytes + 4 * 4 * (groups + 1), aligned to 64. The padding rows
-    // of the weights are read like any other, up to a multiple of 4.
+    // bytes a row. `scratch` holds kGemmScratchBytes + 4 * kGemmColumns * gemm_words(), aligned to 64. The
+    // padding rows of the weights are read like any other, up to a multiple of 8.
     void (*sums)(const uint8_t* x, int64_t stride, int64_t m, const GemmWeights& w, int64_t n0, int64_t count,
                  int32_t* acc, uint8_t* scratch);
 };
 // One row of unpacked weights: four of them stay in the first cache, 64 bytes off the multiple of 4096 at
 // which they would share its sets.
 constexpr int64_t kGemmPanelBytes = 4096, kGemmPanelStride = kGemmPanelBytes + 64;
+// A panel (gemm_panel.h): two vectors of columns at a time, and half of the first cache.
+constexpr int kPanelVecs = 2;
+constexpr int64_t kGemmPanelScratch = 16384;
 constexpr int64_t kGemmScratchBytes = kGemmRows * kGemmPanelStride;
+static_assert(kGemmPanelScratch <= kGemmScratchBytes, "a panel fits where four rows do");
 
 // Multipliers of a row of weights that the loops read, with those behind the last group.
 constexpr int64_t gemm_words(int64_t blocks, int32_t group_size) {
@@ -88,7 +92,8 @@ struct EmbeddingRow {
 struct GemmKernel {
     const char* name;
     GemmLoops one[kGemmFormats];   // for a single row: unpacks the weights on the way, m is 1
-    GemmLoops many[kGemmFormats];  // unpacks four rows of weights at a time for all rows of x
+    GemmLoops few[kGemmFormats];   // unpacks four rows of weights at a time for all rows of x
+    GemmLoops many[kGemmFormats];  // unpacks a panel of columns at a time, which costs more, and loses less
     void (*epilogue)(const GemmEpilogue& args);
     void (*embed[4])(const EmbeddingRow& args);  // W8, W4, W2, four_level W2
 };

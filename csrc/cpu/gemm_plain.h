@@ -5,7 +5,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "cpu/gemm_kernel.h"
+#include "cpu/gemm_table.h"
 
 namespace dqk {
 namespace {
@@ -13,7 +13,8 @@ namespace {
 template <int kLanes>
 struct PlainDot {
     static constexpr int64_t kCodes = kLanes, kGrain = kLanes, kXBytes = 1, kVecBytes = kLanes, kSteps = 0;
-    static constexpr int kTokens = 2;
+    static constexpr int kTokens = 2, kPanelRows = 6;
+    static constexpr int64_t kPanelSteps = 0;
     static constexpr int32_t kOffset8 = 128, kMultiplierWord = 1;
 
     struct Vec {
@@ -83,6 +84,39 @@ struct PlainDot {
     static DQK_TARGET Sum drain_scaled(Sum s, const Partial& p, const Sum& m) {
         for (int i = 0; i < kLanes / 4; ++i) s.lane[i] += p.lane[i] * m.lane[i];
         return s;
+    }
+
+    // Panels: a lane is a column.
+    static DQK_TARGET Sum drain_columns(Sum s, const Partial& p, const Sum& m) {
+        return drain_scaled(s, p, m);
+    }
+    static DQK_TARGET X broadcast(const uint8_t* word) {
+        X x;
+        for (int i = 0; i < kLanes; i += 4) std::memcpy(x.code + i, word, 4);
+        return x;
+    }
+    static DQK_TARGET Partial broadcast_start(const uint8_t* word) {
+        Partial p;
+        for (uint32_t& lane : p.lane) std::memcpy(&lane, word, 4);
+        return p;
+    }
+    static DQK_TARGET Sum load_sum(const int32_t* from) {
+        return at<Sum>(reinterpret_cast<const uint8_t*>(from), 0);
+    }
+    static DQK_TARGET void store_sum(const Sum& s, int32_t* to) { put(s, reinterpret_cast<uint8_t*>(to), 0); }
+    static DQK_TARGET int32_t start(const uint8_t* x, int64_t codes, int32_t offset) {
+        int32_t sum = 0;
+        for (int64_t i = 0; i < codes; ++i) sum += static_cast<int8_t>(x[i]);
+        return -offset * sum;
+    }
+    template <typename F>
+    static DQK_TARGET void pack_block(const uint8_t* rows, int64_t row_bytes, uint8_t* panel, int64_t step) {
+        for (int64_t r = 0; r < 8; ++r) {
+            Vec u[kBlockK / kCodes];
+            unpack<F>(rows + r * row_bytes, u);
+            for (int64_t k = 0; k < kBlockK; ++k)
+                panel[k / 4 * step + r * 4 + k % 4] = u[k / kLanes].code[k % kLanes];
+        }
     }
 
     static DQK_TARGET int32_t total(const Sum& s) {
