@@ -190,7 +190,7 @@ def test_sums_and_epilogue(program, form, kernel):
 
 @pytest.mark.parametrize("kernel", here())
 def test_every_number_of_rows(program, kernel):
-    """Tiles of two rows (four in 512 bits), blocks of rows, the path of one row; 129 rows make several tasks."""
+    """The paths of one, a few and many rows, what their tiles leave over, blocks of rows; 129 make several tasks."""
     plain = {"n": 5, "k": 130, "x": "fp32", "mode": "per_token", "clip": 0.0, "layout": "contiguous", "parts": 1,
              "scales": "per_channel", "bias": "fp32", "residual": None, "activation": "none", "y": "fp32",
              "codes": "random", "special": "none"}  # fmt: skip
@@ -208,17 +208,18 @@ def test_the_largest_sums(program, kernel):
     k, cases = 131_071, []
     for form, (bits, four_level, group) in FORMS.items():
         largest = {8: -127, 4: -8, 2: -2 if four_level else -1}[bits]
-        q = np.full((3, k), 127, np.int8)
+        q = np.full((8, k), 127, np.int8)  # 8: columns in the lanes
         q[1] = -127
         q[2, ::2] = -127
+        q[5, ::4], q[5, 1::4] = -127, -127
         weight = np.full((2, k), largest)
         weight[1] = {8: 127, 4: 7, 2: 1}[bits]
         mult = None
         if group:
             mult = np.full((2, -(-k // group)), oracle.mult_max(bits, four_level, k), np.uint8)
-        scale, act_scale = np.full(2, 2.0**-20, np.float32), np.ones(3, np.float32)
+        scale, act_scale = np.full(2, 2.0**-20, np.float32), np.ones(8, np.float32)
         acc = oracle.accumulate(q.astype(np.int64), weight, mult, four_level, group)
-        for rows in (1, 3):
+        for rows in (1, 3, 8):
             scalars = [
                 KERNELS[kernel][0],
                 rows,
