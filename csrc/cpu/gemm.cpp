@@ -31,16 +31,22 @@ constexpr Entry kEntries[] = {
     {"avx2", avx2_gemm, Isa::avx2},
     {"avx_vnni", avx_vnni_gemm, Isa::avx_vnni},
     {"avx512_vnni", avx512_vnni_gemm, Isa::avx512_vnni},
+    {"amx_int8", amx_int8_gemm, Isa::amx_int8},
+#endif
+#if defined(__aarch64__)
+    {"dotprod", dotprod_gemm, Isa::dotprod},
 #endif
 #if defined(DQK_SIM)
     {"model_512", model_512_gemm, Isa::scalar},  // of tests/sim/gemm_host.cpp
+#endif
+#if defined(DQK_SIM) && defined(__x86_64__)
+    {"model_dotprod", model_dotprod_gemm, Isa::scalar},  // of tests/sim/gemm_dotprod_model.cpp
+    {"model_amx", model_amx_gemm, Isa::avx2},            // of tests/sim/gemm_amx_model.cpp
 #endif
 };
 constexpr int32_t kEntryCount = static_cast<int32_t>(sizeof kEntries / sizeof kEntries[0]);
 
 int32_t index_of(Isa isa) {
-    if (isa == Isa::amx_int8) isa = Isa::avx512_vnni;  // which it includes
-    if (isa == Isa::dotprod) isa = Isa::scalar;
     for (int32_t i = 0; i < kEntryCount; ++i)
         if (kEntries[i].needs == isa) return i;
     return 0;  // scalar

@@ -106,9 +106,15 @@ const GemmKernel& scalar_gemm();
 const GemmKernel& avx2_gemm();
 const GemmKernel& avx_vnni_gemm();
 const GemmKernel& avx512_vnni_gemm();
+const GemmKernel& amx_int8_gemm();
+#endif
+#if defined(__aarch64__)
+const GemmKernel& dotprod_gemm();
 #endif
 #if defined(DQK_SIM)
 const GemmKernel& model_512_gemm();
+const GemmKernel& model_dotprod_gemm();
+const GemmKernel& model_amx_gemm();
 #endif
 
 }  // namespace dqk

@@ -1,7 +1,10 @@
-// The CPU GEMM and embedding under sanitizers, called as the binding calls them, with one kernel more: the
-// model of the 512-bit dot product (gemm_plain.h), which no machine of ours can run. Plain<32>, the scalar
-// kernel, is that of the 256-bit one.
+// The CPU GEMM and embedding under sanitizers, called as the binding calls them, with three kernels more: the
+// model of the 512-bit dot product (gemm_plain.h), which no machine of ours can run, and the sources of two
+// instruction sets on models of their registers. Plain<32>, the scalar kernel, is that of the 256-bit one.
 #define DQK_TARGET
+#if defined(__x86_64__)
+#include "amx_model.h"
+#endif
 #include "cpu/gemm_plain.h"
 #include "dqk/api.h"
 #include "protocol.h"
@@ -84,7 +87,11 @@ Status embedding(const sim::Request& request) {
 }
 
 Status run(const sim::Request& request) {
-    return request.function == "embedding" ? embedding(request) : gemm(request);
+    const Status status = request.function == "embedding" ? embedding(request) : gemm(request);
+#if defined(__x86_64__)
+    amx_model::require(amx_model::configured == 0, "a thread kept its tiles");
+#endif
+    return status;
 }
 
 }  // namespace

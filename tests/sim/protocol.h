@@ -11,10 +11,19 @@
 #include <string>
 #include <vector>
 
+#if defined(__x86_64__)
 #include "cuda/launch.h"
+#else  // host code alone (tests/long/test_cpu_gemm_arm.py): no schedules, no ASan
+#include "dqk/status.h"
+#define DQK_ASAN(call)
+#endif
 
 namespace dqk {
 namespace sim {
+
+#if !defined(__x86_64__)
+inline void set_seed(uint64_t) {}
+#endif
 
 struct Buffer {
     char* memory = nullptr;  // on 256 bytes, like cudaMalloc's

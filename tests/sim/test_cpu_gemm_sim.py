@@ -17,7 +17,10 @@ KERNELS = {
     "avx2": (2, ("avx2", "f16c")),
     "avx_vnni": (3, ("avx2", "f16c", "avx_vnni")),
     "avx512_vnni": (4, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")),
-    "model_512": (5, ()),
+    "amx_int8": (5, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8")),
+    "model_512": (6, ()),
+    "model_dotprod": (7, ()),
+    "model_amx": (8, ("avx2", "f16c")),
 }
 #: (bits, four_level, group size), 0 for no groups.
 FORMS = {
@@ -169,9 +172,10 @@ def stored(t: np.ndarray, kind: str) -> np.ndarray:
 @pytest.fixture
 def program(sim_program):
     return sim_program(
-        "gemm_host.cpp", "csrc/cpu/gemm.cpp", "csrc/cpu/gemm_scalar.cpp", "csrc/cpu/gemm_avx2.cpp",
-        "csrc/cpu/gemm_avx_vnni.cpp", "csrc/cpu/gemm_avx512_vnni.cpp", "csrc/cpu/embedding.cpp",
-        "csrc/cpu/threads.cpp", "csrc/cpu/quantize.cpp", "csrc/cpu/quantize_x86.cpp", "csrc/cpu/isa.cpp",
+        "gemm_host.cpp", "gemm_dotprod_model.cpp", "gemm_amx_model.cpp", "csrc/cpu/gemm.cpp",
+        "csrc/cpu/gemm_scalar.cpp", "csrc/cpu/gemm_avx2.cpp", "csrc/cpu/gemm_avx_vnni.cpp",
+        "csrc/cpu/gemm_avx512_vnni.cpp", "csrc/cpu/gemm_amx.cpp", "csrc/cpu/embedding.cpp", "csrc/cpu/threads.cpp",
+        "csrc/cpu/quantize.cpp", "csrc/cpu/quantize_x86.cpp", "csrc/cpu/isa.cpp",
     )  # fmt: skip
 
 

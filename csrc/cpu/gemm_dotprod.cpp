@@ -1,0 +1,221 @@
+// The CPU GEMM for Arm with the dot product of bytes (Armv8.2's FEAT_DotProd): sdot on 128 bits.
+//
+// sdot takes signed bytes on both sides, so the weights stay signed and nothing has to come off the sums.
+// Codes of 4 and 2 bits stand in the top bits of their byte: a shift or a mask then unpacks 16 of them, and
+// the factor of 2^kShift is shifted out of the sums, which are multiples of it. With 8, 2, 3 and 127 as the
+// largest level and activation, a sum is at most 2^7 * 127 * 131,071 < 2^31 before that.
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
+#if defined(__aarch64__)
+#include <arm_neon.h>
+#endif
+#if defined(DQK_NEON_MODEL)
+#define DQK_TARGET  // tests/sim/neon_model.h
+#elif defined(__clang__)
+#define DQK_TARGET __attribute__((target("dotprod")))
+#else
+#define DQK_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
+#endif
+#include "cpu/gemm_kernel.h"
+
+namespace dqk {
+namespace {
+
+template <int kUp>
+DQK_TARGET inline uint8x16_t up(uint8x16_t v) {
+    if constexpr (kUp == 0) {
+        return v;
+    } else {
+        return vshlq_n_u8(v, kUp);
+    }
+}
+
+// Codes scaled by 2^kShift: 8-bit ones by 1, 4-bit ones by 16, 2-bit ones by 64; a four_level code c, the
+// level 2c + 1, by 32, which is the byte 64 c + 32.
+template <int kShift>
+struct DotSigned {
+    using Vec = int8x16_t;
+    using X = int8x16_t;
+    using Sum = int32x4_t;
+    using Partial = int32x4_t;
+    static constexpr int64_t kCodes = 16, kGrain = 16, kXBytes = 1, kVecBytes = 16;
+    static constexpr int64_t kSteps = int64_t{1} << 30;  // any number: drained once, for the shift
+    static constexpr int kTokens = 4;
+    static constexpr int32_t kOffset8 = 0, kMultiplierWord = 1;
+
+    static DQK_TARGET inline Sum sum_zero() { return vdupq_n_s32(0); }
+    static DQK_TARGET inline Partial zero() { return vdupq_n_s32(0); }
+    static DQK_TARGET inline Vec splat(int32_t code) { return vdupq_n_s8(static_cast<int8_t>(code)); }
+    static DQK_TARGET inline Vec load(const uint8_t* base, int64_t i) {
+        return vreinterpretq_s8_u8(vld1q_u8(base + 16 * i));
+    }
+    static DQK_TARGET inline void store(Vec v, uint8_t* base, int64_t i) {
+        vst1q_u8(base + 16 * i, vreinterpretq_u8_s8(v));
+    }
+    static DQK_TARGET inline void store_x(const int8_t* q, uint8_t* row, int64_t i) {
+        store(vld1q_s8(q), row, i);
+    }
+    static DQK_TARGET inline X load_x(const uint8_t* row, int64_t i) { return load(row, i); }
+    // Without an offset the sums of a group start from zero.
+    static DQK_TARGET inline Partial load_partial(const uint8_t*, int64_t) { return zero(); }
+    static DQK_TARGET inline void store_partial(Partial, uint8_t*, int64_t) {}
+    static DQK_TARGET inline Partial negate(Partial p) { return p; }
+
+    static DQK_TARGET inline Partial multiply(Partial p, Vec w, X x) { return vdotq_s32(p, w, x); }
+    static DQK_TARGET inline Sum drain(Sum s, Partial p) {
+        if constexpr (kShift == 0) {
+            return vaddq_s32(s, p);
+        } else {
+            return vsraq_n_s32(s, p, kShift);
+        }
+    }
+    template <int kGroup>
+    static DQK_TARGET inline int32x4_t multipliers(const int32_t* words) {
+        return vdupq_n_s32(*words);
+    }
+    static DQK_TARGET inline Sum drain_scaled(Sum s, Partial p, int32x4_t m) {
+        return vmlaq_s32(s, drain(zero(), p), m);
+    }
+
+    static DQK_TARGET inline void pin(Partial& p) {
+#if defined(__aarch64__)
+        __asm__ volatile("" : "+w"(p));
+#else
+        static_cast<void>(p);
+#endif
+    }
+    static DQK_TARGET inline int32x4_t reduced(const Sum (&s)[kGemmRows]) {
+        return vpaddq_s32(vpaddq_s32(s[0], s[1]), vpaddq_s32(s[2], s[3]));
+    }
+    static DQK_TARGET inline void reduce(const Sum (&s)[kGemmRows], int32_t* acc) {
+        vst1q_s32(acc, reduced(s));
+    }
+    static DQK_TARGET inline void add_reduced(const Sum (&s)[kGemmRows], int32_t* acc) {
+        vst1q_s32(acc, vaddq_s32(vld1q_s32(acc), reduced(s)));
+    }
+
+    // The 128 codes of a block, in the order of k.
+    template <typename F>
+    static DQK_TARGET inline void unpack(const uint8_t* block, Vec (&u)[8]) {
+        if constexpr (F::kBits == 8) {
+            for (int j = 0; j < 8; ++j) u[j] = load(block, j);
+        } else if constexpr (F::kBits == 4) {
+            const uint8x16_t mask = vdupq_n_u8(0xF0);
+            for (int j = 0; j < 4; ++j) {
+                const uint8x16_t v = vld1q_u8(block + 16 * j);
+                u[j] = vreinterpretq_s8_u8(up<4>(v));
+                u[j + 4] = vreinterpretq_s8_u8(vandq_u8(v, mask));
+            }
+        } else {
+            for (int j = 0; j < 2; ++j) {
+                const uint8x16_t v = vld1q_u8(block + 16 * j);
+                u[j] = top<F>(up<6>(v));
+                u[j + 2] = top<F>(up<4>(v));
+                u[j + 4] = top<F>(up<2>(v));
+                u[j + 6] = top<F>(v);
+            }
+        }
+    }
+
+  private:
+    // The two top bits of every byte, with half a step below them for four_level.
+    template <typename F>
+    static DQK_TARGET inline Vec top(uint8x16_t v) {
+        const uint8x16_t mask = vdupq_n_u8(0xC0);
+        if constexpr (F::kFactor == 1) {
+            return vreinterpretq_s8_u8(vandq_u8(v, mask));
+        } else {
+            return vreinterpretq_s8_u8(vbslq_u8(mask, v, vdupq_n_u8(0x20)));
+        }
+    }
+};
+
+// Nothing to take off: see the head of the file.
+template <>
+constexpr int32_t offset_of<DotSigned<4>, W4>() {
+    return 0;
+}
+template <>
+constexpr int32_t offset_of<DotSigned<6>, W2>() {
+    return 0;
+}
+template <>
+constexpr int32_t offset_of<DotSigned<5>, W2F>() {
+    return 0;
+}
+
+// fp32 to and from 16 bits, as element.h does it. FPCR's flush-to-zero bit of single precision does not reach
+// half subnormals, and the rounding mode of a process is to nearest even, as for every other step.
+struct ConvertNeon {
+    static DQK_TARGET inline void widen(const void* from, DType dtype, int64_t count, float* to) {
+        const auto* halves = static_cast<const uint16_t*>(from);
+        int64_t i = 0;
+        if (dtype == DType::float32) {
+            std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+            return;
+        }
+        for (; i + 4 <= count; i += 4) {
+            const uint16x4_t raw = vld1_u16(halves + i);
+            vst1q_f32(to + i, dtype == DType::float16 ? vcvt_f32_f16(vreinterpret_f16_u16(raw))
+                                                      : vreinterpretq_f32_u32(vshll_n_u16(raw, 16)));
+        }
+        for (; i < count; ++i) to[i] = load_element(from, dtype, i);
+    }
+
+    static DQK_TARGET inline void narrow(const float* from, int64_t count, void* to, DType dtype) {
+        auto* halves = static_cast<uint16_t*>(to);
+        int64_t i = 0;
+        if (dtype == DType::float32) {
+            std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
+            return;
+        }
+        if (dtype == DType::float16)
+            for (; i + 4 <= count; i += 4)
+                vst1_u16(halves + i, vreinterpret_u16_f16(vcvt_f16_f32(vld1q_f32(from + i))));
+        if (dtype == DType::bfloat16)
+            for (; i + 4 <= count; i += 4) vst1_u16(halves + i, bfloat16(vld1q_f32(from + i)));
+        for (; i < count; ++i) store_element(to, dtype, i, from[i]);
+    }
+
+  private:
+    // Round half to even on the bits; a NaN becomes 0x7FC0.
+    static DQK_TARGET inline uint16x4_t bfloat16(float32x4_t x) {
+        const uint32x4_t bits = vreinterpretq_u32_f32(x);
+        const uint32x4_t odd = vandq_u32(vshrq_n_u32(bits, 16), vdupq_n_u32(1));
+        const uint32x4_t sum = vaddq_u32(bits, vaddq_u32(odd, vdupq_n_u32(0x7FFF)));
+        const uint32x4_t number = vceqq_f32(x, x);  // all ones, unless a NaN
+        return vshrn_n_u32(vbslq_u32(number, sum, vdupq_n_u32(0x7FC00000u)), 16);
+    }
+};
+
+struct Dotprod : ConvertNeon {
+    using One8 = DotSigned<0>;
+    using Many8 = DotSigned<0>;
+    using Narrow4 = DotSigned<4>;
+    using Narrow2 = DotSigned<6>;
+};
+
+// four_level has a dot of its own, for its shift.
+constexpr GemmKernel dotprod_kernel() {
+    using D = DotSigned<5>;
+    GemmKernel kernel = kernel_of<Dotprod>("dotprod");
+    kernel.one[9] = one_loops<D, W2F>();
+    kernel.one[10] = one_loops<D, W2F, 32>();
+    kernel.one[11] = one_loops<D, W2F, 64>();
+    kernel.one[12] = one_loops<D, W2F, 128>();
+    kernel.many[9] = many_loops<D, W2F>();
+    kernel.many[10] = many_loops<D, W2F, 32>();
+    kernel.many[11] = many_loops<D, W2F, 64>();
+    kernel.many[12] = many_loops<D, W2F, 128>();
+    return kernel;
+}
+static_assert(gemm_format(2, true, 0) == 9 && gemm_format(2, true, 128) == 12, "the order of the formats");
+
+}  // namespace
+
+const GemmKernel& dotprod_gemm() {
+    static constexpr GemmKernel kernel = dotprod_kernel();
+    return kernel;
+}
+
+}  // namespace dqk
+#endif
