@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from dqkernels.bench import record
+from dqkernels.bench.words import BUSY, busy_words, machine_words, thread_words  # noqa: F401 - where they are looked for
 
 CALL = Callable[[], object]
 #: A rotation is cold when it is this many times larger than the cache.
@@ -34,8 +35,6 @@ _WARMUP_ROUNDS = 2
 #: Calls of one host sample: a GPU queues about a thousand launches before it makes the caller wait.
 HOST_CALLS = 10
 _HOST_ROUNDS = 20
-#: Load per core before a run above which its times are not to be quoted.
-BUSY = 0.25
 
 
 @dataclass(frozen=True)
@@ -336,24 +335,6 @@ def describe(
         "before": before,
         "after": state(device),
     }
-
-
-def machine_words(environment: dict) -> str:
-    """For titles: the processor that ran, `NVIDIA H200` or `Intel(R) ..., 2 threads`."""
-    return environment["gpu"] or f"{environment['cpu_model']}, {thread_words(environment['threads'])}"
-
-
-def thread_words(threads: int) -> str:
-    """`1 thread`, `2 threads`."""
-    return f"{threads} thread" + "s" * (threads != 1)
-
-
-def busy_words(described: dict) -> str | None:
-    """A warning for tables when the machine was not idle before the run, else None."""
-    load = described["before"]["load_fraction"]
-    if load is None or load < BUSY:
-        return None
-    return f"The machine was busy before the run (load {load:.2f} per core): do not quote these times."
 
 
 def _number(text: str) -> float | None:

@@ -68,11 +68,16 @@ def write(record: dict, path: str | os.PathLike) -> Path:
     check(record)
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(record, indent=1, allow_nan=False) + "\n"
+    replace(path, (json.dumps(record, indent=1, allow_nan=False) + "\n").encode())
+    return path
+
+
+def replace(path: Path, data: bytes) -> None:
+    """A file with this content, by a temporary file and a rename; what was there stays if anything fails."""
     handle, temporary = tempfile.mkstemp(prefix=path.name, suffix=".tmp", dir=path.parent)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o644)  # mkstemp's 0600 would survive the rename
@@ -80,7 +85,6 @@ def write(record: dict, path: str | os.PathLike) -> Path:
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-    return path
 
 
 def read(path: str | os.PathLike) -> dict:

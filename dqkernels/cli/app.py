@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from dqkernels import environment
-from dqkernels.cli import bench, common, demo, distill_data, eval, generate, info, quantize, train, tune
+from dqkernels.cli import bench, common, demo, distill_data, eval, generate, info, plot, quantize, train, tune
 
 _HELP = """Real 2/4/8-bit weights x 8-bit activations for Hugging Face seq2seq models.
 
@@ -43,7 +43,7 @@ def build():
         },
     )
     app.callback()(_root)
-    for module in (info, demo, quantize, generate, train, distill_data, eval, bench, tune):
+    for module in (info, demo, quantize, generate, train, distill_data, eval, bench, plot, tune):
         module.register(app)
     return typer.main.get_command(app)
 
