@@ -1,38 +1,24 @@
-"""The tables and the plot of `benchmarks/results/dq_docstrings.json`, for docs/training.md.
+"""The tables of `benchmarks/results/dq_docstrings.json`, for docs/training.md.
 
 python benchmarks/dq_docstrings_view.py                 # the tables, on stdout
-python benchmarks/dq_docstrings_view.py --write         # into docs/training.md, and docs/dq_docstrings.png
+python benchmarks/dq_docstrings_view.py --write         # into docs/training.md, and its picture in docs/images
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
 import sys
 from pathlib import Path
 from typing import Any
 
+import pictures
+
 HERE = Path(__file__).resolve().parent
 RESULT = HERE / "results" / "dq_docstrings.json"
 PAGE = HERE.parent / "docs" / "training.md"
-PLOT = HERE.parent / "docs" / "dq_docstrings.png"
 BEGIN, END = "<!-- table: benchmarks/dq_docstrings_view.py -->", "<!-- end of table -->"
-#: One colour per family of rows, told apart without colour by their markers as well.
-FAMILIES = {
-    "teacher": ("float teacher", "#000000", "*"),
-    "ptq": ("rounding alone", "#999999", "x"),
-    "quant-only": ("quantization without a teacher", "#d55e00", "v"),
-    "dq-paper": ("DQ, the paper's recipe", "#0072b2", "s"),
-    "dq-": ("DQ, our recipe", "#009e73", "o"),
-    "distill-only": ("distillation alone (float)", "#cc79a7", "D"),
-}
-
-
-def family(name: str) -> str:
-    """The longest prefix among FAMILIES."""
-    return max((key for key in FAMILIES if name.startswith(key)), key=len)
 
 
 def of_task(record: dict[str, Any], task: str) -> dict[str, Any]:
@@ -104,54 +90,10 @@ def tables(record: dict[str, Any]) -> str:
     return "\n\n".join(shown)
 
 
-def plot(record: dict[str, Any], path: Path) -> None:
-    """ROUGE-L against how much smaller the file is.
-
-    Bars: one standard deviation over seeds; of one seed, one standard error, over the pairs, of the gap to the teacher.
-    """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(7.2, 4.6), dpi=150)
-    shown: set[str] = set()
-    lowest: dict[str, tuple[float, float]] = {}
-    for row in rows_of(of_task(record, "docstrings")):
-        if " lr " in row["row"]:  # the sweep is in the table
-            continue
-        key = family(row["row"])
-        label, colour, marker = FAMILIES[key]
-        axes.errorbar(
-            row["ratio"], row["rougeL"], yerr=row["spread"] or row["gap_error"], color=colour, marker=marker,
-            markersize=7, linestyle="none", capsize=3, label=None if key in shown else label, alpha=0.85,
-        )  # fmt: skip
-        shown.add(key)
-        bits = "" if row["weight_bits"] == 16 else f"{row['weight_bits']} bit"
-        layers = "" if (row["encoder_layers"], row["decoder_layers"]) == (3, 2) else (
-            f" {row['encoder_layers']}-{row['decoder_layers']}"
-        )  # fmt: skip
-        name = (bits + layers).strip()
-        lowest[name] = min(lowest.get(name, (math.inf, 0.0)), (row["rougeL"], row["ratio"]))
-    # One label for the points of one width, which stand above each other.
-    for name, (y, x) in lowest.items():
-        axes.annotate(name, (x, y), textcoords="offset points", xytext=(8, -12), fontsize=8)
-    axes.set_xlim(1.7, 20)
-    axes.set_xscale("log", base=2)
-    axes.xaxis.set_major_formatter(matplotlib.ticker.FormatStrFormatter("%gx"))
-    axes.set_xlabel("times smaller than the fp32 teacher (bytes of the written file)")
-    axes.set_ylabel("ROUGE-L, held-out docstrings")
-    axes.grid(alpha=0.25)
-    axes.legend(fontsize=8, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path)
-    pyplot.close(figure)
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--result", default=str(RESULT))
-    parser.add_argument("--write", action="store_true", help="into docs/training.md and docs/dq_docstrings.png")
+    parser.add_argument("--write", action="store_true", help="into docs/training.md; draws docs/images")
     args = parser.parse_args()
     record = json.loads(Path(args.result).read_text())
     text = tables(record)
@@ -163,7 +105,7 @@ def main() -> int:
         raise SystemExit(f"{PAGE.name} has lost the lines {BEGIN!r} and {END!r} that hold the table")
     head, _, rest = page.partition(BEGIN)
     PAGE.write_text(f"{head}{BEGIN}\n{text}\n{END}{rest.partition(END)[2]}")
-    plot(record, PLOT)
+    pictures.main([])
     return 0
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import statistics
 import tempfile
 import time
 from collections.abc import Sequence
@@ -227,18 +226,19 @@ def draw_pairs(folder: Path, pairs: int, seed: int) -> tuple[list[docstrings.Doc
     return drawn, {"source": source, "mined": len(mined), "held_out": len(kept), "scored": len(drawn)}
 
 
-def pack(teacher: Path, bits: int, folder: Path):
-    """The teacher at `bits`, saved into `folder` and loaded again; and the bytes of its model.safetensors."""
+def pack(teacher: str | os.PathLike[str], bits: int, folder: Path, config: dict[str, Any] | None = None):
+    """The teacher at `bits` (or by other fields of a DQConfig), saved into `folder` and loaded again in float32; and
+    the bytes of its safetensors files."""
     import torch
     from transformers import AutoModelForSeq2SeqLM
 
     import dqkernels
 
     model = AutoModelForSeq2SeqLM.from_pretrained(teacher, dtype=torch.float16)
-    dqkernels.quantize_(model, dqkernels.DQConfig(weight_bits=bits, embedding_bits=bits))
+    dqkernels.quantize_(model, dqkernels.DQConfig(**(config or {"weight_bits": bits, "embedding_bits": bits})))
     model.save_pretrained(folder)
     loaded = AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).eval()
-    return loaded, (folder / "model.safetensors").stat().st_size
+    return loaded, sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
 
 def load_student():
@@ -302,11 +302,12 @@ def score(texts: Sequence[str], heads: Sequence[str]) -> dict[str, float]:
 
 def difference(texts: Sequence[str], teacher: Sequence[str], heads: Sequence[str]) -> dict[str, float]:
     """ROUGE-L minus the teacher's, pair by pair: the mean, and its standard error."""
+    from dqkernels.metrics.paired import paired_difference
     from dqkernels.metrics.rouge import rougeL
 
-    gaps = [rougeL(a, head) - rougeL(b, head) for a, b, head in zip(texts, teacher, heads, strict=True)]
-    error = statistics.stdev(gaps) / len(gaps) ** 0.5 if len(gaps) > 1 else 0.0
-    return {"rougeL_gap": round(statistics.fmean(gaps), 2), "rougeL_gap_error": round(error, 2)}
+    mine, theirs = ([rougeL(*pair) for pair in zip(these, heads, strict=True)] for these in (texts, teacher))
+    mean, error = paired_difference(mine, theirs)
+    return {"rougeL_gap": round(mean, 2), "rougeL_gap_error": round(error, 2)}
 
 
 def speed(models: dict[str, Any], tokenizer, drawn: Sequence[docstrings.DocPair]) -> dict[str, float]:

@@ -209,7 +209,7 @@ def _height(panel: Panel) -> float:
         wrapped = sum(len(_wrapped(name)) - 1 for name in groups)
         return 0.75 + len(groups) * (0.24 if most == 1 else 0.15 * most + 0.08) + 0.09 * wrapped
     if panel.kind == "heat":
-        return 0.6 + 0.27 * len(panel.rows) + 0.075 * max(map(len, panel.columns))
+        return 0.6 + 0.27 * len(panel.rows) + 0.075 * min(max(map(len, panel.columns)), 30)
     return 2.75 if len(panel.series) > 4 or panel.y_log else 3.4
 
 

@@ -97,7 +97,7 @@ def of_quality(record: dict, machine: str) -> list[Picture]:
         bits = int(row.number("weight_bits", 0))
         grouped = row.maybe("group_size") not in (None, -1)
         label = f"{name}, groups of {row.number('group_size'):g}" if grouped else name
-        family = "trained" if row.data.get("trained") is True else _of_bits(bits)
+        family = "trained" if row.data.get("origin") == "as given" else _of_bits(bits)
         ends = _ends(score, row.maybe("gap_error", -1))
         if sized:
             note = (f"{label}  {score:.1f}",)
@@ -113,6 +113,9 @@ def of_quality(record: dict, machine: str) -> list[Picture]:
         if isinstance(settings.get("note"), str)
         else "Weights and embeddings at these bits, activations at 8; rounding alone."
     ]
+    given = [row.text("name") for row in rows if row.data.get("origin") == "as given"]
+    if given:
+        caption.append(f"{', '.join(given)}: packed before, and scored as given.")
     if any(one.low for one in series):
         caption.append(
             f"Whiskers: one standard error, over the pairs, of the difference to the float model{_gap(settings)}."

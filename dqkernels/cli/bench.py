@@ -10,11 +10,11 @@ from typing import Annotated
 
 import typer
 
-from dqkernels.cli import common, compare, projected
+from dqkernels.cli import bench_quality, bench_train, common, compare, projected
 
-_GROUP = """Measure layers, ops, whole models and file sizes on this machine.
+_GROUP = """Measure layers, ops, whole models, file sizes, training steps and scores on this machine.
 
-Every run prints a table; --out writes the record: rows, protocol, machine and versions.
+Every run prints a table; --out writes the record: rows, protocol, machine and versions. `dqkernels plot` draws it.
 
 \b
 Examples:
@@ -24,6 +24,8 @@ Examples:
   dqkernels bench generate tiny --seconds 30
   dqkernels bench cpu --seconds 600
   dqkernels bench size --shape bart-base --layers 6-3 --bits 2-2
+  dqkernels bench train --seconds 30
+  dqkernels bench quality --pairs 64
   dqkernels bench compare before.json after.json
   dqkernels bench projected --card a100-80-sxm
 """
@@ -130,9 +132,11 @@ def register(app: typer.Typer) -> None:
     group.command("generate", help=_GENERATE, short_help="Whole models, against other projects'.")(generate)
     group.command("cpu", help=_CPU, short_help="What the goals of the CPU are about.")(cpu)
     group.command("size", help=_SIZE, short_help="Packed files against the fp32 file.")(size)
+    bench_train.register(group)
+    bench_quality.register(group)
     compare.register(group)
     projected.register(group)
-    app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, ops, models and sizes here.")
+    app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, models, sizes, scores here.")
 
 
 def linear(

@@ -61,41 +61,26 @@ def evaluate(
 ) -> None:
     if batch_size < 1:
         raise common.WrongUsage(f"--batch_size must be at least 1, got {batch_size}")
-    if max_samples is not None and max_samples < 1:
-        raise common.WrongUsage(f"--max_samples must be at least 1, got {max_samples}")
     import dqkernels  # noqa: F401, registers packed models
     from dqkernels import text as library
-    from dqkernels.data import prepare, sources
-    from dqkernels.metrics import bleu, rouge
+    from dqkernels.bench import quality
 
-    translating = task == "translation" or source_lang is not None
-    limit = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+    how = quality.Task(
+        task=task, source_lang=source_lang, target_lang=target_lang, source_prefix=source_prefix,
+        max_source_length=max_source_length, batch_size=batch_size,
+        options={"num_beams": num_beams, "max_new_tokens": max_new_tokens},
+    )  # fmt: skip
     with common.checking_input():
         common.check_new_file("--output_file", output_file, overwrite)
-        if split not in limit:
-            raise common.WrongUsage(f"--split must be one of {', '.join(limit)}, got {split!r}")
-        common.quiet_transformers()
-        pairs = sources.load_pairs(
-            dataset_name, dataset_config_name, **({f"{split}_file": test_file} if test_file else {}),
-            text_column=text_column, summary_column=summary_column, source_lang=source_lang, target_lang=target_lang,
-            splits=(split,), held_out_from=held_out_from, shuffle_seed=0, **{limit[split]: max_samples},
-        )[split]  # fmt: skip
-        loaded, tokenizer = library.open_model(model, dtype=dtype, device=device)
-        setup = prepare.set_up(
-            loaded, tokenizer, task=task, source_prefix=source_prefix, source_lang=source_lang, target_lang=target_lang
-        )
-    options = {"num_beams": num_beams, "max_new_tokens": max_new_tokens}
-    options = {**setup.generate_options, **{name: value for name, value in options.items() if value is not None}}
-    with common.checking_input():
-        predictions = library.generate_texts(
-            loaded, tokenizer, pairs["source"], batch_size=batch_size, source_prefix=setup.source_prefix,
-            max_source_length=max_source_length, **options,
+        pairs = pairs_of(
+            split, dataset_name, dataset_config_name, {split: test_file}, max_samples, text_column=text_column,
+            summary_column=summary_column, source_lang=source_lang, target_lang=target_lang,
+            held_out_from=held_out_from, shuffle_seed=0,
         )  # fmt: skip
+        loaded, tokenizer = library.open_model(model, dtype=dtype, device=device)
+        predictions = how.write(loaded, tokenizer, pairs["source"])
     references = list(pairs["target"])
-    scores = bleu.bleu(predictions, references) if translating else rouge.rouge(predictions, references)
-    result = {"model": model, "pairs": len(references), **scores}
-    if not translating:
-        result["signature"] = rouge.signature()
+    result = {"model": model, "pairs": len(references), **how.scores(predictions, references)}
     if output_file is not None:
         from dqkernels.serialize import atomic_write
 
@@ -107,3 +92,34 @@ def evaluate(
         return
     for name, value in result.items():
         print(f"{name:16} {value:.2f}" if isinstance(value, float) else f"{name:16} {value}")
+
+
+#: What `load_pairs` calls the number of pairs of each split.
+_LIMITS = {"train": "max_train_samples", "validation": "max_eval_samples", "test": "max_predict_samples"}
+
+
+def pairs_of(
+    split: str,
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    files: dict[str, str | None],
+    max_samples: int | None,
+    **options,
+):
+    """The pairs of one split, as `dqkernels.data.sources.load_pairs` gives them for the flags of a verb that scores.
+
+    Raises:
+        ValueError: as `load_pairs`.
+        WrongUsage: for a split that is none, or no pair asked for.
+    """
+    if max_samples is not None and max_samples < 1:
+        raise common.WrongUsage(f"--max_samples must be at least 1, got {max_samples}")
+    if split not in _LIMITS:
+        raise common.WrongUsage(f"--split must be one of {', '.join(_LIMITS)}, got {split!r}")
+    from dqkernels.data import sources
+
+    common.quiet_transformers()
+    given = {f"{name}_file": path for name, path in files.items() if path is not None}
+    return sources.load_pairs(
+        dataset_name, dataset_config_name, **given, splits=(split,), **{_LIMITS[split]: max_samples}, **options
+    )[split]
