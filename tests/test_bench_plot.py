@@ -79,7 +79,11 @@ def test_lines_along_the_batch(tmp_path):
     made = data_of("generate-zen3.json")
     rows = [row for row in made["rows"] if row["num_beams"] == 1]
     made["rows"] = [
-        {**row, "batch_size": batch, "latency_ms_per_token": row["latency_ms_per_token"] * (1 + batch / 100)}
+        {
+            **{key: value for key, value in row.items() if key[:2] not in ("p2", "p8")},
+            "batch_size": batch,
+            "latency_ms_per_token": row["latency_ms_per_token"] * (1 + batch / 100),
+        }
         for batch in (4, 1, 16)
         for row in rows
     ]
@@ -96,7 +100,7 @@ def test_lines_along_the_batch(tmp_path):
 def test_floors_are_computed_and_times_are_measured():
     found = {one.name: one for one in plot.pictures(plot.load(RESULTS / "gemm-h200.json"))}
     rows = data_of("gemm-h200.json")["rows"]
-    panel = next(one for one in found["latency"].panels if one.title == "8,192 x 8,192")
+    panel = next(one for one in found["latency"].panels if one.title == "N x K: 8,192 x 8,192")
     floors = [one for one in panel.series if not one.measured]
     assert [one.label for one in floors].count("floor (computed)") == 1
     kept = {(r["candidate"], r["tokens"]): r for r in rows if r.get("cache") == "cold" and r["out_features"] == 8192}
@@ -247,6 +251,16 @@ HOSTILE = {
     "no candidate": ("gemm-h200.json", set_row(0, "candidate", KeyError), r"rows\[0\] has no 'candidate'"),
     "a cell's axis that is a list": (ZEN, set_row(0, "batch_size", [1]), r"rows\[0\]\.batch_size"),
     "a bool for a number": ("train-step-h200.json", set_row(0, "median_ms", True), "median_ms"),
+    "whiskers that do not stand around the median": (
+        ZEN,
+        set_row(0, "p80_ms_per_token", 50.0),
+        r"rows\[0\]: .* must rise",
+    ),
+    "an error below 0": (
+        "demo.json",
+        set_row(2, "rougeL_gap_error", -0.5),
+        "must be a finite number not below 0, got -0.5",
+    ),
     "no score": ("quantizers.json", set_row(3, "rougel_score", KeyError), r"rows\[3\] has no 'rougel_score'"),
     "no ratio in the demo": ("demo.json", set_row(2, "ratio", KeyError), r"rows\[2\] has no 'ratio'"),
     "no teacher": ("dq_docstrings.json", lambda made: made.update(runs=made["runs"][1:]), "no row 'teacher'"),
@@ -263,6 +277,34 @@ def test_a_record_that_lacks_something_is_named_with_the_place(case, tmp_path):
         plot.run([path], tmp_path / "out", html=tmp_path / "page.html")
     assert str(caught.value).startswith("bad.json"), "the file is named first"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.json"], "nothing is written"
+
+
+def leaves(value, path=()):
+    if isinstance(value, dict | list):
+        for key, item in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from leaves(item, (*path, key))
+    else:
+        yield path
+
+
+@pytest.mark.parametrize("name", [name for name in COMMITTED if "demo" not in name and "lane" not in name])
+def test_any_leaf_may_be_anything(name, tmp_path):
+    """A picture, or a PlotError; nothing else is raised, whatever stands where."""
+    made, refused = data_of(name), 0
+    paths = list(leaves(made.get("rows", made.get("runs"))))
+    values = [None, -1, 0, 1e-300, 1e17, True, "x" * 90, [1], {"a": 1}, ""]
+    for index, path in enumerate(paths[:: max(1, len(paths) // 40)]):
+        bad = copy.deepcopy(made)
+        place = bad.get("rows", bad.get("runs"))
+        for key in path[:-1]:
+            place = place[key]
+        place[path[-1]] = values[index % len(values)]
+        try:
+            plot.pictures(plot.load(written(tmp_path, bad)))
+        except plot.PlotError as error:
+            refused += 1
+            assert str(error).startswith("made.json: ")
+    assert refused
 
 
 @pytest.mark.parametrize(
@@ -285,6 +327,8 @@ def test_places_that_are_no_record(tmp_path, monkeypatch):
         plot.load(tmp_path / "nothing.json")
     with pytest.raises(plot.PlotError, match="it is a folder"):
         plot.load(tmp_path)
+    with pytest.raises(plot.PlotError, match="output_dir must be a folder"):
+        plot.run([RESULTS / "size.json"], written(tmp_path, "{}", "file"))
     monkeypatch.setattr(plot, "_LARGEST_BYTES", 10)
     with pytest.raises(plot.PlotError, match="larger than"):
         plot.load(RESULTS / "size.json")
@@ -593,7 +637,7 @@ def test_a_cold_row_is_preferred_to_a_warm_one(tmp_path):
 def test_many_shapes_are_cut_and_named(tmp_path, monkeypatch):
     monkeypatch.setattr(picture_layers, "_PANELS", 2)
     found = {one.name: one for one in plot.pictures(plot.load(RESULTS / "gemm-h200.json"))}
-    assert [panel.title for panel in found["latency"].panels] == ["768 x 768", "8,192 x 8,192"]
+    assert [panel.title for panel in found["latency"].panels] == ["N x K: 768 x 768", "N x K: 8,192 x 8,192"]
     assert "3 of 5 shapes are not shown." in found["latency"].caption
 
 

@@ -1,3 +1,3 @@
 """Timing protocol, records and tables. Nothing is imported here: `from dqkernels.bench import linear`."""
 
-__all__ = ["kernels", "linear", "model", "protocol", "record", "size"]
+__all__ = ["generate", "kernels", "linear", "plot", "protocol", "quality", "record", "size", "train_step"]

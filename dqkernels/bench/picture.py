@@ -21,6 +21,8 @@ from dqkernels.bench.record import RecordError
 DRAWING = 1
 #: Nothing that is measured here is larger; a record is untrusted, and an axis has to hold its figures.
 _LARGEST = 1e18
+#: As `above`: 0 and more.
+NOT_NEGATIVE = -5e-324
 #: Peers by the word in their names that says whose they are; the rest of what is no `dqkernels` is torch's.
 _PEERS = ("ctranslate2", "bitsandbytes", "gemlite", "humming", "bitblas", "torchao", "onnx")
 
@@ -37,7 +39,7 @@ class Series:
         notes: a text beside each point or bar, or empty.
         measured: False for floors, projections and other arithmetic.
         lines: points are connected.
-        variant: which marker and stroke, among series of one family.
+        variant: which stroke, among series of one family.
     """
 
     label: str
@@ -128,7 +130,7 @@ class Row:
         """
         value = self._needed(key)
         if not _is_number(value) or not above < value < _LARGEST:
-            limit = "" if above == -math.inf else f" above {above:g}"
+            limit = {-math.inf: "", NOT_NEGATIVE: " not below 0"}.get(above, f" above {above:g}")
             raise RecordError(f"{self.where}.{key} must be a finite number{limit}, got {_shown(value)}")
         return value
 
@@ -194,12 +196,18 @@ def timed(rows: Iterable[Row]) -> list[Row]:
     return [row for row in rows if row.data.get("status") in ("timed", "projected")]
 
 
-def spread(row: Row, low: str, high: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Ends of the whiskers of one bar; none where there was one sample, or nobody says."""
+def spread(row: Row, middle: str, low: str, high: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Ends of the whiskers of one bar; none where there was one sample, or nobody says.
+
+    Raises:
+        RecordError: if they do not stand around the middle.
+    """
     if low not in row or high not in row or row.maybe("samples") == 1:
         return (), ()
-    ends = row.numbers(low, high, above=0)
-    return ends[:1], ends[1:]
+    least, value, most = row.numbers(low, middle, high, above=0)
+    if not least <= value <= most:
+        raise RecordError(f"{row.where}: {low}, {middle} and {high} must rise, got {least:g}, {value:g}, {most:g}")
+    return (least,), (most,)
 
 
 def measured(row: Row) -> bool:

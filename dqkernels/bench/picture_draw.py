@@ -16,8 +16,7 @@ FORMATS = ("png", "svg")
 #: Inches, and pixels of one: 1280 across, for the 800 or so of a README.
 _WIDTH, _DPI = 8.0, 160
 _TEXT = 9.5
-#: Markers and strokes of the series of one family.
-_MARKERS = ("o", "s", "^", "D", "v", "P")
+#: Strokes of the series of one family; every second has hollow markers.
 _STROKES = ("-", "--", "-.", ":")
 
 
@@ -59,9 +58,11 @@ _HUES = {
     "recipe teacher": "text", "recipe ptq": "grey", "recipe quant-only": "red", "recipe dq-paper": "blue",
     "recipe dq-": "green", "recipe distill-only": "purple",
 }  # fmt: skip
-_RECIPE_MARKERS = {
-    "recipe teacher": "*", "recipe ptq": "X", "recipe quant-only": "v", "recipe dq-paper": "s", "recipe dq-": "o",
-    "recipe distill-only": "D",
+#: And a marker, for who sees no hues; the rest of the peers have a cross.
+_MARKERS = {
+    "float": "o", "ours": "h", "ours 8": "s", "ours 4": "^", "ours 2": "D", "trained": "o", "torch int8": "v",
+    "ctranslate2": "P", "bitsandbytes": "<", "gemlite": ">", "humming": "p", "recipe teacher": "*", "recipe ptq": "X",
+    "recipe quant-only": "v", "recipe dq-paper": "s", "recipe dq-": "o", "recipe distill-only": "D",
 }  # fmt: skip
 
 
@@ -262,7 +263,7 @@ def _lines(axes, panel: Panel, look: Style) -> None:
     for one in panel.series:
         colour = _colour(one.family, look)
         xs, ys = [x for x, _ in one.points], [y for _, y in one.points]
-        marker = _RECIPE_MARKERS.get(one.family, _MARKERS[one.variant % len(_MARKERS)])
+        marker = _MARKERS.get(one.family, "X")
         options = {"color": colour, "label": _label(one, panel) or None, "zorder": 3, "alpha": 0.9}
         if one.measured:
             options |= {
@@ -271,6 +272,7 @@ def _lines(axes, panel: Panel, look: Style) -> None:
                 "linewidth": 1.6,
             }
             options["linestyle"] = _STROKES[one.variant % len(_STROKES)] if one.lines else "none"
+            options["markerfacecolor"] = look.back if one.variant % 2 else colour
         else:  # computed: hollow and dotted, whatever its colour
             options |= {
                 "marker": marker if len(xs) < 2 else "",

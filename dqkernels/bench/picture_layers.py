@@ -55,12 +55,13 @@ def _plain(rows: Sequence[Row]) -> tuple[list[Row], list[str]]:
     floats = [
         row.text("candidate") for row in rows if family_of(row.text("candidate"), row.data.get("bits")) == "float"
     ]
-    grouped = {row.data.get("group_size") for row in rows} > {-1}
+    sizes = {row.maybe("group_size") for row in rows}
+    grouped = -1 in sizes and len(sizes - {None}) > 1
     kept, gone = [], []
     for row in rows:
         name = row.text("candidate")
         other = name in floats and name != floats[0]
-        other |= grouped and row.data.get("group_size") not in (-1, None)
+        other |= grouped and row.maybe("group_size") not in (-1, None)
         if other or "overlapped" in name:
             gone.append(name)
         else:
@@ -85,7 +86,7 @@ def _latency(rows: Sequence[Row], cache: str, machine: str) -> Picture:
         panels = [_bars_of(shape, shapes[shape]) for shape in shown]
     what = "the weights come from memory (cold)" if cache == "cold" else "the weights stay in the cache (warm)"
     caption = [
-        f"Median of interleaved rounds, {counts(row.data.get('samples') for row in rows)}; {what}; quantizing the "
+        f"Median of interleaved rounds, {counts(row.maybe('samples', 0) for row in rows)}; {what}; quantizing the "
         "input is inside the timed call." + ("" if many else " Whiskers: p20 to p80."),
         *_floor_words(rows),
     ]
@@ -131,7 +132,7 @@ def _against_tokens(shape: Shape, rows: Sequence[Row]) -> Panel:
         series.append(Series(label, family, tuple(sorted(found)), measured=False))
     places = sorted({point[0] for one in series for point in one.points})
     ticks = tuple((place, f"{place:g}") for place in places)
-    title = f"{shape[0]:,} x {shape[1]:,}"
+    title = f"N x K: {shape[0]:,} x {shape[1]:,}"
     return Panel("lines", title, "tokens (M)", "µs per call", tuple(series), ticks, x_log=True, y_log=True)
 
 
@@ -149,7 +150,7 @@ def _bars_of(shape: Shape, rows: Sequence[Row]) -> Panel:
         series.append(
             Series(
                 name if real else f"{name} (projected)", family_of(row.text("candidate"), row.data.get("bits")),
-                ((name, time),), *spread(row, "p20_us", "p80_us"), (note,), measured=real,
+                ((name, time),), *spread(row, "median_us", "p20_us", "p80_us"), (note,), measured=real,
             )
         )  # fmt: skip
     floors = [(without_maker(row.text("candidate")), row.number("floor_us", 0)) for row in rows if "floor_us" in row]
@@ -196,7 +197,7 @@ def _floor_of_layers(rows: Sequence[Row], cache: str, machine: str) -> Picture |
         if "floor_fraction" in row and measured(row):
             n, k = _shape(row)
             name = without_maker(row.text("candidate"))
-            if row.data.get("group_size") not in (-1, None):
+            if row.maybe("group_size") not in (-1, None):
                 name += f" g{row.number('group_size'):g}"
             column = f"{row.number('tokens', 0):g}x{n}x{k}"
             order[column] = (n * k, n, row.number("tokens", 0))
@@ -216,7 +217,7 @@ def of_kernels(record: dict, machine: str) -> list[Picture]:
             continue
         shape = row.data.get("shape")
         sizes = "x".join(map(str, shape)) if isinstance(shape, list) else ""
-        group = " ".join(filter(None, (row.text("op"), sizes, row.data.get("variant") or "")))
+        group = " ".join(filter(None, (row.text("op"), sizes, row.text("variant") if "variant" in row else "")))
         name = without_maker(row.text("candidate"))
         # torch has another op for each of ours: one column holds them all.
         name = "torch's own" if name.startswith("torch ") else name

@@ -39,7 +39,7 @@ def of_generate(record: dict, machine: str) -> list[Picture]:
     rows = timed(rows_of(record))
     cells: dict[Cell, list[Row]] = {}
     for row in rows:
-        cells.setdefault(tuple(row.words(axis) for axis in _AXES), []).append(row)
+        cells.setdefault(_cell(row), []).append(row)
     if not cells:
         return []
     model = record["settings"].get("model", "a model")
@@ -50,6 +50,11 @@ def of_generate(record: dict, machine: str) -> list[Picture]:
     made.append(_each(cells, model, machine))
     made.append(_memory(cells, model, machine))
     return [one for one in made if one is not None]
+
+
+def _cell(row: Row) -> Cell:
+    """Where a row stands on each axis, as text."""
+    return tuple(row.text(axis) if axis == "layers" else f"{int(row.number(axis, 0))}" for axis in _AXES)
 
 
 def _varying(cells: dict[Cell, list[Row]]) -> tuple[str | None, list[Cell]]:
@@ -83,14 +88,6 @@ def _family(row: Row) -> str:
     return family_of(row.text("candidate"), row.data.get("weight_bits"))
 
 
-def _timing_words(rows: Sequence[Row], weights: str) -> list[str]:
-    words = (
-        f"Median of whole calls of generate, the encoder included, {counts(row.data.get('samples') for row in rows)}."
-    )
-    busy = "p20_ms_per_token" in rows[0] and " Whiskers: p20 to p80." or ""
-    return [words + busy + weights]
-
-
 def _along(axis: str, chosen: Sequence[Cell], cells: dict[Cell, list[Row]], model: str, machine: str) -> Picture:
     """Two panels along the axis that varies most: milliseconds a token, tokens a second."""
     index = list(_AXES).index(axis)
@@ -115,10 +112,11 @@ def _along(axis: str, chosen: Sequence[Cell], cells: dict[Cell, list[Row]], mode
                 Series(name if real else f"{name} (projected)", family, points, measured=real, variant=seen[family])
             )
         panels.append(Panel("lines", "", _AXES[axis][1], label, tuple(series), ticks, x_log=numeric, y_log=True))
-    rows = [row for cell in chosen for row in cells[cell]]
+    samples = counts(row.maybe("samples", 0) for cell in chosen for row in cells[cell])
+    caption = (f"Median of whole calls of generate over their new tokens, the encoder included, {samples}.",)
     title = f"{model} generating on {machine}: {_words(chosen[0], axis)}"
     alt = f"Time per token and tokens a second of {model} on {machine} against {_AXES[axis][1]}."
-    return Picture("speed", title, tuple(panels), len(panels), tuple(_timing_words(rows, "")), alt)
+    return Picture("speed", title, tuple(panels), len(panels), caption, alt)
 
 
 def _each(cells: dict[Cell, list[Row]], model: str, machine: str) -> Picture:
@@ -128,7 +126,7 @@ def _each(cells: dict[Cell, list[Row]], model: str, machine: str) -> Picture:
         series = []
         for row in rows[:_BARS]:
             time = row.number("latency_ms_per_token", 0)
-            ends = spread(row, "p20_ms_per_token", "p80_ms_per_token")
+            ends = spread(row, "latency_ms_per_token", "p20_ms_per_token", "p80_ms_per_token")
             note = short(time)
             if row.maybe("speedup_ratio") not in (None, 1.0):
                 note += f"  ({short(row.number('speedup_ratio'))}x)"
@@ -138,7 +136,7 @@ def _each(cells: dict[Cell, list[Row]], model: str, machine: str) -> Picture:
         panels.append(
             Panel(
                 "bars",
-                f"{_words(cell)}; {counts(row.data.get('samples') for row in rows)}",
+                f"{_words(cell)}; {counts(row.maybe('samples', 0) for row in rows)}",
                 "ms per token",
                 "",
                 tuple(series),
@@ -209,7 +207,7 @@ def of_training(record: dict, machine: str) -> list[Picture]:
         )
         time, size = row.number("median_ms", 0), row.maybe("activation_bytes", 0)
         note = short(time) + ("" if "step_ratio" not in row else f"  ({short(row.number('step_ratio', 0))}x)")
-        ends = spread(row, "p20_ms", "p80_ms")
+        ends = spread(row, "median_ms", "p20_ms", "p80_ms")
         times.append(Series(name, family, ((name, time),), *ends, (note,), measured=measured(row)))
         if size is not None:
             note = megabytes(size) + (
@@ -222,7 +220,7 @@ def of_training(record: dict, machine: str) -> list[Picture]:
     work = record["settings"].get("work", "a model")
     caption = (
         f"Forward, backward and AdamW, the quantization of every weight included; median, "
-        f"{counts(row.data.get('samples') for row in rows)}. Whiskers: p20 to p80. x: of float autograd's, below 1 is "
+        f"{counts(row.maybe('samples', 0) for row in rows)}. Whiskers: p20 to p80. x: of float autograd's, below 1 is "
         "less.",
     )
     title = f"A training step on {machine}: {work}"

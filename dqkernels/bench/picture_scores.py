@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
-from dqkernels.bench.picture import Panel, Picture, Row, Series, counts, megabytes, rows_of
+from dqkernels.bench.picture import NOT_NEGATIVE, Panel, Picture, Row, Series, counts, megabytes, rows_of
 from dqkernels.bench.record import RecordError
 
 #: Rows of the docstring experiment by the beginning of their names; the longest that fits counts.
@@ -25,14 +25,14 @@ def of_demo(record: dict, machine: str) -> list[Picture]:
     rows = rows_of(record)
     settings = Row(record.get("settings"), "settings")
     scored = settings.words("scored")
-    lead = next((row.number("rougeL", -1) for row in rows if row.data.get("name") == "lead"), None)
+    lead = next((row.number("rougeL", NOT_NEGATIVE) for row in rows if row.data.get("name") == "lead"), None)
     files = [row for row in rows if "file_mb" in row]
     if not files:
         raise RecordError("rows have no 'file_mb': nothing was packed")
     series = []
     for row in files:
-        name, score = row.text("name"), row.number("rougeL", -1)
-        ends = _ends(score, row.maybe("rougeL_gap_error", -1))
+        name, score = row.text("name"), row.number("rougeL", NOT_NEGATIVE)
+        ends = _ends(score, row.maybe("rougeL_gap_error", NOT_NEGATIVE))
         family = _of_bits(int(row.number("bits", 0)), "float" if name == "teacher" else "")
         if name.startswith("DQ-"):
             family = "trained"
@@ -93,12 +93,12 @@ def of_quality(record: dict, machine: str) -> list[Picture]:
     sized = all("file_ratio" in row for row in rows)
     series = []
     for row in rows:
-        name, score = row.text("name"), row.number(key, -1)
+        name, score = row.text("name"), row.number(key, NOT_NEGATIVE)
         bits = int(row.number("weight_bits", 0))
         grouped = row.maybe("group_size") not in (None, -1)
         label = f"{name}, groups of {row.number('group_size'):g}" if grouped else name
         family = "trained" if row.data.get("origin") == "as given" else _of_bits(bits)
-        ends = _ends(score, row.maybe("gap_error", -1))
+        ends = _ends(score, row.maybe("gap_error", NOT_NEGATIVE))
         if sized:
             note = (f"{label}  {score:.1f}",)
             series.append(Series("", family, ((row.number("file_ratio", 0), score),), *ends, notes=note, lines=False))
@@ -145,9 +145,9 @@ def of_docstrings(record: dict, machine: str) -> list[Picture]:
     teacher = 2 * groups["teacher"][0].number("bytes", 0)
     points: dict[str, list[tuple]] = {}
     for name, runs in groups.items():
-        scores = [run.number("rougeL", -1) for run in runs]
+        scores = [run.number("rougeL", NOT_NEGATIVE) for run in runs]
         score = statistics.fmean(scores)
-        gaps = [run.sub("gap_to_teacher").number("error", -1) for run in runs if "gap_to_teacher" in run]
+        gaps = [run.sub("gap_to_teacher").number("error", NOT_NEGATIVE) for run in runs if "gap_to_teacher" in run]
         error = statistics.stdev(scores) if len(runs) > 1 else statistics.fmean(gaps) if gaps else None
         first = runs[0]
         bits, layers = (

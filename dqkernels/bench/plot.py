@@ -210,6 +210,8 @@ def run(
         raise PlotError(f"records must have different names, {twice[0]!r} stands there twice: their pictures would too")
     made: list[tuple[Path, Callable[[], bytes]]] = []
     if output_dir is not None:
+        if Path(output_dir).exists() and not Path(output_dir).is_dir():
+            raise PlotError(f"output_dir must be a folder, {str(output_dir)!r} is a file")
         for one in loaded:
             for picture, style in ((p, s) for p in need_pictures(one) for s in styles):
                 made.append(
@@ -228,7 +230,13 @@ def run(
 
 
 def _drawing(one: Loaded, picture: Picture, style: str, kind: str) -> Callable[[], bytes]:
-    return lambda: picture_draw.draw(picture, style, kind, one.footer)
+    def draw() -> bytes:
+        try:
+            return picture_draw.draw(picture, style, kind, one.footer)
+        except (ValueError, ArithmeticError) as error:  # of matplotlib: figures that fit no axis together
+            raise PlotError(f"{one.file}: its picture {picture.name!r} cannot be drawn: {error}") from error
+
+    return draw
 
 
 def file_name(one: Loaded, picture: Picture, style: str, kind: str = "png") -> str:
