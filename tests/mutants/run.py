@@ -49,11 +49,12 @@ def load() -> list[Mutant]:
 
 
 def copy_tree(folder: Path) -> None:
-    """The package, the kernels, the tests and their settings; the compiled core comes with the package where there is
-    one: a defect in csrc/ shows only in tests that compile it themselves (tests/sim)."""
+    """The package, the kernels, the tests, records and settings; the compiled core comes with the package where it is
+    built: a defect in csrc/ shows only in tests that compile it themselves (tests/sim)."""
     ignored = shutil.ignore_patterns("__pycache__", "mutants", "test_mutants.py")
-    for name in ("dqkernels", "csrc", "tests"):
-        shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+    for name in ("dqkernels", "csrc", "tests", "benchmarks/results"):  # records: what pictures are tested on
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=ignored)
     for name in ("pyproject.toml", "CMakeLists.txt"):
         if (ROOT / name).is_file():
             shutil.copy(ROOT / name, folder / name)
