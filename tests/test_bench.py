@@ -14,7 +14,7 @@ import torch
 from rich.console import Console
 
 from dqkernels import packing
-from dqkernels.bench import candidates, floors, linear, protocol, record, size
+from dqkernels.bench import floors, linear, peers, protocol, record, size
 
 CPU = torch.device("cpu")
 
@@ -265,8 +265,8 @@ def test_record_module_needs_nothing_of_the_package():
 
 
 @pytest.fixture(scope="module")
-def layer() -> candidates.Layer:
-    return candidates.Layer(48, 130, torch.float32, CPU, (8, 4, 2), ["eager"])
+def layer() -> linear.Layer:
+    return linear.Layer(48, 130, torch.float32, CPU, (8, 4, 2), ["eager"])
 
 
 @pytest.fixture
@@ -291,7 +291,10 @@ def test_every_candidate_proves_itself(layer):
         assert one.prove(x, one.module(x)) is None, one.name
     names = [one.name for one in layer.found]
     assert names[:4] == ["torch fp32", "dqkernels W8 eager", "dqkernels W4 eager", "dqkernels W2 eager"]
-    assert set(candidates.PEERS) <= set(layer.absent)
+    there = {name for peer in peers.of("linear") for name in peer.linear} & {*names, *layer.absent}
+    for peer in peers.PEERS.values():
+        # Timed, or absent with the reason: as a whole, or one way of it.
+        assert {peer.name, peer.label} & set(layer.absent) or not peer.has("linear") or there & set(peer.linear)
 
 
 def test_a_candidate_that_computes_something_else_is_refused(layer):

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from test_bench import assert_fits, text_of
 
 from dqkernels import ops, packing
-from dqkernels.bench import candidates, floors, gemm, gemm_goals, gemm_peers, linear, protocol, record, rows
+from dqkernels.bench import candidates, floors, gemm, gemm_goals, linear, peers, protocol, record, rows
 from dqkernels.cli import main
 from dqkernels.config import DQConfig
 from dqkernels.kernels import skinny
@@ -397,6 +397,9 @@ class FakeHumming(torch.nn.Module):
         return (q.double() @ weight.t()) * x_scale + self.bias
 
 
+GEMM_PEERS = [peer.name for peer in peers.of("gemm")]
+
+
 @pytest.fixture
 def fakes(monkeypatch):
     def plant(name, **members):
@@ -415,10 +418,10 @@ def fakes(monkeypatch):
     plant("humming.ops", pack_weight=lambda codes, bits: codes)
 
 
-@pytest.mark.parametrize("name", list(gemm_peers.ADAPTERS))
+@pytest.mark.parametrize("name", GEMM_PEERS)
 @pytest.mark.parametrize("bits", [8, 4, 2])
 def test_peers_hold_our_codes(fakes, name, bits):
-    one = gemm_peers.candidate(name, packed(48, 256, bits))
+    one = peers.gemm(name, packed(48, 256, bits))
     x = torch.randn(5, 256)
     assert one.name == f"{name} W{bits}" and one.foreign and one.backend is None
     assert one.prove(x, one.module(x)) is None
@@ -431,26 +434,26 @@ def test_peers_hold_our_codes(fakes, name, bits):
         buffer.zero_()
     assert one.prove(x, one.module(x)) is None and one.prove(x, clone(x)) is not None
     # The layer next to it is not the same layer.
-    assert "relative error" in gemm_peers.candidate(name, packed(48, 256, 12 - bits if bits != 2 else 4)).prove(
+    assert "relative error" in peers.gemm(name, packed(48, 256, 12 - bits if bits != 2 else 4)).prove(
         x, one.module(x) + 0.1
     )
 
 
 def test_groups_where_a_peer_has_them(fakes):
     module = packed(48, 256, 4, 64)
-    one = gemm_peers.candidate("humming", module)
+    one = peers.gemm("humming", module)
     x = torch.randn(5, 256)
     assert one.prove(x, one.module(x)) is None and one.name == "humming W4g64"
-    torch.testing.assert_close(gemm_peers.Weights.of(module).float_layer().weight, module.dequantize())
+    torch.testing.assert_close(peers.Weights.of(module).float_layer().weight, module.dequantize())
     for name in ("gemlite", "bitblas"):
-        with pytest.raises(gemm_peers.NotCompared, match="its"):
-            gemm_peers.candidate(name, module)
+        with pytest.raises(peers.NotCompared, match="its"):
+            peers.gemm(name, module)
 
 
 def test_weights_are_those_of_the_packed_layer():
     for bits in (8, 4, 2):
         module = packed(24, 130, bits)
-        weights = gemm_peers.Weights.of(module)
+        weights = peers.Weights.of(module)
         assert weights.scale.shape == (24, 1) and int(weights.codes.abs().max()) <= weights.offset
         assert torch.equal(weights.float_layer().weight, module.dequantize())
         assert torch.equal(packing.pack(weights.codes, bits), module.qweight)
@@ -458,34 +461,17 @@ def test_weights_are_those_of_the_packed_layer():
 
 def test_another_version_of_a_peer_is_a_reason_and_no_crash(fakes, monkeypatch):
     monkeypatch.setattr(sys.modules["bitblas"], "Matmul", lambda **arguments: {}["gone\nand more"])
-    with pytest.raises(gemm_peers.NotCompared, match="KeyError: 'gone"):
-        gemm_peers.candidate("bitblas", packed(16, 128, 2))
+    with pytest.raises(peers.NotCompared, match="KeyError: 'gone"):
+        peers.gemm("bitblas", packed(16, 128, 2))
     monkeypatch.delattr(sys.modules["humming.layer"], "HummingLayer")
-    with pytest.raises(gemm_peers.NotCompared, match="AttributeError"):
-        gemm_peers.candidate("humming", packed(16, 128, 2))
-
-
-def test_why_a_peer_is_missing(fakes, monkeypatch):
-    assert gemm_peers.missing("bitblas", CPU) == "takes CUDA tensors, not cpu"
-    assert gemm_peers.missing("bitblas", CUDA) is None
-    monkeypatch.setitem(sys.modules, "bitblas", None)
-    assert gemm_peers.missing("bitblas", CUDA).startswith("not installed")
-    real = gemm_peers.importlib.import_module
-    broken = {"humming": OSError("libcuda.so.1: no such file")}
-
-    def load(name):
-        if name in broken:
-            raise broken[name]
-        return real(name)
-
-    monkeypatch.setattr(gemm_peers.importlib, "import_module", load)
-    assert gemm_peers.missing("humming", CUDA) == "import failed: OSError: libcuda.so.1: no such file"
+    with pytest.raises(peers.NotCompared, match="AttributeError"):
+        peers.gemm("humming", packed(16, 128, 2))
 
 
 def test_peers_of_a_layer_are_candidates_or_have_a_reason(fakes):
     with torch.inference_mode():
         cell = gemm.Cell(4, 48, 256, 64)
-        layer = gemm.Decode(cell, torch.float32, CPU, (8, 4), ["eager"], list(gemm_peers.ADAPTERS), False)
+        layer = gemm.Decode(cell, torch.float32, CPU, (8, 4), ["eager"], GEMM_PEERS, False)
         assert [one.name for one in layer.found] == ["torch fp32", "dqkernels W4g64 eager", "humming W4g64"]
         assert set(layer.absent) == {"gemlite W4g64", "bitblas W4g64"}
         found = {row["candidate"]: row for row in gemm.measure(cell, layer, 1000, None)}

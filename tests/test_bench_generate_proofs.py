@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from generate_cases import (  # noqa: F401 - few_rounds is for every test here
@@ -21,13 +23,13 @@ from generate_cases import (  # noqa: F401 - few_rounds is for every test here
 )
 
 from dqkernels import backends
-from dqkernels.bench import generate, size
+from dqkernels.bench import generate, peers, size
 from dqkernels.bench import generate_candidates as ours
 from dqkernels.bench import generate_cells as cells
 from dqkernels.bench import generate_lineup as lineups
-from dqkernels.bench import generate_peers as peers
 from dqkernels.bench import generate_proofs as proofs
 from dqkernels.bench.generate_cells import Cell
+from dqkernels.bench.peers import ctranslate2
 from dqkernels.models import attention
 
 # ------------------------------------------------------------------------------------------ proofs
@@ -268,7 +270,7 @@ def test_the_memory_of_ctranslate2_is_not_known():
 
 def test_torchs_dynamic_int8_is_proven_and_weighed():
     lineup = a_lineup(("torch", "dynamic"))
-    one = peers.candidate("dynamic", "torch dynamic int8", lineup.float32, torch.float32, CPU)
+    one = peers.generate("dynamic", "torch dynamic int8", lineup.float32, torch.float32, CPU)
     assert judged(one, lineup) is None
     counts = size.counts(size.SHAPES["tiny"].with_layers(1, 1))
     # Codes of the linears and of a head that is tied no more, an embedding and the rest in float32.
@@ -276,59 +278,39 @@ def test_torchs_dynamic_int8_is_proven_and_weighed():
     rest = 4 * (counts.embedding + counts.bias + counts.layernorm + counts.positions + counts.logits_bias)
     assert one.weights_bytes() == codes + rest
     with pytest.raises(peers.NotCompared, match="CPU only"):
-        peers.candidate("dynamic", "torch dynamic int8", lineup.float32, torch.float32, CUDA)
-
-
-@pytest.mark.parametrize(
-    ("family", "name", "module"),
-    [
-        ("bitsandbytes", "bitsandbytes int8", "bitsandbytes"),
-        ("bitsandbytes", "bitsandbytes nf4", "bitsandbytes"),
-        ("ctranslate2", "ctranslate2 int8", "ctranslate2"),
-    ],
-)
-def test_peers_that_are_not_here_say_why(monkeypatch, tmp_path, family, name, module):
-    model = a_lineup().float32
-    real = peers.importlib.import_module
-
-    def none(wanted):
-        if wanted.partition(".")[0] == module:
-            raise ModuleNotFoundError(f"No module named {module!r}", name=module)
-        return real(wanted)
-
-    monkeypatch.setattr(peers.importlib, "import_module", none)
-    with pytest.raises(peers.NotCompared, match="^not installed$"):
-        peers.candidate(family, name, model, torch.float32, CPU)
-
-    def broken(wanted):
-        if wanted.partition(".")[0] == module:
-            raise OSError("libcublas.so.12: cannot open shared object file")
-        return real(wanted)
-
-    monkeypatch.setattr(peers.importlib, "import_module", broken)
-    with pytest.raises(peers.NotCompared, match="import failed: OSError: libcublas"):
-        peers.candidate(family, name, model, torch.float32, CPU)
+        peers.generate("dynamic", "torch dynamic int8", lineup.float32, torch.float32, CUDA)
 
 
 def test_another_version_of_a_peer_is_a_reason_and_no_crash(monkeypatch):
     def adapter(*_):
         raise TypeError("unexpected keyword argument 'x'\nand more")
 
-    monkeypatch.setitem(peers.ADAPTERS["bitsandbytes"], "bitsandbytes int8", adapter)
+    changed = dataclasses.replace(peers.PEERS["bitsandbytes"], generate=lambda device: {"bitsandbytes int8": adapter})
+    monkeypatch.setitem(peers.PEERS, "bitsandbytes", changed)
     made = run(candidates=["bitsandbytes"])
     (row,) = of(made, "bitsandbytes int8")
     assert row["status"] == "not compared" and row["reason"] == "TypeError: unexpected keyword argument 'x'"
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: shape.name)
-@pytest.mark.parametrize("name", ["ctranslate2 fp32", "ctranslate2 int8", "bitsandbytes int8", "bitsandbytes nf4"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ctranslate2 fp32",
+        "ctranslate2 int8",
+        "bitsandbytes int8",
+        "bitsandbytes nf4",
+        "torchao int8 dynamic",
+        "torchao int8 weights",
+    ],
+)
 def test_peers_compute_the_same_function_and_leave_the_model_alone(name, shape):
     """CTranslate2's converter once scaled the weights of the model that all other candidates were copies of."""
     family = name.partition(" ")[0]
     pytest.importorskip(family, reason=f"{family} is not installed")
     lineup = a_lineup((family,), shape)
     before = {key: tensor.clone() for key, tensor in lineup.float32.state_dict().items()}
-    one = peers.candidate(family, name, lineup.float32, torch.float32, CPU)
+    one = peers.generate(family, name, lineup.float32, torch.float32, CPU)
     assert judged(one, lineup) is None
     assert one.foreign and 0 < one.weights_bytes() < 1.05 * size.weights_bytes(lineup.float32)
     row = generate._prepare(one, a_work(lineup, cell=Cell("1-1", 2, 3, 7, 3)), lineup.inputs(CELL))
@@ -338,7 +320,7 @@ def test_peers_compute_the_same_function_and_leave_the_model_alone(name, shape):
 
 def test_names_of_ctranslate2_go_there_and_back():
     for shape in SHAPES:
-        names = peers.Names(shape.hf_config())
+        names = ctranslate2.Names(shape.hf_config())
         assert len(set(names.names)) == 512 and {"<pad>", "</s>", "<unk>"} <= set(names.names)
         ids = torch.arange(512).reshape(4, 128)
         assert torch.equal(names.numbers(names.words(ids)), ids)

@@ -80,7 +80,7 @@ VERBS = [
     "eval",
     "plot",
 ]
-BENCHES = ["linear", "gemm", "kernels", "generate", "cpu", "size", "train", "quality", "compare"]
+BENCHES = ["linear", "gemm", "kernels", "generate", "cpu", "size", "train", "quality", "compare", "peers"]
 
 
 def test_help_is_quick_complete_and_fits_80_columns():
@@ -523,6 +523,15 @@ def test_bench_linear_and_generate(capsys):
     generate = ["bench", "generate", "tiny", "--bits", "4", "--source_tokens", "8", "--new_tokens", "2"]
     assert main([*generate, "--candidates", "torch,ours", "--seconds", "0.2", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["kind"] == "generate"
+
+
+def test_bench_peers(capsys):
+    assert main(["bench", "peers", "--device", "cpu", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["device"] == "cpu" and {row["peer"] for row in found["peers"]} >= {"ctranslate2", "torchao", "gemlite"}
+    assert main(["bench", "peers"]) == 0
+    assert "pip install --no-deps" in capsys.readouterr().out
+    assert "--device" in wrong(capsys, "bench", "peers", "--device", "magic")
 
 
 def test_bench_refuses(capsys):

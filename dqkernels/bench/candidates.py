@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import copy
 import functools
-import importlib.util
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +24,6 @@ from dqkernels.nn import QLinear
 CPU_ROWS = 16
 #: Relative error of int8 peers to the float64 layer: codes of one scale per tensor stay below 3% on such data.
 INT8_BOUND = 0.03
-PEERS = ("gemlite", "humming", "bitblas", "torchao")
 
 
 @dataclass
@@ -45,6 +42,7 @@ class Candidate:
         least_tokens: fewer rows of x are not supported.
         bind: (module, x) -> the call that is timed.
         foreign: somebody else's package: where it raises it is not compared.
+        clone: a copy of the module with weights of its own.
     """
 
     name: str
@@ -58,6 +56,7 @@ class Candidate:
     least_tokens: int = 0
     bind: Callable[..., protocol.CALL] = functools.partial
     foreign: bool = False
+    clone: Callable = lambda module: _clone(module)  # noqa: E731 - stands below
 
     def absent(self, tokens: int) -> str | None:
         """Why so few rows are not supported, or None."""
@@ -164,7 +163,7 @@ def make_linear(n: int, k: int, dtype: torch.dtype, device: torch.device, seed: 
 
 
 class Contest:
-    """A float layer and what can compute it; `Layer` and the decode GEMM's own kind fill it.
+    """A float layer and what can compute it; `linear.Layer` and `gemm.Decode` fill it.
 
     Attributes:
         key: ((out_features, in_features), dtype).
@@ -184,7 +183,7 @@ class Contest:
         """The candidate's module and as many clones as a cold rotation needs."""
         if one.name not in self._copies:
             count = protocol.copies_for(one.weight_bytes, self.linear.weight.device)
-            self._copies[one.name] = [one.module] + [_clone(one.module) for _ in range(count - 1)]
+            self._copies[one.name] = [one.module] + [one.clone(one.module) for _ in range(count - 1)]
         return self._copies[one.name]
 
     def _add(self, one: Candidate) -> None:
@@ -232,49 +231,6 @@ class Contest:
         proof, kernel = bounded(self.linear, INT8_BOUND), "eager quantizer, torch._int_mm"
         least = 17 if weight.is_cuda else 0  # so says torch, on CUDA
         self._add(Candidate("torch _int_mm", IntMM(self.linear), 8, n * k, proof, kernel, least_tokens=least))
-
-
-class Layer(Contest):
-    """One float layer and everything here that can compute it, the float layer itself first."""
-
-    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None):
-        super().__init__(make_linear(n, k, dtype, device))
-        self._add_float(self.linear)
-        for one in bits:
-            self._add_ours(one, names)
-        self._add_int_mm()
-        self._add_dynamic_int8()
-        for name in PEERS:
-            here = importlib.util.find_spec(name) is not None
-            self.absent[name] = "installed, but this bench has no adapter for it" if here else "not installed"
-
-    def _add_ours(self, bits: int, names: Sequence[str] | None) -> None:
-        device = self.linear.weight.device
-        # The ternary rule at 2 bits: it packs fastest, and the kernels do the same work for any codes.
-        # Packed on the CPU, which has no kernel to be wrong: the same codes on every machine.
-        config = DQConfig(weight_bits=bits, weight_quantizer="ternary").for_linear("linear")
-        self._add_backends(QLinear.from_linear(copy.deepcopy(self.linear).cpu(), config).to(device), names)
-
-    def _add_dynamic_int8(self) -> None:
-        name, weight = "torch dynamic int8", self.linear.weight
-        quantize = getattr(getattr(torch.ao, "quantization", None), "quantize_dynamic", None)
-        if weight.is_cuda:
-            self.absent[name] = "runs on a CPU only"
-        elif weight.dtype != torch.float32:
-            self.absent[f"{name} {short(weight.dtype)}"] = "takes float32 only"
-        elif quantize is None:
-            self.absent[name] = f"torch {torch.__version__} has no torch.ao.quantization.quantize_dynamic"
-        else:
-            try:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore")  # torch announces that torchao will replace it
-                    holder = nn.Sequential(copy.deepcopy(self.linear))
-                    module = quantize(holder, {nn.Linear}, dtype=torch.qint8)[0]
-            except (RuntimeError, NotImplementedError) as error:
-                self.absent[name] = f"torch.ao: {str(error).splitlines()[0]}"
-                return
-            proof, kernel = bounded(self.linear, INT8_BOUND), f"torch.ao, {torch.backends.quantized.engine}"
-            self._add(Candidate(name, module, 8, weight.numel(), proof, kernel))
 
 
 def _clone(module: nn.Module) -> nn.Module:

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dqkernels import ops
-from dqkernels.bench import floors, gemm_goals, gemm_peers, linear, protocol, record
+from dqkernels.bench import floors, gemm_goals, linear, peers, protocol, record
 from dqkernels.bench import rows as shared
 from dqkernels.bench.candidates import Contest, format_words, short
 from dqkernels.config import DQConfig
@@ -114,7 +114,7 @@ class Decode(Contest):
         group_size: of the packed weights.
     """
 
-    def __init__(self, cell: Cell, dtype: torch.dtype, device: torch.device, bits, names, peers, tune: bool):
+    def __init__(self, cell: Cell, dtype: torch.dtype, device: torch.device, bits, names, others, tune: bool):
         super().__init__(_random_linear(cell.n, cell.k, dtype, device))
         self.group_size = cell.group_size
         for kind in _float_types(device, dtype):
@@ -122,11 +122,11 @@ class Decode(Contest):
             self._add_float(one, bind=_float_call)
         for width in bits:
             if (width, self.group_size != -1) != (8, True):
-                self._add_width(width, dtype, device, names, peers, tune)
+                self._add_width(width, dtype, device, names, others, tune)
         if self.group_size == -1:
             self._add_int_mm()
 
-    def _add_width(self, bits: int, dtype: torch.dtype, device: torch.device, names, peers, tune: bool) -> None:
+    def _add_width(self, bits: int, dtype: torch.dtype, device: torch.device, names, others, tune: bool) -> None:
         config = DQConfig(weight_bits=bits, weight_quantizer="ternary", group_size=self.group_size)
         # On the device: a proof compares with the reference on these very codes, wherever they come from.
         packed = QLinear.from_linear(self.linear, config.for_linear("linear"))
@@ -135,10 +135,10 @@ class Decode(Contest):
         for one in self.found[count:]:
             if one.backend == "cuda" and skinny.can_overlap(torch.cuda.get_device_capability(device)):
                 self._add(replace(one, name=f"{one.name} overlapped", bind=_overlapped_call))
-        for name in peers:
+        for name in others:
             try:
-                self._add(gemm_peers.candidate(name, packed, tune))
-            except gemm_peers.NotCompared as reason:
+                self._add(peers.gemm(name, packed, tune))
+            except peers.NotCompared as reason:
                 self.absent[f"{name} {format_words(bits, self.group_size)}"] = str(reason)
 
 
@@ -219,11 +219,11 @@ def run(
     names, absent = shared.backends(backends, device)
     if backends is None:
         names, absent = None, {}  # a layer takes the device's own, and says of each width what is not there
-    peers = []
-    for name in gemm_peers.ADAPTERS:
-        reason = gemm_peers.missing(name, device)
-        absent.update({} if reason is None else {name: reason})
-        peers += [name] if reason is None else []
+    others = []
+    for peer in peers.of("gemm"):
+        reason = peers.missing(peer, device.type)
+        absent.update({} if reason is None else {peer.name: reason})
+        others += [peer.name] if reason is None else []
     peak = shared.peak(device, probe)
     before = protocol.state(device)
     rows: list[dict] = []
@@ -260,7 +260,7 @@ def run(
                 continue
             if key != (cell.n, cell.k, cell.group_size):
                 layer = None  # before the next one is made: both may not fit
-                layer = Decode(cell, kind, device, bits, names, peers, tune_peers)
+                layer = Decode(cell, kind, device, bits, names, others, tune_peers)
                 key = (cell.n, cell.k, cell.group_size)
             share = min(left, max(left / (len(cells) - index), _CELL_S[device.type]))
             rows += measure(cell, layer, share, peak, absent)

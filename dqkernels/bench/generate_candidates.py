@@ -1,7 +1,7 @@
 """What can generate with a model: Hugging Face's loop over float models, and ours, packed, in it and in our own.
 
 A candidate gives a call to time, the tokens of what the call returned, and, where it can, the logits of every greedy
-step, which is what it is proven by. Those of other projects are in `generate_peers`.
+step, which is what it is proven by. Those of other projects are in `peers`.
 """
 
 from __future__ import annotations

@@ -10,8 +10,7 @@ import torch
 from torch import nn
 
 from dqkernels.bench import generate_candidates as ours
-from dqkernels.bench import generate_peers as peers
-from dqkernels.bench import record
+from dqkernels.bench import peers, record
 from dqkernels.bench.candidates import short
 from dqkernels.bench.generate_cells import Cell, Source
 
@@ -23,6 +22,8 @@ FAMILIES = {
     "static": "Hugging Face's loop with static caches, float",
     "compile": "static caches and torch.compile; on a CPU only where it is named",
     "ctranslate2": "its own runtime, float and int8",
+    "onnxruntime": "has no adapter for whole models yet, and says why",
+    "torchao": "int8 weights with int8 or float activations, int4 weights (CUDA)",
     "bitsandbytes": "8 bits, and NF4",
     "dynamic": "torch's dynamic int8 (CPU)",
 }
@@ -70,7 +71,7 @@ class Lineup:
         for bits in self.options.bits:
             order += [(family, *self._ours(bits, family)) for family in ("plain", "ours")]
         order += [(family, *self._static(family)) for family in ("static", "compile")]
-        order += [(family, *one) for family in peers.ADAPTERS for one in self._peers(family)]
+        order += [(family, *one) for family in FAMILIES if family in peers.PEERS for one in self._peers(family)]
         order += [("torch", *one) for one in others]
         for family, name, make in order:
             if family in wanted:
@@ -136,8 +137,8 @@ class Lineup:
 
     def _peers(self, family: str) -> list[tuple[str, _Make]]:
         arguments = (self.float32, self.options.dtype, self.options.device)
-        known = peers.names(family, self.options.device)
-        return [(name, functools.partial(peers.candidate, family, name, *arguments)) for name in known]
+        known = peers.generators(family, self.options.device)
+        return [(name, functools.partial(peers.generate, family, name, *arguments)) for name in known]
 
     def reference(self, inputs: dict, tokens: torch.Tensor) -> torch.Tensor:
         """Logits of the float32 model along `tokens`."""

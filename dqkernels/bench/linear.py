@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import re
 import time
@@ -9,9 +10,11 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from dqkernels.bench import floors, protocol, record
+from dqkernels.bench import floors, peers, protocol, record
 from dqkernels.bench import rows as shared
-from dqkernels.bench.candidates import Candidate, Contest, Layer, float64_layer, short
+from dqkernels.bench.candidates import Candidate, Contest, float64_layer, make_linear, short
+from dqkernels.config import DQConfig
+from dqkernels.nn import QLinear
 
 #: (out_features, in_features): BART-base QKV, BART-large square and fc1, and one large enough for bandwidth.
 GPU_SIZES = ((2304, 768), (1024, 1024), (4096, 1024), (4096, 4096))
@@ -20,6 +23,27 @@ CPU_SIZES = ((768, 768), (3072, 768))
 CPU_TOKENS = (1, 16, 128)
 _MAX_ROUNDS = 200
 _FLOOR_RULE = "max(bytes / bandwidth, 2 M N K / peak); bytes: packed weights, input, output, scales"
+
+
+class Layer(Contest):
+    """One float layer and everything here that can compute it, the float layer itself first."""
+
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None):
+        super().__init__(make_linear(n, k, dtype, device))
+        self._add_float(self.linear)
+        for one in bits:
+            self._add_ours(one, names)
+        self._add_int_mm()
+        found, absent = peers.linear(self.linear)
+        self.found += found
+        self.absent.update(absent)
+
+    def _add_ours(self, bits: int, names: Sequence[str] | None) -> None:
+        device = self.linear.weight.device
+        # The ternary rule at 2 bits: it packs fastest, and the kernels do the same work for any codes.
+        # Packed on the CPU, which has no kernel to be wrong: the same codes on every machine.
+        config = DQConfig(weight_bits=bits, weight_quantizer="ternary").for_linear("linear")
+        self._add_backends(QLinear.from_linear(copy.deepcopy(self.linear).cpu(), config).to(device), names)
 
 
 def run(

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from dqkernels.cli import bench_quality, bench_train, common, compare, projected
+from dqkernels.cli import bench_quality, bench_train, common, compare, peers, projected
 
 _GROUP = """Measure layers, ops, whole models, file sizes, training steps and scores on this machine.
 
@@ -28,8 +28,9 @@ Examples:
   dqkernels bench quality --pairs 64
   dqkernels bench compare before.json after.json
   dqkernels bench projected --card a100-80-sxm
+  dqkernels bench peers
 """
-_LINEAR = """One linear layer at every bit width on every kernel that runs here, against torch's own layer.
+_LINEAR = """One linear layer at every bit width on every kernel that runs here, against torch's and other projects'.
 
 A candidate is timed only after it was proven: ours bit-equal to the reference, others within a bound. Times
 are medians of interleaved rounds, with the weights cold (from memory) and warm (from the cache).
@@ -136,6 +137,7 @@ def register(app: typer.Typer) -> None:
     bench_quality.register(group)
     compare.register(group)
     projected.register(group)
+    peers.register(group)
     app.add_typer(group, name="bench", help=_GROUP, short_help="Measure layers, models, sizes, scores here.")
 
 
@@ -263,8 +265,8 @@ def generate(
         str | None,
         typer.Option(
             "--candidates",
-            help="Of torch, plain, ours, static, compile, ctranslate2, bitsandbytes, dynamic, comma-separated; "
-            "default: all, but compile on a GPU only.",
+            help="Of torch, plain, ours, static, compile, ctranslate2, onnxruntime, torchao, bitsandbytes, dynamic, "
+            "comma-separated; default: all, but compile on a GPU only.",
         ),
     ] = None,
     dtype: LayerDtype = None,
