@@ -111,8 +111,9 @@ Choice choose() {
     const char* forced = std::getenv("DQKERNELS_CPU");
     if (forced == nullptr || *forced == '\0') {
         Isa best = Isa::scalar;  // the enum ascends in worth within one architecture
+        // AMX tiles were never run on a processor that has them: until they were, they are asked for by name.
         for (int32_t i = 0; i < kIsaCount; ++i)
-            if (support().has[i]) best = static_cast<Isa>(i);
+            if (support().has[i] && static_cast<Isa>(i) != Isa::amx_int8) best = static_cast<Isa>(i);
         return {Status::ok, best};
     }
     for (int32_t i = 0; i < kIsaCount; ++i) {
