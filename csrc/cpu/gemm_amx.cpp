@@ -199,7 +199,7 @@ DQK_TARGET void amx_sums(const uint8_t* x, int64_t stride, int64_t m, const Gemm
                          int64_t count, int32_t* acc, uint8_t* scratch) {
     if (m < kTileRows) {
         const int32_t format = gemm_format(F::kBits, F::kBits == 2 && F::kFactor == 2, kGroup);
-        avx512_vnni_gemm().many[format].sums(x, stride, m, w, n0, count, acc, scratch);
+        avx512_vnni_gemm().few[format].sums(x, stride, m, w, n0, count, acc, scratch);
         return;
     }
     std::memset(acc, 0, static_cast<size_t>(m * kGemmColumns) * sizeof(int32_t));
@@ -231,7 +231,11 @@ GemmKernel amx_kernel() {
         amx_sums<W2, 0>,   amx_sums<W2, 32>,  amx_sums<W2, 64>,   amx_sums<W2, 128>, amx_sums<W2F, 0>,
         amx_sums<W2F, 32>, amx_sums<W2F, 64>, amx_sums<W2F, 128>,
     };
-    for (int32_t i = 0; i < kGemmFormats; ++i) kernel.many[i].sums = kSums[i];
+    // Tiles read rows as the loops of few rows do, a byte for each code.
+    for (int32_t i = 0; i < kGemmFormats; ++i) {
+        kernel.many[i] = kernel.few[i];
+        kernel.many[i].sums = kSums[i];
+    }
     return kernel;
 }
 

@@ -15,7 +15,7 @@
 #else
 #define DQK_TARGET __attribute__((target("arch=armv8.2-a+dotprod")))
 #endif
-#include "cpu/gemm_kernel.h"
+#include "cpu/gemm_table.h"
 
 namespace dqk {
 namespace {
@@ -187,28 +187,29 @@ struct ConvertNeon {
     }
 };
 
-struct Dotprod : ConvertNeon {
-    using One8 = DotSigned<0>;
-    using Many8 = DotSigned<0>;
-    using Narrow4 = DotSigned<4>;
-    using Narrow2 = DotSigned<6>;
-};
-
-// four_level has a dot of its own, for its shift.
+// Without panels: the loops of few rows serve many as well. four_level has a dot of its own, for its shift.
+// The order is that of gemm_format().
 constexpr GemmKernel dotprod_kernel() {
-    using D = DotSigned<5>;
-    GemmKernel kernel = kernel_of<Dotprod>("dotprod");
-    kernel.one[9] = one_loops<D, W2F>();
-    kernel.one[10] = one_loops<D, W2F, 32>();
-    kernel.one[11] = one_loops<D, W2F, 64>();
-    kernel.one[12] = one_loops<D, W2F, 128>();
-    kernel.many[9] = many_loops<D, W2F>();
-    kernel.many[10] = many_loops<D, W2F, 32>();
-    kernel.many[11] = many_loops<D, W2F, 64>();
-    kernel.many[12] = many_loops<D, W2F, 128>();
+    using D8 = DotSigned<0>;
+    using D4 = DotSigned<4>;
+    using D2 = DotSigned<6>;
+    using DF = DotSigned<5>;
+    GemmKernel kernel = {
+        "dotprod",
+        {one_loops<D8, W8>(), one_loops<D4, W4>(), one_loops<D4, W4, 32>(), one_loops<D4, W4, 64>(),
+         one_loops<D4, W4, 128>(), one_loops<D2, W2>(), one_loops<D2, W2, 32>(), one_loops<D2, W2, 64>(),
+         one_loops<D2, W2, 128>(), one_loops<DF, W2F>(), one_loops<DF, W2F, 32>(), one_loops<DF, W2F, 64>(),
+         one_loops<DF, W2F, 128>()},
+        {few_loops<D8, W8>(), few_loops<D4, W4>(), few_loops<D4, W4, 32>(), few_loops<D4, W4, 64>(),
+         few_loops<D4, W4, 128>(), few_loops<D2, W2>(), few_loops<D2, W2, 32>(), few_loops<D2, W2, 64>(),
+         few_loops<D2, W2, 128>(), few_loops<DF, W2F>(), few_loops<DF, W2F, 32>(), few_loops<DF, W2F, 64>(),
+         few_loops<DF, W2F, 128>()},
+        {},
+        epilogue<ConvertNeon>,
+        {embed<ConvertNeon, W8>, embed<ConvertNeon, W4>, embed<ConvertNeon, W2>, embed<ConvertNeon, W2F>}};
+    for (int32_t i = 0; i < kGemmFormats; ++i) kernel.many[i] = kernel.few[i];
     return kernel;
 }
-static_assert(gemm_format(2, true, 0) == 9 && gemm_format(2, true, 128) == 12, "the order of the formats");
 
 }  // namespace
 

@@ -12,6 +12,12 @@ const GemmKernel& model_512_gemm() {
     static constexpr GemmKernel kernel = kernel_of<Plain<64>>("model_512");
     return kernel;
 }
+const GemmKernel& model_dotprod_gemm() {
+    return model_512_gemm();
+}
+const GemmKernel& model_amx_gemm() {
+    return model_512_gemm();
+}
 
 namespace {
 

@@ -26,7 +26,16 @@ def rounded(values: np.ndarray, kind: str) -> np.ndarray:
 @pytest.fixture(scope="module")
 def program(sim_program):
     sources = ("isa", "threads", "norm", "norm_scalar", "norm_x86", "quantize", "quantize_x86", "step_ends")
-    sources += ("decoder_step", "embedding", "gemm", "gemm_scalar", "gemm_avx2", "gemm_avx_vnni", "gemm_avx512_vnni")
+    sources += (
+        "decoder_step",
+        "embedding",
+        "gemm",
+        "gemm_scalar",
+        "gemm_avx2",
+        "gemm_avx_vnni",
+        "gemm_avx512_vnni",
+        "gemm_amx",
+    )
     sources += ("attention", "attention_decode", "attention_scalar", "attention_x86", "cache_write")
     return sim_program("step_host.cpp", *(f"csrc/cpu/{name}.cpp" for name in sources))
 
