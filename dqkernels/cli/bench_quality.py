@@ -23,9 +23,11 @@ The record in --out is written after every row; --resume goes on with it.
 \b
 Examples:
   dqkernels bench quality --pairs 64
-  dqkernels bench quality --bits 2 --weight_quantizer four_level --group_size 64 --out quality.json
-  dqkernels bench quality --model ./bart-cnn --dataset_name abisee/cnn_dailymail --pairs 500 --out cnn.json
-  dqkernels bench quality --model ./my-bart --validation_file pairs.jsonl --packed ./my-bart-2-2-8
+  dqkernels bench quality --bits 2 --group_size 64 --out quality.json
+  dqkernels bench quality --model ./bart-cnn --pairs 500 --out cnn.json \\
+      --dataset_name abisee/cnn_dailymail
+  dqkernels bench quality --model ./my-bart --packed ./my-bart-2-2-8 \\
+      --validation_file pairs.jsonl
 """
 
 

@@ -15,7 +15,7 @@ floor, a projection, the paper's count) is never in one series with what was mea
 
 \b
 What is drawn, by kind of record:
-  linear, gemm       time by tokens with the device's floor, bytes, share of the floor
+  linear, gemm       time by tokens, with the floor; bytes; share of the floor
   kernels            share of the floor of each op
   generate, model    time per token, tokens a second, memory
   training           time and activations of a step
@@ -30,7 +30,7 @@ it opens without a network, and is all that is written unless --output_dir is gi
 \b
 Examples:
   dqkernels plot generate.json
-  dqkernels plot linear.json gemm.json --output_dir pictures --style dark --format svg
+  dqkernels plot linear.json gemm.json --output_dir pictures --style dark
   dqkernels plot --html report.html benchmarks/results/*.json
 """
 
