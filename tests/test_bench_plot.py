@@ -70,9 +70,10 @@ def test_bars_of_a_generate_record_are_its_rows():
     assert [(one.low[0], one.high[0]) for one in first] == [
         (r["p20_ms_per_token"], r["p80_ms_per_token"]) for r in greedy
     ]
-    assert first[1].label == "ours 4-4-8" and "(4.67x)" in first[1].notes[0]
+    assert first[1].label == "ours 4-4-8" and f"({greedy[1]['speedup_ratio']:.3g}x)" in first[1].notes[0]
     assert not any(one.low for one in picture.panels[1].series), "one sample has no spread"
-    assert "n = 5" in picture.panels[0].title and "n = 1" in picture.panels[1].title
+    for panel, row in zip(picture.panels, (greedy[1], beams[1]), strict=True):
+        assert f"n = {row['samples']}" in panel.title
 
 
 def test_lines_along_the_batch(tmp_path):
@@ -92,7 +93,8 @@ def test_lines_along_the_batch(tmp_path):
     times, speeds = found["speed"].panels
     assert times.x_label == "batch (texts at once)" and [text for _, text in times.x_ticks] == ["1", "4", "16"]
     ours = next(one for one in times.series if one.label == "ours 2-2-8")
-    assert [x for x, _ in ours.points] == [1, 4, 16] and ours.points[0][1] == pytest.approx(9.393 * 1.01)
+    (wanted,) = [row["latency_ms_per_token"] for row in rows if row["candidate"] == "dqkernels 2-2-8"]
+    assert [x for x, _ in ours.points] == [1, 4, 16] and ours.points[0][1] == pytest.approx(wanted * 1.01)
     assert speeds.y_label == "tokens per second" and "layers 6-6" in found["speed"].title
     assert "batch" not in found["speed"].title
 
@@ -148,6 +150,7 @@ def test_projected_rows_are_never_in_a_series_with_measured_ones(name, tmp_path)
 def test_scores_of_the_docstring_experiment_are_means_over_seeds(tmp_path):
     made = data_of("dq_docstrings.json")
     base = next(run for run in made["runs"] if run["row"] == "dq-2")
+    made["runs"] = [run for run in made["runs"] if run["row"] != "dq-2" or run is base]
     made["runs"].append({**base, "seed": 1, "rougeL": base["rougeL"] + 2})
     (panel,) = pictures_of(tmp_path, made)["score"].panels
     ours = next(one for one in panel.series if one.label == "DQ, our recipe")
@@ -197,7 +200,8 @@ def test_kernels_are_a_table_of_shares(tmp_path):
 def test_what_a_record_says_against_itself_is_in_the_picture():
     (picture,) = plot.pictures(plot.load(RESULTS / "decode-h200.json"))
     assert any("a first trial" in line for line in picture.caption)
-    assert "busy before the run (load 0.36" in plot.load(RESULTS / "generate-zen3.json").footer
+    load = data_of("generate-zen3.json")["protocol"]["before"]["load_fraction"]
+    assert f"busy before the run (load {load:.2f}" in plot.load(RESULTS / "generate-zen3.json").footer
 
 
 @pytest.mark.parametrize(
@@ -253,7 +257,7 @@ HOSTILE = {
     "a bool for a number": ("train-step-h200.json", set_row(0, "median_ms", True), "median_ms"),
     "whiskers that do not stand around the median": (
         ZEN,
-        set_row(0, "p80_ms_per_token", 50.0),
+        set_row(0, "p80_ms_per_token", 1.0),
         r"rows\[0\]: .* must rise",
     ),
     "an error below 0": (
