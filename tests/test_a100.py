@@ -89,7 +89,7 @@ def test_it_runs_what_the_a100_rows_need():
         "bench linear",
         "bench kernels",
         "bench generate",
-        "bench_train_step.py",
+        "bench train",
     ):
         assert any(needed in line for line in text), needed
     records = [word for words in planned() for word in words if word.endswith(".json")]
