@@ -83,14 +83,7 @@ def test_a_command_that_does_not_parse_is_noticed():
 
 def test_it_runs_what_the_a100_rows_need():
     text = [" ".join(words) for words in planned()]
-    for needed in (
-        "gpu_lane.py",
-        "bench gemm",
-        "bench linear",
-        "bench kernels",
-        "bench generate",
-        "bench train",
-    ):
+    for needed in ("gpu_lane.py", "bench gemm", "bench linear", "bench kernels", "bench generate", "bench train"):
         assert any(needed in line for line in text), needed
     records = [word for words in planned() for word in words if word.endswith(".json")]
     assert len(records) == len(set(records)) and all("-a100" in name for name in records)
