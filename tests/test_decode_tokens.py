@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from attention_models import peaked
@@ -408,6 +409,21 @@ def test_no_relative_positions():
 @pytest.mark.parametrize("kind", ["greedy", "beams"])
 def test_mt5(kind):
     alike(decode.attach(quantize_(peaked("mt5"), CONFIG)), lively=False, **KINDS[kind])
+
+
+def test_an_embedding_of_ones_own_keeps_its_place():
+    """A subclass that adds nothing is served as its base is; the small Blenderbot norms before it adds positions."""
+    model = build("blenderbot-small")
+    positions = model.get_decoder().embed_positions
+    positions.__class__ = type("Own", (type(positions),), {})
+    alike(model)
+
+
+def test_a_decoder_without_layers_is_left_to_transformers(monkeypatch):
+    monkeypatch.setitem(tiny_models._SEQ2SEQ, "decoder_layers", 0)
+    model = build("bart")
+    assert "the decoder has no layers" in decode.describe(model)
+    assert model.generate(**given(), max_new_tokens=3, num_beams=1).shape[0] == 4
 
 
 def test_half_is_clamped_as_its_blocks_clamp_it():

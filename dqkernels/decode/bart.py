@@ -39,6 +39,8 @@ def obstacles(model: nn.Module, family: str, device: str, is_beams: bool) -> Ite
         yield "the decoder has a forward of its own"
     if layers.altered(decoder.embed_positions, file, [prefix + name for name in _POSITIONS]):
         yield f"its positions are a {type(decoder.embed_positions).__name__}"
+    if not decoder.layers:
+        yield "the decoder has no layers"
     found = []
     for i, layer in enumerate(decoder.layers):
         if not blocks.is_fused(layer) and layers.altered(layer, file, [prefix + "DecoderLayer"]):
@@ -106,7 +108,7 @@ def _layer(layer: nn.Module) -> layers.Layer:
 
 def norms_tokens(decoder: nn.Module) -> bool:
     """Whether the embedding's norm stands before the positions, as in Blenderbot's small form, and not behind them."""
-    return type(decoder.embed_positions).__name__.startswith("BlenderbotSmall")
+    return any(kind.__name__ == "BlenderbotSmallDecoder" for kind in type(decoder).__mro__)
 
 
 def skips_padding(positions: nn.Module) -> bool:

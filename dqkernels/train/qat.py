@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 from torch import nn
 
-from dqkernels import convert, serialize
+from dqkernels import convert, serialize, tying
 from dqkernels.checks import FLOAT_DTYPES
 from dqkernels.config import DQConfig
 from dqkernels.models import attention, blocks
@@ -165,25 +165,19 @@ def _cast(model: nn.Module, dtype: torch.dtype) -> None:
     Rotary frequencies are float32 in every model, and a cast would round them; M2M100's positions are of the model's
     type. A model of transformers that is made anew, without memory, tells which.
     """
+    kept = {
+        (module, name): (f"{prefix}.{name}".removeprefix("."), buffer)
+        for prefix, module in model.named_modules()
+        for name in module._non_persistent_buffers_set
+        if (buffer := module._buffers[name]) is not None and buffer.is_floating_point()
+    }
     made: dict[str, torch.Tensor] = {}
-    if hasattr(model, "_from_config") and getattr(model, "config", None) is not None:
-        before = torch.get_default_dtype()
-        torch.set_default_dtype(dtype)
-        try:
-            with torch.device("meta"):
-                made = dict(type(model)(copy.deepcopy(model.config)).named_buffers())
-        finally:
-            torch.set_default_dtype(before)
-    kept = {}
-    for prefix, module in model.named_modules():
-        for name in module._non_persistent_buffers_set:
-            buffer = module._buffers[name]
-            if buffer is not None:
-                like = made.get(f"{prefix}.{name}" if prefix else name)
-                kept[module, name] = buffer if like is None else buffer.to(like.dtype)
+    if kept and tying.is_hf_model(model):
+        with torch.device("meta"):
+            made = dict(type(model)._from_config(copy.deepcopy(model.config), dtype=dtype).named_buffers())
     model.to(dtype)
-    for (module, name), buffer in kept.items():
-        module._buffers[name] = buffer
+    for (module, name), (path, buffer) in kept.items():
+        module._buffers[name] = buffer.to(made[path].dtype) if path in made else buffer
 
 
 def export(
