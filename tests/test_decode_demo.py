@@ -62,6 +62,7 @@ def test_fused_blocks_choose_the_tokens_of_their_modules(bits):
     for fuse in (False, "auto"):
         model = AutoModelForSeq2SeqLM.from_pretrained(demo.teacher_folder(), dtype=torch.float32).eval()
         quantize_(model, DQConfig(weight_bits=bits, attention="int8", fused=fuse))
+        assert bool(models.blocks.fused_layers(model)) == (fuse == "auto")
         with torch.no_grad():
             if written is None:
                 written = model.generate(**given, max_new_tokens=20, do_sample=False, num_beams=1)
