@@ -6,8 +6,10 @@ import json
 import statistics
 from pathlib import Path
 
+import documents
 import pytest
 import torch
+from rich.console import Console
 from test_text import make_tiny
 
 import dqkernels
@@ -272,3 +274,17 @@ def test_bench_train_prints_writes_and_judges(tmp_path, capsys, monkeypatch):
 def test_the_script_is_the_verb():
     text = (Path(dqkernels.__file__).parents[1] / "benchmarks" / "bench_train_step.py").read_text()
     assert 'main(["bench", "train"' in text and torch.__name__ not in text.split('"""')[2]
+
+
+def test_the_table_in_the_docs_is_its_record():
+    (block,) = [
+        one.text
+        for one in documents.blocks(documents.ROOT / "docs" / "cli.md")
+        if one.text.startswith("$ dqkernels bench quality --out quality-zen3.json\n")
+    ]
+    made = record.read(documents.ROOT / "benchmarks" / "results" / "quality-zen3.json")
+    console = Console(width=60, color_system=None)
+    with console.capture() as captured:
+        console.print(quality.render(made))
+    printed = [line.rstrip() for line in captured.get().splitlines()]
+    assert block.splitlines()[1:] == printed
