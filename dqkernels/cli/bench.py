@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -300,11 +299,7 @@ def generate(
         raise common.WrongUsage(
             "--resume goes on with the record in --out: --overwrite with it is for --table and --plot alone"
         )
-    if out is not None and Path(out).is_file() and not (resume or overwrite):
-        raise common.WrongUsage(
-            f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it"
-        )
-    common.check_new_file("--out", out, overwrite or resume)
+    common.check_record(out, resume, overwrite)
     for flag, path in (("--table", table), ("--plot", plot)):
         common.check_new_file(flag, path, overwrite)
     from dqkernels import text
@@ -362,7 +357,7 @@ def cpu(
     _check_seconds(seconds)
     if resume and (out is None or overwrite):
         raise common.WrongUsage("--resume goes on with the record in --out, which --overwrite would replace")
-    common.check_new_file("--out", out, overwrite or resume)
+    common.check_record(out, resume, overwrite)
     from dqkernels.bench import cpu as library
 
     common.quiet_transformers()

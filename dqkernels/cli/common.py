@@ -53,6 +53,13 @@ def check_new_file(flag: str, path: str | None, overwrite: bool) -> None:
         raise WrongUsage(f"{flag} {path!r} is there already: give --overwrite to replace it")
 
 
+def check_record(out: str | None, resume: bool, overwrite: bool) -> None:
+    """`check_new_file` for the `--out` of a verb that can go on with what is there."""
+    if out is not None and Path(out).is_file() and not (resume or overwrite):
+        raise WrongUsage(f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it")
+    check_new_file("--out", out, overwrite or resume)
+
+
 def numbers(flag: str, text: str, separator: str, count: int, form: str | None = None) -> tuple[int, ...]:
     """`1x768x768` as numbers above 0; `form` is how the help spells it."""
     parts = text.strip().split(separator)
