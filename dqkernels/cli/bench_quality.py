@@ -80,9 +80,9 @@ def quality(
         int | None, typer.Option("--batch_size", help="Texts at once; default 64, of --model 16.")
     ] = None,
     device: common.Device = "auto",
-    out: Annotated[str | None, typer.Option("--out", help="File for the JSON record.")] = None,
+    out: common.Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))

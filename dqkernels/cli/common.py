@@ -22,6 +22,9 @@ Dtype = Annotated[
     str, typer.Option("--dtype", help="Float type of all that is not packed: auto, float32, float16 or bfloat16.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+#: Options of the verbs of `bench`.
+Out = Annotated[str | None, typer.Option("--out", help="File for the JSON record.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 
 
 class WrongUsage(Exception):
