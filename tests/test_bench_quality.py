@@ -135,6 +135,15 @@ def test_a_run_that_was_stopped_goes_on(ran, tiny, tmp_path, monkeypatch):
     assert len(picture.panels[0].series) == 2
 
 
+def test_without_the_float_models_row_nothing_is_gone_on_with(ran, tmp_path):
+    """Gaps are to that row, pair by pair."""
+    made, out = ran[0], tmp_path / "made.json"
+    record.write(made, out)
+    assert set(quality._earlier(made, str(out))) == {row["name"] for row in made["rows"]}
+    record.write({**made, "rows": made["rows"][1:]}, out)
+    assert quality._earlier(made, str(out)) == {}
+
+
 def test_another_record_is_not_gone_on_with(ran, tiny, tmp_path):
     out = tmp_path / "made.json"
     again = {"task": SHORT, "device": "cpu", "out": str(out), "resume": True}
