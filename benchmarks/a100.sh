@@ -115,7 +115,7 @@ bench generate-layers generate bart-large --sweep layers --bits 4,2 --seconds 90
 bench generate-memory generate bart-large --sweep memory --bits 4 --seconds 900 --resume
 bench generate-base generate bart-base --seconds 900 --resume
 bench generate-mbart generate mbart-large --bits 4 --batch_size 1,16 --num_beams 1,4 --seconds 900 --resume
-step train "$python" -m dqkernels bench train --device cuda --seconds 300 --out "$out/train-step-a100.json"
+bench train-step train --device cuda --seconds 300 --overwrite
 # Last, so that every figure above is by rule: a table for this card, to be used and contributed.
 step tune "$python" -m dqkernels tune bart-large --out "$out/tiles-a100.json"
 # Not measured, and never in one table with what is: what the datasheet of this card allows.

@@ -89,6 +89,13 @@ def test_it_runs_what_the_a100_rows_need():
     assert len(records) == len(set(records)) and all("-a100" in name for name in records)
 
 
+def test_a_record_of_a_run_that_was_killed_is_in_nobodys_way():
+    """A verb of `bench` refuses a file that is there unless it may go on with it or replace it."""
+    benches = [words for words in planned() if "bench" in words]
+    assert len(benches) >= 9
+    assert not [" ".join(words) for words in benches if not {"--resume", "--overwrite"} & set(words)]
+
+
 def test_no_gpu_and_another_gpu_are_refused(machine):
     for gpu, words, why in (
         ("", [], "torch sees no GPU here"),

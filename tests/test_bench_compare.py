@@ -200,5 +200,16 @@ def test_the_verb(tmp_path, capsys, monkeypatch):
     assert max(map(len, screen.out.splitlines())) <= 80
     assert main(["bench", "compare", paths[0], paths[2], "--json"]) == 1
     assert json.loads(capsys.readouterr().out)["losses"] == 8
-    assert main(["bench", "compare", paths[0], str(tmp_path / "absent.json")]) == 2
-    assert "absent.json" in capsys.readouterr().err
+
+
+def test_a_file_that_is_not_there_is_named_by_its_argument(tmp_path, capsys):
+    there, absent = str(tmp_path / "there.json"), str(tmp_path / "absent.json")
+    record.write(run(0), there)
+    for paths, name, what in (
+        ((absent, there), "before", f"{absent!r} is not there"),
+        ((there, absent), "after", f"{absent!r} is not there"),
+        ((there, str(tmp_path)), "after", f"{str(tmp_path)!r} is a folder"),
+    ):
+        assert main(["bench", "compare", *paths]) == 2
+        error = capsys.readouterr().err
+        assert f"{name} must be a record of dqkernels bench, {what}" in error and "Errno" not in error

@@ -259,7 +259,7 @@ def test_the_verb(tmp_path, capsys):
         (["--bits", "3"], "--bits must be 2, 4 or 8"),
         (["--resume"], "--resume goes on with the record in --out"),
         (["--seconds", "0"], "--seconds must be above 0"),
-        (["--out", str(out)], "--overwrite"),
+        (["--out", str(out)], "is there already: give --resume to go on with it, --overwrite to replace it"),
     ):
         assert main(["bench", "cpu", *more]) == 2
         assert words in " ".join(capsys.readouterr().err.split())

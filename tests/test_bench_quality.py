@@ -6,8 +6,10 @@ import json
 import statistics
 from pathlib import Path
 
+import documents
 import pytest
 import torch
+from rich.console import Console
 from test_text import make_tiny
 
 import dqkernels
@@ -131,6 +133,15 @@ def test_a_run_that_was_stopped_goes_on(ran, tiny, tmp_path, monkeypatch):
     (tmp_path / "half.json").write_text(json.dumps(half))
     (picture,) = plot.pictures(plot.load(tmp_path / "half.json"))
     assert len(picture.panels[0].series) == 2
+
+
+def test_without_the_float_models_row_nothing_is_gone_on_with(ran, tmp_path):
+    """Gaps are to that row, pair by pair."""
+    made, out = ran[0], tmp_path / "made.json"
+    record.write(made, out)
+    assert set(quality._earlier(made, str(out))) == {row["name"] for row in made["rows"]}
+    record.write({**made, "rows": made["rows"][1:]}, out)
+    assert quality._earlier(made, str(out)) == {}
 
 
 def test_another_record_is_not_gone_on_with(ran, tiny, tmp_path):
@@ -272,3 +283,17 @@ def test_bench_train_prints_writes_and_judges(tmp_path, capsys, monkeypatch):
 def test_the_script_is_the_verb():
     text = (Path(dqkernels.__file__).parents[1] / "benchmarks" / "bench_train_step.py").read_text()
     assert 'main(["bench", "train"' in text and torch.__name__ not in text.split('"""')[2]
+
+
+def test_the_table_in_the_docs_is_its_record():
+    (block,) = [
+        one.text
+        for one in documents.blocks(documents.ROOT / "docs" / "cli.md")
+        if one.text.startswith("$ dqkernels bench quality --out quality-zen3.json\n")
+    ]
+    made = record.read(documents.ROOT / "benchmarks" / "results" / "quality-zen3.json")
+    console = Console(width=60, color_system=None)
+    with console.capture() as captured:
+        console.print(quality.render(made))
+    printed = [line.rstrip() for line in captured.get().splitlines()]
+    assert block.splitlines()[1:] == printed

@@ -129,8 +129,9 @@ def test_what_the_guide_says_of_bits_stands_in_the_records_it_names():
     for name in ("W8", "W4", "W2"):
         gap = f"{rows[name]['rougeL_gap']:.2f} +- {rows[name]['rougeL_gap_error']:.2f}"
         assert f"| {name} | {rows[name]['ratio']:.1f}x | {gap} |" in text
-    trained = [run["gap_to_teacher"] for run in record("dq_docstrings.json")["runs"] if run["row"] == "dq-2"]
-    assert any(f"{-gap['mean']:.2f} +- {gap['error']:.2f} below the teacher" in text for gap in trained)
+    runs = {(run["row"], run["seed"]): run for run in record("dq_docstrings.json")["runs"]}
+    gap = runs["dq-2", 0]["gap_to_teacher"]
+    assert f"{-gap['mean']:.2f} +- {gap['error']:.2f} below the teacher" in text and "row `dq-2`, seed 0)" in text
     cells = [row for row in record("generate-zen3.json")["rows"] if row["num_beams"] == 1]
     per_token = {row["candidate"]: row["latency_ms_per_token"] for row in cells}
     w2, w4 = (per_token[f"dqkernels {bits}"] for bits in ("2-2-8", "4-4-8"))

@@ -17,6 +17,7 @@ import math
 import os
 import statistics
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from dqkernels.bench import record
@@ -118,10 +119,14 @@ def read_and_compare(before: str | os.PathLike, after: str | os.PathLike, **opti
     """`compare` of two files.
 
     Raises:
-        CompareError: as `compare`.
+        CompareError: as `compare`, and for a file that is not there.
         record.RecordError: for a file that is no record.
-        OSError: for one that is not there.
+        OSError: for one that cannot be read.
     """
+    for name, path in (("before", before), ("after", after)):
+        if not Path(path).is_file():
+            what = "is a folder" if Path(path).is_dir() else "is not there"
+            raise CompareError(f"{name} must be a record of dqkernels bench, {os.fspath(path)!r} {what}")
     return compare(record.read(before), record.read(after), **options)
 
 

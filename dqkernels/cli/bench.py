@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import importlib
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -121,8 +120,6 @@ Backends = Annotated[
     str | None, typer.Option("--backends", help="Kernels, comma-separated; default: all that run here.")
 ]
 Seconds = Annotated[float, typer.Option("--seconds", help="About what the timing may take.")]
-Out = Annotated[str | None, typer.Option("--out", help="File for the JSON record.")]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 
 
 def register(app: typer.Typer) -> None:
@@ -150,8 +147,8 @@ def linear(
     device: common.Device = "auto",
     backends: Backends = None,
     seconds: Seconds = 20.0,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    out: common.Out = None,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     triples = None if shapes is None else [common.numbers("--shapes", part, "x", 3) for part in shapes.split(",")]
@@ -187,8 +184,8 @@ def gemm(
         bool, typer.Option("--tune_peers", help="Let BitBLAS search its schedules, minutes a shape.")
     ] = False,
     seconds: Seconds = 60.0,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    out: common.Out = None,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     sizes = None if shapes is None else [common.numbers("--shapes", part, "x", 2) for part in shapes.split(",")]
@@ -220,8 +217,8 @@ def kernels(
     device: common.Device = "auto",
     backends: Backends = None,
     seconds: Seconds = 20.0,
-    out: Out = None,
-    overwrite: Overwrite = False,
+    out: common.Out = None,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
@@ -278,11 +275,11 @@ def generate(
     seconds: Annotated[
         float, typer.Option("--seconds", help="For all of it; the first cell is always measured.")
     ] = 300.0,
-    out: Out = None,
+    out: common.Out = None,
     table: Annotated[str | None, typer.Option("--table", help="File for the rows, .csv or .md.")] = None,
     plot: Annotated[str | None, typer.Option("--plot", help="File for the picture (PNG).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
@@ -300,11 +297,7 @@ def generate(
         raise common.WrongUsage(
             "--resume goes on with the record in --out: --overwrite with it is for --table and --plot alone"
         )
-    if out is not None and Path(out).is_file() and not (resume or overwrite):
-        raise common.WrongUsage(
-            f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it"
-        )
-    common.check_new_file("--out", out, overwrite or resume)
+    common.check_record(out, resume, overwrite)
     for flag, path in (("--table", table), ("--plot", plot)):
         common.check_new_file(flag, path, overwrite)
     from dqkernels import text
@@ -353,16 +346,16 @@ def cpu(
     ] = None,
     bits: Widths = "8,4,2",
     seconds: Annotated[float, typer.Option("--seconds", help="For all of it, shared among the parts.")] = 600.0,
-    out: Out = None,
+    out: common.Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
-    overwrite: Overwrite = False,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
     _check_seconds(seconds)
     if resume and (out is None or overwrite):
         raise common.WrongUsage("--resume goes on with the record in --out, which --overwrite would replace")
-    common.check_new_file("--out", out, overwrite or resume)
+    common.check_record(out, resume, overwrite)
     from dqkernels.bench import cpu as library
 
     common.quiet_transformers()
@@ -386,8 +379,8 @@ def size(
     bits: Annotated[
         str, typer.Option("--bits", help="Weights-embeddings, comma-separated: each of 2, 4, 8.")
     ] = "8-8,4-4,2-2",
-    out: Out = None,
-    overwrite: Overwrite = False,
+    out: common.Out = None,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     pairs = [common.numbers("--bits", part, "-", 2) for part in bits.split(",")]

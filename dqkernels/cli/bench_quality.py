@@ -80,9 +80,9 @@ def quality(
         int | None, typer.Option("--batch_size", help="Texts at once; default 64, of --model 16.")
     ] = None,
     device: common.Device = "auto",
-    out: Annotated[str | None, typer.Option("--out", help="File for the JSON record.")] = None,
+    out: common.Out = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace --out.")] = False,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
@@ -91,11 +91,7 @@ def quality(
             raise common.WrongUsage(f"{flag} must be at least {least}, got {value}")
     if resume and (out is None or overwrite):
         raise common.WrongUsage("--resume goes on with the record in --out, and does not go with --overwrite")
-    if out is not None and Path(out).is_file() and not (resume or overwrite):
-        raise common.WrongUsage(
-            f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it"
-        )
-    common.check_new_file("--out", out, overwrite or resume)
+    common.check_record(out, resume, overwrite)
     if validation_file is not None and test_file is not None:
         raise common.WrongUsage("give --validation_file or --test_file, not both")
     given = dataset_name is not None or validation_file is not None or test_file is not None

@@ -36,8 +36,8 @@ def train(
     device: common.Device = "auto",
     fixed: Annotated[bool, typer.Option("--fixed", help="The fixed rule of each width, not learned steps.")] = False,
     seconds: Annotated[float, typer.Option("--seconds", help="About what the timing may take.")] = 60.0,
-    out: Annotated[str | None, typer.Option("--out", help="File for the JSON record.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    out: common.Out = None,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))

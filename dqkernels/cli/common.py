@@ -22,6 +22,9 @@ Dtype = Annotated[
     str, typer.Option("--dtype", help="Float type of all that is not packed: auto, float32, float16 or bfloat16.")
 ]
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
+#: Options of the verbs of `bench`.
+Out = Annotated[str | None, typer.Option("--out", help="File for the JSON record.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 
 
 class WrongUsage(Exception):
@@ -51,6 +54,13 @@ def check_new_file(flag: str, path: str | None, overwrite: bool) -> None:
         raise WrongUsage(f"{flag} must be a file, {path!r} is a folder")
     if Path(path).exists() and not overwrite:
         raise WrongUsage(f"{flag} {path!r} is there already: give --overwrite to replace it")
+
+
+def check_record(out: str | None, resume: bool, overwrite: bool) -> None:
+    """`check_new_file` for the `--out` of a verb that can go on with what is there."""
+    if out is not None and Path(out).is_file() and not (resume or overwrite):
+        raise WrongUsage(f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it")
+    check_new_file("--out", out, overwrite or resume)
 
 
 def numbers(flag: str, text: str, separator: str, count: int, form: str | None = None) -> tuple[int, ...]:

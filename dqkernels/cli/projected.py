@@ -38,8 +38,8 @@ def projected(
     models: Annotated[
         str, typer.Option("--models", help="Shapes for whole decode steps, comma-separated.")
     ] = "bart-base,bart-large",
-    out: Annotated[str | None, typer.Option("--out", help="File for the JSON record.")] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    out: common.Out = None,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     pairs = None if shapes is None else [common.numbers("--shapes", part, "x", 2) for part in shapes.split(",")]

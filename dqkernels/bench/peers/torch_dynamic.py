@@ -10,7 +10,7 @@ from torch import nn
 
 from dqkernels.bench import candidates
 from dqkernels.bench.generate_candidates import BOUNDS, Transformers
-from dqkernels.bench.peers.base import NotCompared, Peer, only, raised
+from dqkernels.bench.peers.base import NotCompared, Peer, only
 
 _NAME = "torch dynamic int8"
 
@@ -26,10 +26,7 @@ def _quantized(model: nn.Module) -> nn.Module:
 
 def linear(layer: nn.Linear) -> candidates.Candidate:
     only(layer, torch.float32)
-    try:
-        module = _quantized(nn.Sequential(layer))[0]
-    except (RuntimeError, NotImplementedError) as error:
-        raise NotCompared(f"torch.ao: {raised(error).partition(': ')[2]}") from error
+    module = _quantized(nn.Sequential(layer))[0]
     proof, kernel = candidates.bounded(layer, candidates.INT8_BOUND), f"torch.ao, {torch.backends.quantized.engine}"
     return candidates.Candidate(_NAME, module, 8, layer.weight.numel(), proof, kernel)
 
