@@ -206,7 +206,11 @@ def test_every_number_of_rows(program, kernel):
     assert run_cases(program, cases, SEEDS) == len(cases)
 
 
-@pytest.mark.parametrize(("k", "lowest"), [(131_071, -127), (300, -128)])
+#: K, and the lowest activation.
+EXTREMES = [(131_071, -127), (300, -128)]
+
+
+@pytest.mark.parametrize(("k", "lowest"), EXTREMES)
 @pytest.mark.parametrize("kernel", here())
 def test_the_largest_sums(program, kernel, k, lowest):
     """K = 131,071 with every code and activation at its largest: an int32 that nearly wraps, and the int16 of AVX2,
