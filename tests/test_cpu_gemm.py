@@ -96,15 +96,15 @@ def test_every_row_count_and_epilogue_is_the_oracle(form, kernel):
 @pytest.mark.parametrize("kernel", kernels())
 @pytest.mark.parametrize("form", FORMS, ids=str)
 def test_saturated_codes(form, kernel):
-    """All -8, all -2, all +-127 against +-127: where a sum of pairs in int16 would saturate or wrap."""
+    """All -8, all -2, all +-127 against +-127, and -128: where a sum of pairs in int16 would saturate or wrap."""
     bits, four_level, group = form
     n, k = 9, 1300
-    for code, sign in itertools.product({8: (-127, 127), 4: (-8, 7), 2: (-2, 1)}[bits], (1, -1)):
+    for code, largest in itertools.product({8: (-127, 127), 4: (-8, 7), 2: (-2, 1)}[bits], (127, -127, -128)):
         codes = np.full((n, k), code)
-        q = torch.full((19, k), 127, dtype=torch.int8) * sign  # from 16 rows on: columns in lanes, in sums of their own
+        q = torch.full((19, k), largest, dtype=torch.int8)  # from 8 rows on: columns in lanes, in sums of their own
         q[1, ::2] = -127
         q[7, ::4], q[7, 1::4] = -127, -127
-        q[17, 64:] = -q[17, 64:]
+        q[17, 64:] = 127 if largest < 0 else -127
         mult = None
         if group != -1:
             mult = np.full((n, -(-k // group)), oracle.mult_max(bits, four_level, k), np.uint8)
@@ -113,7 +113,7 @@ def test_saturated_codes(form, kernel):
         for m in (1, 5, 19):
             (y,) = cpu_gemm.gemm(q[:m], [part], **facts_of(form), act_scale=torch.ones(m), kernel=kernel)
             acc = oracle.accumulate(q[:m].numpy(), codes, mult, four_level, group)
-            assert_equal(y, acc.astype(np.float32), f"{kernel} {form} code {code} sign {sign} M={m}")
+            assert_equal(y, acc.astype(np.float32), f"{kernel} {form} code {code} of {largest} M={m}")
 
 
 @pytest.mark.parametrize("mode", ["per_token", "per_tensor", "static"])

@@ -124,8 +124,12 @@ def test_a_run_writes_where_its_tokens_stand():
     tape.set_rows(tokens, positions, lengths, None)
     tape.run(torch.tensor([3, 5]), 3)
     assert positions.tolist() == [3, 3] and ancestors[0, 3] == 9
-    with pytest.raises(ValueError, match=r"CpuStep\.run: "):  # which rows, nobody has said
+    with pytest.raises(ValueError, match=r"tokens must be torch\.int64 \[0\]"):  # which rows, nobody has said
         Tape().run(torch.tensor([3]), 0)
+    for wrong in (torch.tensor([3, 5]).int(), torch.tensor([3]), torch.tensor([[3, 5]]), torch.tensor([3, 4, 5])[::2]):
+        with pytest.raises(ValueError, match=r"tokens must be torch\.int64 \[2\], contiguous, got "):
+            tape.run(wrong, 0)
+    assert tokens.tolist() == [3, 5] and positions.tolist() == [3, 3]
 
 
 @pytest.mark.parametrize(

@@ -70,6 +70,15 @@ def assert_one_by_one(model, monkeypatch, rows: int = 4, **options):
     return written
 
 
+@pytest.mark.parametrize("num_beams", [1, 2])
+def test_first_tokens_of_32_bits(num_beams):
+    """Those of a caller: what int64 ones give."""
+    model, start = build("bart"), torch.zeros((3, 1), dtype=torch.int64)  # the decoder's start
+    asked = {**given(3), "num_beams": num_beams, "do_sample": False, "max_new_tokens": 4}
+    found = [model.generate(**asked, decoder_input_ids=start.to(kind)) for kind in (torch.int64, torch.int32)]
+    assert torch.equal(*found) and engine.state_of(model).last == "" and layers_of(model)
+
+
 @pytest.mark.parametrize("threads", [1, 2])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_bits_of_the_calls_one_by_one(family, threads, monkeypatch):

@@ -109,6 +109,22 @@ Status check(const CpuGemm& args) {
 
 // ---- the rows of x ---------------------------------------------------------------------------------------
 
+constexpr int64_t kRowChunk = 8;  // rows of x that a thread takes at a time
+
+// Whether a code is -128. No quantizer of ours gives it, but whoever calls with codes of their own may, and
+// the sums of panels (gemm_avx2.cpp) count on +-127.
+bool has_lowest(const CpuGemm& args, int32_t threads) {
+    if (args.x_dtype != DType::int8) return false;
+    std::atomic<bool> found{false};
+    parallel_for((args.m + kRowChunk - 1) / kRowChunk, threads, [&](int64_t chunk) {
+        for (int64_t m = chunk * kRowChunk; m < std::min(args.m, (chunk + 1) * kRowChunk); ++m) {
+            const char* row = static_cast<const char*>(args.x) + m * args.row_stride;
+            if (std::memchr(row, 0x80, static_cast<size_t>(args.k)) != nullptr) found = true;
+        }
+    });
+    return found;
+}
+
 struct Rows {
     uint8_t* prepared;
     int64_t stride;
@@ -253,9 +269,6 @@ Status cpu_gemm(const CpuGemm& args) {
     if (status != Status::ok || args.m == 0) return status;
 
     const int32_t format = gemm_format(args.bits, args.four_level, args.group_size);
-    const GemmLoops& loops = args.m == 1          ? kernel->one[format]
-                             : args.m < kManyRows ? kernel->few[format]
-                                                  : kernel->many[format];
     const int64_t blocks = (args.k + kBlockK - 1) / kBlockK;
     const int64_t groups = args.group_size == 0 ? 0 : (args.k + args.group_size - 1) / args.group_size;
     const bool floats = args.x_dtype != DType::int8;
@@ -265,6 +278,9 @@ Status cpu_gemm(const CpuGemm& args) {
     int64_t columns = 0;
     for (int32_t i = 0; i < args.part_count; ++i) columns += args.parts[i].n;
     const int32_t threads = alone_ns(args, columns) > kSharedNs ? args.threads : 1;
+    const GemmLoops& loops = args.m == 1                                       ? kernel->one[format]
+                             : args.m < kManyRows || has_lowest(args, threads) ? kernel->few[format]
+                                                                               : kernel->many[format];
 
     Rows rows = {};
     rows.stride = loops.row_bytes(blocks);
@@ -284,15 +300,14 @@ Status cpu_gemm(const CpuGemm& args) {
         for (int64_t m = 0; status == Status::ok && m < args.m; ++m)
             prepare_row(args, loops, blocks, codes + m * args.k, m, rows);
     } else {
-        constexpr int64_t kChunk = 8;
         std::atomic<Status> worst{Status::ok};
-        parallel_for((args.m + kChunk - 1) / kChunk, threads, [&](int64_t chunk) {
+        parallel_for((args.m + kRowChunk - 1) / kRowChunk, threads, [&](int64_t chunk) {
             auto* codes = reinterpret_cast<int8_t*>(thread_scratch.get(k_bytes));
             if (codes == nullptr) {
                 worst = Status::out_of_memory;
                 return;
             }
-            for (int64_t m = chunk * kChunk; m < std::min(args.m, (chunk + 1) * kChunk); ++m) {
+            for (int64_t m = chunk * kRowChunk; m < std::min(args.m, (chunk + 1) * kRowChunk); ++m) {
                 const int8_t* q = codes;
                 if (floats) {
                     const Status done = quantize_rows(quantize_args(args, m, 1, codes, rows.act_scale + m));

@@ -93,22 +93,10 @@ DQK_TARGET void tiles(const uint8_t* x, int64_t stride, const uint8_t* panel, in
 
 // 32 bytes of 8 columns, `pitch` bytes apart -> 8 rows of a tile (64 bytes apart), half of each.
 DQK_TARGET inline void transpose(const uint8_t* from, int64_t pitch, uint8_t* to) {
-    __m256i r[8], a[8], b[8];
-    for (int i = 0; i < 8; ++i) r[i] = load256(from + i * pitch, 0);
-    for (int i = 0; i < 8; i += 2) {
-        a[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
-        a[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4) {  // b[i + j]: words j and 4 + j of columns i .. i + 3
-        b[i] = _mm256_unpacklo_epi64(a[i], a[i + 2]);
-        b[i + 1] = _mm256_unpackhi_epi64(a[i], a[i + 2]);
-        b[i + 2] = _mm256_unpacklo_epi64(a[i + 1], a[i + 3]);
-        b[i + 3] = _mm256_unpackhi_epi64(a[i + 1], a[i + 3]);
-    }
-    for (int j = 0; j < 4; ++j) {
-        store256(to + j * 64, 0, _mm256_permute2x128_si256(b[j], b[4 + j], 0x20));
-        store256(to + (4 + j) * 64, 0, _mm256_permute2x128_si256(b[j], b[4 + j], 0x31));
-    }
+    __m256i words[8];
+    for (int i = 0; i < 8; ++i) words[i] = load256(from + i * pitch, 0);
+    transpose256(words);
+    for (int i = 0; i < 8; ++i) store256(to + i * 64, 0, words[i]);
 }
 
 // bytes [16 columns][128 codes] -> the tiles of two steps, every other tile of the panel.

@@ -91,9 +91,10 @@ struct EmbeddingRow {
 
 struct GemmKernel {
     const char* name;
-    GemmLoops one[kGemmFormats];   // for a single row: unpacks the weights on the way, m is 1
-    GemmLoops few[kGemmFormats];   // unpacks four rows of weights at a time for all rows of x
-    GemmLoops many[kGemmFormats];  // unpacks a panel of columns at a time, which costs more, and loses less
+    GemmLoops one[kGemmFormats];  // for a single row: unpacks the weights on the way, m is 1
+    GemmLoops few[kGemmFormats];  // unpacks four rows of weights at a time for all rows of x
+    // unpacks a panel of columns at a time, which costs more, and loses less; for activations within +-127
+    GemmLoops many[kGemmFormats];
     void (*epilogue)(const GemmEpilogue& args);
     void (*embed[4])(const EmbeddingRow& args);  // W8, W4, W2, four_level W2
 };

@@ -245,7 +245,7 @@ class NativeStep(Step):
         # A position that the model does not have is torch's to refuse.
         if self.embeds and (self.decoder.limit is None or position < self.decoder.limit):
             layers = self._written(None)
-            layers.tape.run(tokens.contiguous(), position, self.wants_best)
+            layers.tape.run(tokens.to(torch.int64).contiguous(), position, self.wants_best)  # a caller's first: int32
         else:
             self._place(tokens, position)
             x = self.decoder.embed(caches.tokens, caches.position)

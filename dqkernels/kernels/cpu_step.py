@@ -31,6 +31,7 @@ class Tape:
         self._own_bytes = 0
         self._results: list[list[torch.Tensor]] = [[], []]
         self._layer, self._next = 0, 0
+        self._rows = 0
 
     def next_layer(self) -> None:
         """What follows belongs to another layer."""
@@ -82,6 +83,7 @@ class Tape:
                 raise ValueError(f"{name} must be {dtype} {list(shape)}, contiguous, got {found}")
         self.keep(*(tensor for tensor, _, _ in wanted.values()))
         addresses = (tokens.data_ptr(), positions.data_ptr(), lengths.data_ptr())
+        self._rows = rows
         self.core.set_rows(rows, capacity, *addresses, 0 if ancestors is None else ancestors.data_ptr())
 
     def run(self, tokens: torch.Tensor | None = None, position: int = 0, wants_best: bool = False) -> None:
@@ -92,10 +94,13 @@ class Tape:
             wants_best: whether `finish_logits` finds the largest.
 
         Raises:
-            ValueError: for a length, position or ancestor outside the caches.
+            ValueError: for tokens of another dtype, shape or layout; a length, position or ancestor outside the caches.
             IndexError: for a token or position that an embedding has no row for.
         """
         if tokens is None:
             self.core.run(torch.get_num_threads(), 0, 0, wants_best)
         else:
+            if tokens.dtype != torch.int64 or tokens.shape != (self._rows,) or not tokens.is_contiguous():
+                found = f"{tokens.dtype} {list(tokens.shape)} of strides {list(tokens.stride())}"
+                raise ValueError(f"tokens must be torch.int64 [{self._rows}], contiguous, got {found}")
             self.core.run(torch.get_num_threads(), tokens.data_ptr(), position, wants_best)

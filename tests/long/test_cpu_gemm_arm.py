@@ -62,7 +62,8 @@ def test_sums_and_epilogue(program, form, kernel):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_other_grids(program, kernel):
     cases.test_every_number_of_rows(program, kernel)
-    cases.test_the_largest_sums(program, kernel)
+    for k, lowest in cases.EXTREMES:
+        cases.test_the_largest_sums(program, kernel, k, lowest)
 
 
 def test_embedding_rows(program):

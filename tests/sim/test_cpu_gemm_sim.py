@@ -206,14 +206,20 @@ def test_every_number_of_rows(program, kernel):
     assert run_cases(program, cases, SEEDS) == len(cases)
 
 
+#: K, and the lowest activation.
+EXTREMES = [(131_071, -127), (300, -128)]
+
+
+@pytest.mark.parametrize(("k", "lowest"), EXTREMES)
 @pytest.mark.parametrize("kernel", here())
-def test_the_largest_sums(program, kernel):
-    """K = 131,071 with every code and activation at its largest: an int32 that nearly wraps, and the int16 of AVX2."""
-    k, cases = 131_071, []
+def test_the_largest_sums(program, kernel, k, lowest):
+    """K = 131,071 with every code and activation at its largest: an int32 that nearly wraps, and the int16 of AVX2,
+    which a -128, that no quantizer gives, does not wrap."""
+    cases = []
     for form, (bits, four_level, group) in FORMS.items():
         largest = {8: -127, 4: -8, 2: -2 if four_level else -1}[bits]
         q = np.full((8, k), 127, np.int8)  # 8: columns in the lanes
-        q[1] = -127
+        q[1] = lowest
         q[2, ::2] = -127
         q[5, ::4], q[5, 1::4] = -127, -127
         weight = np.full((2, k), largest)
