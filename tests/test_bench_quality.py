@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import documents
 import pytest
 import torch
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_text import make_tiny
 
 import dqkernels
@@ -162,6 +164,24 @@ def test_another_record_is_not_gone_on_with(ran, tiny, tmp_path):
     out.write_text(json.dumps({**made, "kind": "size"}))
     with pytest.raises(ValueError, match="is of kind 'size'"):
         quality.run(tiny, TEXTS, (8, 2), **again)
+
+
+def test_other_weights_under_the_same_name_are_not_gone_on_with(ran, tiny, packed, tmp_path):
+    """Folders are named without their path: what lies in them is asked for."""
+    out, again = tmp_path / "made.json", {"task": SHORT, "device": "cpu", "resume": True}
+    out.write_text(ran[1].read_text())
+    assert quality.run(tiny, TEXTS, (8, 2), packed=[packed], out=str(out), **again)["rows"] == ran[0]["rows"]
+    student, teacher = tmp_path / Path(packed).name, tmp_path / Path(tiny).name
+    for folder, source in ((student, packed), (teacher, tiny)):
+        shutil.copytree(source, folder)
+        (file,) = folder.glob("*.safetensors")
+        tensors = load_file(file)
+        name = next(name for name in sorted(tensors) if tensors[name].is_floating_point())
+        save_file({**tensors, name: tensors[name] + 1}, file, {"format": "pt"})
+    with pytest.raises(ValueError, match="the same packed_sha256"):
+        quality.run(tiny, TEXTS, (8, 2), packed=[student], out=str(out), **again)
+    with pytest.raises(ValueError, match="the same model_sha256"):
+        quality.run(teacher, TEXTS, (8, 2), packed=[packed], out=str(out), **again)
 
 
 @pytest.mark.parametrize(

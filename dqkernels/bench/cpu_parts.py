@@ -230,7 +230,7 @@ def _gemm_cell(m: int, n: int, k: int, bits: tuple[int, ...], seconds: float) ->
         reason = record.scrub(str(error).splitlines()[0])
     took = time.perf_counter() - start
     add("torch._int_mm", lambda: torch._int_mm(q, weight), reason, 8)
-    if reason is None and took > seconds / _PATIENCE:  # without VNNI it is a hundred times slower: one call has to do
+    if reason is None and took > seconds / _PATIENCE:  # as without VNNI: one call has to do
         words = f"one call takes {took:.2g} s: timed once, by its proof"
         rows["torch._int_mm"].update(status="too slow", reason=words, median_us=_short(took * 1e6), samples=1)
     floats = weight.t().contiguous().float()

@@ -171,6 +171,7 @@ def run(
     configs = {f"W{width}": config_of(width, **choices) for width in bits}
     from dqkernels import text
     from dqkernels.bench import protocol
+    from dqkernels.train.distill_data import fingerprint
 
     place = protocol.pick_device(device)
     loaded, tokenizer = text.open_model(folder, dtype="float32", device=str(place))
@@ -185,6 +186,8 @@ def run(
             "bits": list(bits),
             **choices,
             "packed": list(students),
+            "model_sha256": fingerprint(loaded),
+            "packed_sha256": {name: _file_hash(path) for name, path in students.items()},
             "device": place.type,
             "float_dtype": "float32",
             "decoding": {"batch_size": task.batch_size, **_decoding(loaded, task)},
@@ -240,6 +243,15 @@ def config_of(width: int, *, embedding_bits: int | None, weight_quantizer: str, 
     DQConfig(weight_quantizer=weight_quantizer)  # a rule of no width
     DQConfig(**fields)
     return fields
+
+
+def _file_hash(folder: str) -> str:
+    """Of a packed model's weights, file by file: its name says nothing of what is in it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _open_packed(folder: str):
@@ -357,6 +369,9 @@ def _earlier(made: dict, out: str) -> dict[str, dict]:
     for name, keys in (("environment", _SAME_MACHINE), ("settings", tuple(made["settings"]))):
         for key in keys:
             was, now = old[name].get(key), made[name][key]
+            if key == "packed_sha256":  # of those in both: more folders may come
+                was = {one: (was or {}).get(one) for one in now if one in old["settings"]["packed"]}
+                now = {one: now[one] for one in was}
             if key not in ("bits", "packed") and was != now:
                 words = f"resume needs the same {key} as in {Path(out).name}: {was!r} there, {now!r} now"
                 raise ValueError(f"{words}; another record can hold it")

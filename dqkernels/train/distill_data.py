@@ -215,7 +215,7 @@ class _Writer:
         stored = self.model.generation_config.to_dict()
         stored.pop("transformers_version", None)
         settings = {
-            "model": _fingerprint(self.model),
+            "model": fingerprint(self.model),
             "batch_size": self.batch_size,
             "max_source_length": self.limit,
             "source_prefix": self.prefix,
@@ -286,7 +286,7 @@ def _name(function: Callable | None) -> str | None:
     return function and f"{function.__module__}.{getattr(function, '__qualname__', type(function).__name__)}"
 
 
-def _fingerprint(model) -> str:
+def fingerprint(model) -> str:
     """A hash of the config and of values out of every tensor: another teacher, or another training of it, differs."""
     digest = hashlib.sha256(model.config.to_json_string().encode("utf-8"))
     for name, tensor in sorted(model.state_dict().items()):
