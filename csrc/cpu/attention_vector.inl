@@ -41,6 +41,14 @@ DQK_TARGET inline void store(int32_t* p, __m256i v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
 }
 
+// Keys ahead of the loops over rows in a cache, which is larger than what stays near between two steps, and
+// whose heads are too short for the hardware to run ahead of.
+constexpr int64_t kKeysAhead = 16;
+
+DQK_TARGET inline void ask_for(const int8_t* row, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+}
+
 DQK_TARGET void dots_rows(const int8_t* q, const KeyRows& keys, int64_t first, int64_t count,
                           int64_t head_dim, int32_t* out) {
     const int64_t whole = head_dim / 32 * 32;
@@ -52,6 +60,8 @@ DQK_TARGET void dots_rows(const int8_t* q, const KeyRows& keys, int64_t first, i
         } else {
             for (int64_t i = 0; i < 8; ++i) rows[i] = keys.row(first + (j + i < count ? j + i : count - 1));
         }
+        for (int64_t i = j + kKeysAhead; i < j + kKeysAhead + 8 && i < count; ++i)
+            ask_for(keys.row(first + i), head_dim);
         __m256i sums[8];
         for (int i = 0; i < 8; ++i) sums[i] = _mm256_setzero_si256();
         for (int64_t d = 0; d < whole; d += 32) {
@@ -322,6 +332,8 @@ DQK_TARGET void sum_pairs(const uint8_t* c, const int32_t* list, int64_t found, 
             room = 255;
         }
         room -= here;
+        for (int64_t i = n + kKeysAhead; i < n + kKeysAhead + 2 && i < found; ++i)
+            ask_for(values.row(list[i]) + first, kVectors * 32);
         uint16_t two;
         std::memcpy(&two, c + n, 2);
         const __m256i share = _mm256_set1_epi16(static_cast<int16_t>(two));

@@ -193,11 +193,26 @@ struct Tile {
             args.group_size};
         for (int64_t n = n0; n < n1; n += kGemmColumns) {
             const int64_t count = std::min(kGemmColumns, n1 - n);
+            ask_for_columns(part, n, count);
             loops.sums(rows.prepared + m0 * rows.stride, rows.stride, m1 - m0, weights, n, count, acc,
                        memory + acc_bytes);
             for (int64_t m = m0; m < m1; ++m) finish(part, m, n, count, acc + (m - m0) * kGemmColumns);
         }
         return true;
+    }
+
+    // What the epilogue reads of each column: in a large matrix it was last read a token ago, and a miss of
+    // every tile, asked for after its sums, costs as much as they do.
+    void ask_for_columns(const CpuPart& part, int64_t n, int64_t count) const {
+        const auto ask = [](const void* base, int64_t first, int64_t bytes) {
+            for (int64_t at = 0; at < bytes; at += 64)
+                __builtin_prefetch(static_cast<const char*>(base) + first + at);
+        };
+        if (!part.tensor_scale) ask(part.weight_scale, n * 4, count * 4);
+        if (part.bias != nullptr) {
+            const int64_t bytes = element_bytes(part.bias_dtype);
+            ask(part.bias, n * bytes, count * bytes);
+        }
     }
 
     void finish(const CpuPart& part, int64_t m, int64_t n, int64_t count, const int32_t* acc) const {

@@ -132,6 +132,18 @@ DQK_TARGET void multiplier_words(const GemmWeights& w, int64_t n, int64_t stride
     }
 }
 
+// Asks for what the walk along the weights needs a moment later. It goes along four rows at once, a block of
+// each at a time, which the hardware takes for four short streams and hardly runs ahead of; but rows follow
+// each other without a gap, so that kAhead bytes further is where it will be some rows later. Behind the last
+// row a request for memory that nobody has is no fault.
+constexpr uintptr_t kAhead = 4096;
+template <int64_t kBytes>
+DQK_TARGET inline void ask_ahead(const uint8_t* block) {
+    const uintptr_t at = reinterpret_cast<uintptr_t>(block) + kAhead;
+    for (int64_t i = 0; i < kBytes; i += 64)
+        __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(i)), 0, 3);
+}
+
 // ---- one row of activations: the weights are unpacked in registers ---------------------------------------
 
 template <typename Dot, typename F, int kGroup>
@@ -151,6 +163,7 @@ DQK_TARGET void one_sums(const uint8_t* x, int64_t, int64_t, const GemmWeights& 
             for (int64_t b = 0; b < w.blocks; ++b)
                 for (int64_t r = 0; r < kGemmRows; ++r) {
                     typename Dot::Vec u[kVecs];
+                    ask_ahead<kBytes>(row + r * w.row_bytes + b * kBytes);
                     Dot::template unpack<F>(row + r * w.row_bytes + b * kBytes, u);
                     for (int64_t first = 0; first < kVecs; first += kSpan) {
                         typename Dot::Partial part = Dot::load_partial(starts, (b * kVecs + first) / kSpan);
@@ -171,6 +184,7 @@ DQK_TARGET void one_sums(const uint8_t* x, int64_t, int64_t, const GemmWeights& 
                     for (int64_t j = 0; j < kVecs; ++j) xs[j] = Dot::load_x(x, b * kVecs + j);
                     for (int64_t r = 0; r < kGemmRows; ++r) {
                         typename Dot::Vec u[kVecs];
+                        ask_ahead<kBytes>(row + r * w.row_bytes + b * kBytes);
                         Dot::template unpack<F>(row + r * w.row_bytes + b * kBytes, u);
                         for (int64_t j = 0; j < kVecs; ++j) part[r] = Dot::multiply(part[r], u[j], xs[j]);
                     }
@@ -277,6 +291,7 @@ DQK_TARGET void few_sums(const uint8_t* x, int64_t stride, int64_t rows, const G
                 const uint8_t* row = w.rows + (n0 + c + r) * w.row_bytes + first * kBytes;
                 for (int64_t b = 0; b < blocks; ++b) {
                     typename Dot::Vec u[kVecs];
+                    ask_ahead<kBytes>(row + b * kBytes);
                     Dot::template unpack<F>(row + b * kBytes, u);
                     for (int64_t j = 0; j < kVecs; ++j)
                         Dot::store(u[j], scratch + r * kGemmPanelStride, b * kVecs + j);
