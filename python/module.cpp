@@ -10,6 +10,7 @@
 #include "build_config.h"  // written by CMake: how this binary was compiled
 #include "checks.h"
 #include "cpu_attention.h"
+#include "cpu_beams.h"
 #include "cpu_gemm.h"
 #include "cpu_norm.h"
 #include "cpu_step.h"
@@ -132,6 +133,7 @@ PYBIND11_MODULE(_C, m) {
           py::arg("q_ptr"), py::arg("scale_ptr"), py::arg("sum_ptr"),
           "Float rows -> int8 codes, fp32 scales, int32 row sums.");
     dqk::binding::define_cpu_step(m);
+    dqk::binding::define_cpu_beams(m);
     dqk::binding::define_cpu_attention(m);
     dqk::binding::define_cpu_gemm(m);
     dqk::binding::define_cpu_norm(m);

@@ -284,6 +284,86 @@ struct FinishLogits {
 
 Status finish_logits(const FinishLogits& args);
 
+// ---- beam search on a CPU --------------------------------------------------------------------------------
+
+// The k largest of n numbers in the order of torch.topk on a CPU: a NaN above all, and of equal ones those
+// that its algorithm (of the C++ library, top_k.h) comes to first.
+struct TopK {
+    const float* x;  // [n]
+    int64_t n;       // below 2^31
+    int64_t k;       // 1..n
+    float* value;    // [k]
+    int64_t* index;  // [k]
+};
+Status top_k(const TopK& args);
+
+// The best continuations over all beams of a source: the largest of score + running, in the order above.
+struct BeamCandidates {
+    const float* scores;   // [sources * beams, n]
+    const float* running;  // [sources * beams]
+    int64_t sources, beams;
+    int64_t n;       // beams * n below 2^31
+    int64_t kept;    // 1..beams * n
+    float* value;    // [sources, kept]
+    int64_t* beam;   // [sources, kept], of the source
+    int64_t* token;  // [sources, kept]
+    int32_t threads;
+};
+Status beam_candidates(const BeamCandidates& args);
+
+// Takes away what would repeat `size` tokens of a row: its score becomes -inf. What the head has no score for
+// (a token of n and above) cannot be repeated.
+struct BanRepeats {
+    const int64_t* tokens;  // rows of `row_stride`
+    int64_t rows;
+    int64_t row_stride;
+    int64_t length;  // tokens of a row that are there
+    int64_t size;    // >= 1
+    float* scores;   // [rows, n]
+    int64_t n;
+};
+Status ban_repeats(const BanRepeats& args);
+
+// Running and finished hypotheses. All arrays contiguous.
+struct BeamState {
+    int64_t sources, beams;
+    int64_t start;              // first tokens, the same for all beams of a source
+    int64_t most;               // tokens that a hypothesis has room for
+    int64_t filling;            // what stands behind the end of a finished one
+    int64_t* running;           // [sources, beams, most]
+    int32_t* came_from;         // [sources, beams, most - start], the row of each token; or nullptr
+    float* scores;              // [sources, beams]
+    int64_t* finished;          // as running
+    int32_t* finished_from;     // as came_from, -1 behind the end
+    float* finished_scores;     // [sources, beams]
+    int64_t* finished_lengths;  // [sources, beams], new tokens
+    uint8_t* is_finished;       // [sources, beams]
+    uint8_t* improvable;        // [sources]: a running one might still beat a finished one
+};
+
+// Takes every source one token further, by the arithmetic of transformers.
+struct BeamExtend {
+    BeamState state;
+    int64_t length;        // of the running ones, before: start..most - 1
+    int64_t kept;          // candidates of a source, >= beams
+    const float* value;    // [sources, kept], best first
+    const int64_t* beam;   // [sources, kept]
+    const int64_t* token;  // [sources, kept]
+    const uint8_t* ends;   // [sources, kept], which end here; or nullptr: those with an end token
+    const int64_t* end_tokens;
+    int64_t end_count;
+    bool all_end;        // there is no room for more
+    float divisor;       // of the score of one that ends now
+    float best_divisor;  // of the best score that may still come
+    bool early;          // a source is done when all its beams have finished
+    int64_t* parents;    // [sources * beams], the row that each running one goes on from
+    int64_t* tokens;     // [sources * beams], and with what
+    bool* goes_on;       // one, of the whole search
+};
+
+// Refused before anything is written: a beam outside 0..beams-1.
+Status beam_extend(const BeamExtend& args);
+
 // ---- the skinny GEMM: few tokens, packed weights ---------------------------------------------------------
 
 // One linear of a launch. Up to kMaxParts of them share the input: Q, K and V, or K and V of a
