@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from dqkernels.decode import engine, native_step, plug
+from dqkernels.decode import engine, native_hypotheses, native_step, plug
 
 
 def describe(model: nn.Module) -> str:
@@ -19,9 +19,13 @@ def describe(model: nn.Module) -> str:
     device = next(model.lm_head.parameters()).device.type
     if device == "cpu":
         text += f", {native_step.describe(model, engine.family_of(model)[0])}"
+        why = native_hypotheses.why_not()
+        text += "" if why is None else f", beams by torch ({why})"
     if device == "cuda":
         captured = "steps in CUDA graphs, logits processors behind them"
         text += f", {state.refused or (captured if plug.uses_graphs(model) else 'no CUDA graphs (graphs=False)')}"
+    if state.processors:
+        text += f"; logits processors called at every step of the last call: {', '.join(state.processors)}"
     calls = state.served + state.passed
     if state.passed:
         text += f"; {state.passed} of {calls} calls went to Hugging Face's own loop"

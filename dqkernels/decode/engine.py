@@ -33,6 +33,7 @@ class State:
         served, passed: calls so far by this package's loop, and by transformers'.
         last: why the last call was not served; empty where it was. `last_passed`: the last such reason.
         refused: why a step could not be captured; empty where it could, or was never tried.
+        processors: classes of logits processors that the last call ran as transformers does, at every step.
     """
 
     pool: caches.Pool = field(default_factory=caches.Pool)
@@ -41,6 +42,7 @@ class State:
     last: str = ""
     last_passed: str = ""
     refused: str = ""
+    processors: tuple[str, ...] = ()
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
@@ -192,6 +194,7 @@ class Running:
         return self.step
 
     def __exit__(self, *_: Any) -> None:
+        self.state.processors = self.step.processors
         self.state.pool.give(self.caches)
 
 

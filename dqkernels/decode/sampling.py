@@ -26,6 +26,7 @@ def sample(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config
     """
     process, unheard, stop = processor(processors), silent(processors), Stop(criteria)
     step.wants_best = not config.do_sample
+    step.processors = tuple(dict.fromkeys(type(each).__name__ for each in processors))
     keeps_scores = config.return_dict_in_generate and config.output_scores
     keeps_logits = config.return_dict_in_generate and config.output_logits
     scores = () if keeps_scores else None

@@ -26,6 +26,8 @@ class Step:
     Attributes:
         wants_best: set by a loop that has a use for `best`.
         finds_best: whether `step` gives it.
+        on_core: whether its attention runs on the compiled core's CPU kernels, so that beams are kept there too.
+        processors: set by a loop: the classes of logits processors that it calls as transformers does.
         best: int64 [rows], where the largest of the last step's logits are, as `torch.argmax` has them; written over by
             the next step. None where that was not asked for, or is not found here.
     """
@@ -38,7 +40,9 @@ class Step:
         self.wants_best = False
         self.best: torch.Tensor | None = None
         # Plain torch computes all keys that it is shown, so it is shown those that are there; kernels read `lengths`.
-        self.exact_windows = any(_plain(layer.own, caches, beams) for layer in decoder.layers)
+        chosen = {_backend(layer.own, caches, beams) for layer in decoder.layers}
+        self.exact_windows, self.on_core = "eager" in chosen, chosen == {"cpu"}
+        self.processors: tuple[str, ...] = ()
 
     def start(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Takes the sources in.
@@ -190,8 +194,8 @@ def _attend(
     return out.reshape(rows, 1, -1) if tokens == 1 else out.transpose(1, 2).reshape(rows, tokens, -1)
 
 
-def _plain(attend: Attend, caches: Caches, beams: bool) -> bool:
+def _backend(attend: Attend, caches: Caches, beams: bool) -> str:
     options, shape = attend.options, caches.shape
     facts = {"mode": options.mode, "head_dim": shape.head_dim, "by_key": beams}
     where = (shape.device.type, options.backend, options.strict)
-    return backends.choose("qattention_decode", *where, **facts).backend == "eager"
+    return backends.choose("qattention_decode", *where, **facts).backend

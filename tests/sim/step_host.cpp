@@ -1,4 +1,4 @@
-// The two ends of a decode step, and where its tokens stand, under sanitizers.
+// The two ends of a decode step, where its tokens stand, and beam search behind it, under sanitizers.
 #define DQK_TARGET
 #include "cpu/decoder_step.h"
 #include "cpu/gemm_plain.h"
@@ -66,8 +66,77 @@ Status place(const sim::Request& request) {
     return step.place(request.pointer<const int64_t>(0), request.integer(2));
 }
 
+// scalars: sources, beams, n, kept. buffers: scores, running, value, beam, token. The seed: threads less one.
+Status candidates(const sim::Request& request) {
+    BeamCandidates args = {};
+    args.sources = request.integer(0);
+    args.beams = request.integer(1);
+    args.n = request.integer(2);
+    args.kept = request.integer(3);
+    args.scores = request.pointer<const float>(0);
+    args.running = request.pointer<const float>(1);
+    args.value = request.pointer<float>(2);
+    args.beam = request.pointer<int64_t>(3);
+    args.token = request.pointer<int64_t>(4);
+    args.threads = static_cast<int32_t>(request.seed) + 1;
+    return beam_candidates(args);
+}
+
+// scalars: rows, row_stride, length, size, n. buffers: tokens, scores.
+Status repeats(const sim::Request& request) {
+    BanRepeats args = {};
+    args.rows = request.integer(0);
+    args.row_stride = request.integer(1);
+    args.length = request.integer(2);
+    args.size = request.integer(3);
+    args.n = request.integer(4);
+    args.tokens = request.pointer<const int64_t>(0);
+    args.scores = request.pointer<float>(1);
+    return ban_repeats(args);
+}
+
+// scalars: sources, beams, start, most, filling, length, kept, all_end, early, divisor. buffers: running,
+// came_from, scores, finished, finished_from, finished_scores, finished_lengths, is_finished, improvable,
+// value, beam, token, ends or absent, end tokens, parents, tokens, goes_on.
+Status extend(const sim::Request& request) {
+    BeamExtend args = {};
+    BeamState& state = args.state;
+    state.sources = request.integer(0);
+    state.beams = request.integer(1);
+    state.start = request.integer(2);
+    state.most = request.integer(3);
+    state.filling = request.integer(4);
+    args.length = request.integer(5);
+    args.kept = request.integer(6);
+    args.all_end = request.integer(7) != 0;
+    args.early = request.integer(8) != 0;
+    args.divisor = args.best_divisor = static_cast<float>(request.real(9));
+    state.running = request.pointer<int64_t>(0);
+    state.came_from = request.pointer<int32_t>(1);
+    state.scores = request.pointer<float>(2);
+    state.finished = request.pointer<int64_t>(3);
+    state.finished_from = request.pointer<int32_t>(4);
+    state.finished_scores = request.pointer<float>(5);
+    state.finished_lengths = request.pointer<int64_t>(6);
+    state.is_finished = request.pointer<uint8_t>(7);
+    state.improvable = request.pointer<uint8_t>(8);
+    args.value = request.pointer<const float>(9);
+    args.beam = request.pointer<const int64_t>(10);
+    args.token = request.pointer<const int64_t>(11);
+    args.ends = request.pointer<const uint8_t>(12);
+    args.end_tokens = request.pointer<const int64_t>(13);
+    args.end_count = 1;
+    args.parents = request.pointer<int64_t>(14);
+    args.tokens = request.pointer<int64_t>(15);
+    args.goes_on = request.pointer<bool>(16);
+    return beam_extend(args);
+}
+
 Status run(const sim::Request& request) {
     if (request.function == "position") return position(request);
+    if (request.function == "candidates") return candidates(request);
+    if (request.function == "repeats") return repeats(request);
+    if (request.function == "extend") return extend(request);
     return request.function == "logits" ? logits(request) : place(request);
 }
 

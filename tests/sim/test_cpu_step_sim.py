@@ -1,8 +1,11 @@
-"""The two ends of a decode step in csrc/cpu under ASan and UBSan, against numpy; a case's seeds are threads."""
+"""What a decode step has besides its layers in csrc/cpu under ASan and UBSan: its two ends, against numpy, and beam
+search, against torch. A case's seeds are threads.
+"""
 
 import numpy as np
 import oracle
 import pytest
+import torch
 from harness import ABSENT, Case, changed, given, run_cases, statuses, wanted
 
 TYPES = {"fp32": 0, "fp16": 1, "bf16": 2}
@@ -28,6 +31,7 @@ def program(sim_program):
     sources = ("isa", "threads", "norm", "norm_scalar", "norm_x86", "quantize", "quantize_x86", "step_ends")
     sources += (
         "decoder_step",
+        "beam_search",
         "embedding",
         "gemm",
         "gemm_scalar",
@@ -91,3 +95,80 @@ def test_where_tokens_stand(program):
         Case("before", "place", (3, 5, -1), buffers, [None, None, None, ancestors], STATUS["bad_keys"]),
     ]
     assert run_cases(program, cases, (0,)) == len(cases)
+
+
+def test_candidates(program):
+    """Rows that are sorted whole, and those of which a heap is kept; blocks of 512, tasks of 8192."""
+    cases = []
+    for n in (3, 40, 511, 513, 8200):
+        for running in ([0.0, -1e9], [-1.5, -np.inf], [np.nan, 2.0], [np.inf, 0.5]):
+            g = torch.Generator().manual_seed(n)
+            scores = torch.randint(-3, 1, (4, n), generator=g).float()
+            scores[1, n // 2], scores[3, n - 1], scores[0, :2] = np.nan, 2.0, -np.inf
+            more = torch.tensor([running, running[::-1]], dtype=torch.float32)
+            value, at = torch.topk((scores.view(2, 2, n) + more.unsqueeze(2)).flatten(1), 5)
+            buffers = [given(scores.numpy()), given(more.numpy())]
+            buffers += [wanted((2, 5), np.float32), wanted((2, 5), np.int64), wanted((2, 5), np.int64)]
+            found = [value.numpy(), (at // n).numpy(), (at % n).numpy()]
+            cases.append(Case(f"{n} {running}", "candidates", (2, 2, n, 5), buffers, found))
+    scores = np.zeros((2, 2), np.float32)
+    small = [given(scores), given(scores[0]), *(wanted((1, 5), t) for t in (np.float32, np.int64, np.int64))]
+    cases.append(Case("too few", "candidates", (1, 2, 2, 5), small, [None] * 3, STATUS["bad_size"]))
+    assert run_cases(program, cases, (0, 1, 4)) == len(cases)
+
+
+def test_repeats(program):
+    from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor
+
+    cases, rng = [], np.random.default_rng(2)
+    for length in (1, 2, 7, 30):
+        for size in (1, 2, 3, 31):
+            tokens, scores = rng.integers(0, 4, (3, length)), rng.standard_normal((3, 5)).astype(np.float32)
+            want = NoRepeatNGramLogitsProcessor(size)(torch.from_numpy(tokens), torch.from_numpy(scores))
+            buffers = [given(tokens), changed(scores)]
+            cases.append(Case(f"{length} {size}", "repeats", (3, length, length, size, 5), buffers, [want.numpy()]))
+    assert run_cases(program, cases, (0,)) == len(cases)
+
+
+@pytest.mark.parametrize("tracks", [True, False])
+def test_hypotheses(program, tracks):
+    """Every step of a search, over arrays of exactly their size, against the same in torch."""
+    from transformers import EosTokenCriteria, MaxLengthCriteria, StoppingCriteriaList
+
+    from dqkernels.decode.hypotheses import Hypotheses, Rules
+    from dqkernels.decode.stopping import Stop
+
+    rules = Rules(beams=3, kept=6, most=6, filling=1, early=True, penalty=1.0, samples=False, tracks=tracks)
+    stop = Stop(StoppingCriteriaList([MaxLengthCriteria(6), EosTokenCriteria(2)]))
+    one = Hypotheses(torch.zeros((6, 2), dtype=torch.int64), rules, stop)
+    cases, g = [], torch.Generator().manual_seed(1)
+
+    def state():
+        running = torch.full((2, 3, 6), 1)
+        running[:, :, : one.length] = one.running
+        arrays = [running, None, one.scores, one.finished, None, one.finished_scores, one.finished_lengths]
+        arrays += [one.is_finished.to(torch.uint8), one.improvable.squeeze(1).to(torch.uint8)]
+        if tracks:
+            came_from = torch.full((2, 3, 4), -1, dtype=torch.int32)
+            came_from[:, :, : one.length - 2] = one.came_from
+            arrays[1], arrays[4] = came_from, one.finished_from.int()
+        return [None if each is None else each.numpy().copy() for each in arrays]
+
+    while not one.ended:
+        scores = torch.log_softmax(torch.randn(6, 9, generator=g) + 0.5 * (torch.arange(9) == 2), -1)
+        value, beam, token = (each.numpy() for each in one._candidates(scores))
+        before, length = state(), one.length
+        parents, tokens = one.extend(scores, None)
+        buffers = [ABSENT if each is None else changed(each) for each in before]
+        buffers += [given(value), given(beam), given(token), ABSENT, given(np.array([2]))]
+        buffers += [wanted(6, np.int64), wanted(6, np.int64), wanted(1, np.uint8)]
+        want = [each for each in state() if each is not None]
+        want += [parents.numpy(), tokens.numpy(), np.array([not one.ended], np.uint8)]
+        scalars = (2, 3, 2, 6, 1, length, 6, int(length == 5), 1, float(length - 1))
+        cases.append(Case(f"{length}", "extend", scalars, buffers, want))
+        by_mask = [*buffers[:12], given((token == 2).astype(np.uint8)), *buffers[13:]]
+        cases.append(Case(f"{length} by mask", "extend", scalars, by_mask, want))
+        left = [each for each in before if each is not None] + [None] * 3
+        scalars = (*scalars[:5], 6, *scalars[6:])
+        cases.append(Case(f"{length} full", "extend", scalars, buffers, left, STATUS["bad_keys"]))
+    assert len(cases) > 6 and run_cases(program, cases, (0,)) == len(cases)

@@ -1,0 +1,118 @@
+"""Logits processors of a beam search: those of transformers that summaries use, in place and only where they speak up.
+
+Each of them is a few scores of a row, and as transformers has it a copy of all rows or two. The numbers are the same.
+Any other is called as transformers calls it, at every step, and named (`Processing.outside`).
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dqkernels.kernels import cpu_beams, native
+
+#: (length, rows, scores), the last one written.
+Short = Callable[[int, Callable[[], torch.Tensor], torch.Tensor], None]
+
+
+class Processing:
+    """`LogitsProcessorList` as a function of the length, the rows so far and their scores.
+
+    Args:
+        processors: the list.
+
+    Attributes:
+        outside: names of the classes that are called themselves.
+    """
+
+    def __init__(self, processors: Any):
+        from transformers import LogitsProcessorList
+
+        members = list(processors)
+        plain = type(processors) is LogitsProcessorList
+        # A list of the user's, or one member that asks for more: its own errors, and whatever it does.
+        self._whole: Any = None
+        if not plain or any(len(inspect.signature(each.__call__).parameters) > 2 for each in members):
+            self._whole = processors
+        self._members = [(each, None if self._whole is not None else _short(each), is_known(each)) for each in members]
+        self.outside = tuple(dict.fromkeys(type(each).__name__ for each, short, _ in self._members if short is None))
+
+    def __call__(self, length: int, rows: Callable[[], torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
+        """The processed scores.
+
+        Args:
+            length: tokens so far.
+            rows: gives them, int64 [rows, length].
+            scores: fp32 [rows, vocabulary], of nobody else's: they may be written.
+        """
+        if self._whole is not None:
+            return self._whole(rows(), scores)
+        ours = scores.device.type == "cpu"
+        for each, short, known in self._members:
+            if short is None or scores.device.type != "cpu" or scores.dtype != torch.float32:
+                scores = each(rows(), scores)
+                ours = ours and known  # a user's may keep what it was given, or returns
+                continue
+            if not ours or not scores.is_contiguous():
+                scores, ours = scores.clone(memory_format=torch.contiguous_format), True
+            short(length, rows, scores)
+        return scores
+
+
+def is_known(each: Any) -> bool:
+    """Whether this is a processor of transformers, with the `__call__` that transformers wrote."""
+    from transformers.generation import logits_process
+
+    kind = type(each)
+    known = kind is getattr(logits_process, kind.__name__, None)
+    return known and kind.__call__.__module__ == logits_process.__name__ and "__call__" not in vars(each)
+
+
+def _short(each: Any) -> Short | None:
+    """What a processor does in place; None where that is not known."""
+    make = _SHORT.get(type(each).__name__)
+    return make(each) if make is not None and is_known(each) else None
+
+
+def _force(at: Callable[[int], bool], wanted: Any) -> Short:
+    def run(length, rows, scores):
+        if at(length):
+            scores.fill_(-math.inf)
+            scores[:, wanted] = 0
+
+    return run
+
+
+def _no_end(until: Callable[[int], bool], each: Any) -> Short:
+    ends = each.eos_token_id.reshape(-1).tolist()
+
+    def run(length, rows, scores):
+        if until(length):
+            for token in ends:
+                if 0 <= token < scores.shape[1]:
+                    scores[:, token] = -math.inf
+
+    return run
+
+
+def _no_repeat(each: Any) -> Short | None:
+    if native.native() is None or not hasattr(native.native(), "ban_repeats"):
+        return None
+    return lambda length, rows, scores: cpu_beams.ban_repeats(rows().to(torch.int64), each.ngram_size, scores)
+
+
+_SHORT: dict[str, Callable[[Any], Short | None]] = {
+    "ForcedBOSTokenLogitsProcessor": lambda each: _force(lambda length: length == 1, each.bos_token_id),
+    "ForcedEOSTokenLogitsProcessor": lambda each: _force(
+        lambda length: length == each.max_length - 1, each.eos_token_id
+    ),
+    "MinLengthLogitsProcessor": lambda each: _no_end(lambda length: length < each.min_length, each),
+    "MinNewTokensLengthLogitsProcessor": lambda each: _no_end(
+        lambda length: length - each.prompt_length_to_skip < each.min_new_tokens, each
+    ),
+    "NoRepeatNGramLogitsProcessor": _no_repeat,
+}
