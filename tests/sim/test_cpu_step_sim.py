@@ -104,7 +104,7 @@ def test_candidates(program):
         for running in ([0.0, -1e9], [-1.5, -np.inf], [np.nan, 2.0], [np.inf, 0.5]):
             g = torch.Generator().manual_seed(n)
             scores = torch.randint(-3, 1, (4, n), generator=g).float()
-            scores[1, n // 2], scores[3, n - 1], scores[0, :2] = np.nan, 2.0, -np.inf
+            scores[1, n // 2], scores[3, n - 1], scores[3, n - 2], scores[0, :2] = np.nan, 2.0, -np.inf, -np.inf
             more = torch.tensor([running, running[::-1]], dtype=torch.float32)
             value, at = torch.topk((scores.view(2, 2, n) + more.unsqueeze(2)).flatten(1), 5)
             buffers = [given(scores.numpy()), given(more.numpy())]
