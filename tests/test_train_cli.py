@@ -190,6 +190,8 @@ def test_preset_then_file_then_flags(tmp_path):
         ("stages: [{kd: nothing}]", "knows the terms"),
         ("stages: [{name: ../up}]", "name must be"),
         ("stages: [{mix: [{train_file: a, weight: 0}]}]", "weight must be"),
+        ("stages: [{mix: a.jsonl}]", "mix must be a list of sources, got 'a.jsonl'"),
+        ("stages: [{mix: [{train_file: a}], max_train_samples: 5}]", "max_train_samples beside mix: each source of"),
         ("stages: [{learning_rate: fast}]", "learning_rate must be a number"),
         ("stage: 1", "one key, stages"),
         ("{", "neither YAML nor JSON"),

@@ -94,8 +94,10 @@ def _stage(entry: Any, number: int, arguments: Arguments, path: str) -> Stage:
     mix = entry.pop("mix", None)
     own = {key: entry.pop(key) for key in SOURCE_KEYS if key in entry}
     if mix is not None:
-        if own or not isinstance(mix, list) or not mix:
-            raise ArgumentsError(f"{where}: mix must be a list of sources, and stand instead of {', '.join(_ORIGINS)}")
+        if not isinstance(mix, list) or not mix:
+            raise ArgumentsError(f"{where}: mix must be a list of sources, got {mix!r}")
+        if own:
+            raise ArgumentsError(f"{where}: {', '.join(own)} beside mix: each source of the mix says that for itself")
         sources = tuple(_source(part, arguments.data, f"{where}, mix") for part in mix)
     else:
         sources = (_source(own, arguments.data, where),)
