@@ -59,7 +59,13 @@ def test_a_rerun_is_silent_and_ten_percent_are_named():
 def test_noise_hides_what_it_could_have_made():
     """Few samples far apart: ten percent are nothing, twice the time is something."""
     before = run(0, n=4, spread=0.5)
-    assert not moved(compare.compare(before, run(1, {"dqkernels W4 cpu": 1.1}, n=4, spread=0.5)))
+    silent = compare.compare(before, run(1, {"dqkernels W4 cpu": 1.1}, n=4, spread=0.5))
+    assert not moved(silent)
+    times = 2 * len(GROUPS)
+    # And says so: without a word, "0 past the threshold" would read as if nothing could have been lost.
+    assert silent["warnings"][0].startswith(f"{times} of {times} times have more noise (up to ")
+    assert "than the threshold of 5%: a loss of that size would not be seen" in silent["warnings"][0]
+    assert not compare.compare(run(0, spread=0.02), run(1, spread=0.02))["warnings"]
     assert moved(compare.compare(before, run(1, {"dqkernels W4 cpu": 8.0}, n=4, spread=0.5)))
 
 

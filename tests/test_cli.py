@@ -514,6 +514,8 @@ def test_bench_size(tmp_path, capsys):
     assert "tiny" in capsys.readouterr().out
     assert json.loads(out.read_text())["kind"] == "size"
     assert "--overwrite" in wrong(capsys, *command)
+    said = wrong(capsys, "bench", "size", "--shape", "tiny", "--layers", "2-9")
+    assert "--layers must be at most the teacher's 2-2, got 2-9" in said
 
 
 def test_bench_linear_and_generate(capsys):

@@ -154,6 +154,7 @@ def test_three_files_are_three_splits(tmp_path):
         ),
         ("twice.csv", "text,text\na,b\n", r"first line of column names that differ"),
         ("bytes.csv", b"te\xff,summary\n", r"must be UTF-8 text"),
+        ("bytes.jsonl", b'{"text": "\xe9", "summary": "b"}\n', r"must be UTF-8 text: .* from byte 0 on$"),
         ("number.jsonl", '{"text": "a", "summary": 1}\n', r"it has 'text' \(string\), 'summary' \(int64\)$"),
     ],
 )
@@ -163,6 +164,16 @@ def test_a_wrong_file_is_named_in_one_line(tmp_path, name, content, message):
     with pytest.raises(ValueError, match=message) as caught:
         load_pairs(train_file=tmp_path / name)
     assert "\n" not in str(caught.value)
+
+
+def test_a_parquet_file_without_rows_is_empty(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    nothing = pyarrow.table({name: pyarrow.array([], pyarrow.string()) for name in ("text", "summary")})
+    pyarrow.parquet.write_table(nothing, tmp_path / "none.parquet")
+    with pytest.raises(ValueError, match=r"^train_file '.*none.parquet' is empty$"):
+        load_pairs(train_file=tmp_path / "none.parquet")
 
 
 def test_missing_columns_list_what_was_found(tmp_path):

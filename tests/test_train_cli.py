@@ -86,7 +86,7 @@ def test_distill_train_in_stages_export_eval(teacher, pairs, tmp_path, capsys):
         str(plan),
     )
     assert not main(flags(teacher, pairs, out, *more, "--json"))
-    results = json.loads(capsys.readouterr().out.rpartition("\n{")[2].join(["{", ""]))
+    results = json.loads(capsys.readouterr().out)  # and nothing else: Trainer's own lines are on stderr
     assert {"eval_loss", "eval_rougeL", "steps"} <= set(results) and results["settings"]["layers"]["decoder"] == [1]
     for i, name in enumerate(("teacher", "gold", "both"), 1):
         marker = json.loads((out / f"stage-{i}-{name}" / "stage.json").read_text())
@@ -156,13 +156,50 @@ def test_a_float_student_and_a_pretrained_one(teacher, pairs, tmp_path, capsys):
         (("--preset", "sft", "--learned_scale", "true"), "preset sft does not quantize"),
         (("--early_stopping_patience", "2"), "--metric_for_best_model"),
         (("--resume_from_checkpoint", "nowhere/checkpoint-7"), "--resume_from_checkpoint nowhere/checkpoint-7"),
+        (("--student_decoder_layers", "0"), "--student_decoder_layers: a student of a 2-layer teacher: 1 to 2 layers"),
+        (("--student_encoder_layers", "0,9"), "--student_encoder_layers must be one or more indices from 0 to 1"),
+        (("--act_granularity", "static"), "--act_granularity must be per_token or per_tensor in training"),
+        (("--kd_temperature", "0"), "temperature must be a finite number above 0"),
+        (("--metric_for_best_model", "rouge9"), "--metric_for_best_model must be one of loss, rouge1,"),
+        (("--metric_for_best_model", "loss_task"), "--metric_for_best_model must be one of loss, rouge1,"),
+        (("--metric_for_best_model", "rougeL", "--predict_with_generate", "false"), "must be one of loss (scores need"),
+        (("--metric_for_best_model", "rougeL", "--early_stopping_patience", "2"), "needs an --eval_strategy"),
+        (("--fp16",), "--fp16 does nothing on a CPU"),
+        (("--output_dir", __file__), "--output_dir must be a folder"),
     ],
 )
 def test_wrong_usage_is_one_line_and_names_the_flag(teacher, pairs, tmp_path, capsys, more, words):
     code = main(flags(teacher, pairs, tmp_path / "out", "--max_steps", "1", *more))
     said = capsys.readouterr().err.strip().splitlines()[-1]
-    assert code in (1, 2) and said.startswith("dqkernels: error: ") and words in said, said
+    assert said.startswith("dqkernels: error: ") and words in said and "Error: " not in said, said
+    assert code == 1 if words in ("absent.jsonl", "body") else code == 2, said
     assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_an_output_folder_must_be_named(teacher, pairs, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["train", "--model_name_or_path", str(teacher), "--train_file", str(pairs / "train.jsonl")]) == 2
+    assert "--output_dir is missing" in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_run_says_what_it_kept(teacher, pairs, tmp_path, capsys, monkeypatch):
+    from dqkernels.train.trainer import DistillationTrainer
+
+    def interrupt(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out"
+    save = "--save_strategy", "steps", "--save_steps", "1", "--max_steps", "2", "--weight_bits", "8"
+    with monkeypatch.context() as patch:
+        patch.setattr(DistillationTrainer, "get_batch_samples", interrupt)
+        assert main(flags(teacher, pairs, out, *save)) == 130
+        said = capsys.readouterr().err
+        assert "dqkernels: interrupted" in said and "--resume_from_checkpoint" not in said and "Traceback" not in said
+    monkeypatch.setattr(DistillationTrainer, "evaluate", interrupt)
+    assert main(flags(teacher, pairs, out, *save)) == 130
+    said = capsys.readouterr().err
+    assert f"what is whole is kept in {out}: --resume_from_checkpoint true goes on from there" in said
+    assert f"saved {out / 'checkpoint-1'}" in said and ".tmp" not in said and "nothing was written" not in said
 
 
 def test_preset_then_file_then_flags(tmp_path):

@@ -15,7 +15,7 @@ from torch import nn
 import dqkernels
 from dqkernels import DQConfig, ops, straight_through
 from dqkernels.config import LayerConfig
-from dqkernels.train import export, packed_copy, prepare_qat
+from dqkernels.train import export, make_student, packed_copy, prepare_qat
 from dqkernels.train.modules import QATEmbedding, QATLinear, QATModule
 from dqkernels.train.qat import CONFIG_KEY, is_prepared
 
@@ -52,9 +52,9 @@ def loss_of(model):
     return F.cross_entropy(logits.float().flatten(0, 1), IDS[:, : logits.shape[1]].flatten())
 
 
-def trained(family, config=None, learned=False, steps=2, lr=1e-2):
+def trained(family, config=None, learned=False, steps=2, lr=1e-2, model=None):
     """A prepared tiny model after a few steps of AdamW."""
-    model = prepare_qat(tiny_models.make(family), config, learned).train()
+    model = prepare_qat(tiny_models.make(family) if model is None else model, config, learned).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for _ in range(steps):
         loss_of(model).backward()
@@ -126,6 +126,47 @@ def test_trained_exported_and_loaded_logits_are_equal(family, recipe, tmp_path):
 def test_half_precision_as_well():
     model = trained("bart", DQConfig(weight_bits=4), True)
     assert torch.equal(tiny_models.logits(packed_copy(model, torch.float16)), tiny_models.logits(model.half()))
+
+
+def test_a_tied_table_of_a_model_in_16_bits_gives_16_bits():
+    """The first module that reads the table makes it float32; the others are of the model's type all the same."""
+    model = prepare_qat(tiny_models.make("bart").bfloat16(), DQConfig(weight_bits=2, embedding_bits=2)).train()
+    assert {m.compute_dtype for m in quantized(model)} == {torch.bfloat16}
+    loss_of(model).backward()
+    assert all(p.grad.isfinite().all() for p in model.parameters())
+    assert torch.equal(tiny_models.logits(packed_copy(model, torch.bfloat16)), tiny_models.logits(model.eval()))
+
+
+def test_what_transformers_keeps_wide_beside_float16_is_wide_in_training_too(tmp_path):
+    """T5's `wo`."""
+    model = trained("t5", DQConfig(weight_bits=4, embedding_bits=8))
+    export(model, tmp_path / "packed", dtype=torch.float16)
+    loaded = dqkernels.load(tmp_path / "packed")
+    assert torch.equal(tiny_models.logits(loaded), tiny_models.logits(model.half()))
+    assert {
+        n.rpartition(".")[2] for n, m in model.named_modules() if getattr(m, "compute_dtype", None) == torch.float32
+    } == {"wo"}
+    assert {m.compute_dtype for m in quantized(model.bfloat16())} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("family", ["marian", "pegasus"])
+@pytest.mark.parametrize("of", ["make_student", "from_pretrained"])
+def test_positions_of_a_formula_are_not_trained(family, of, tmp_path):
+    """transformers stores none of Marian's: trained ones would be lost in the file, and the logits move."""
+    model = tiny_models.make(family)
+    tables = {name: table.clone() for name, table in model.named_parameters() if "embed_positions" in name}
+    assert len(tables) == 2
+    if of == "make_student":
+        model = make_student(model, 1, 1)
+    else:  # which forgets that they are frozen
+        model.save_pretrained(tmp_path / "float")
+        model = type(model).from_pretrained(tmp_path / "float")
+        assert all(p.requires_grad for p in model.parameters())
+    model = trained(family, DQConfig(weight_bits=8), model=model)
+    for name, parameter in model.named_parameters():
+        assert name not in tables or torch.equal(parameter, tables[name]), name
+    export(model, tmp_path / "packed", dtype=torch.float32)
+    assert torch.equal(tiny_models.logits(dqkernels.load(tmp_path / "packed")), tiny_models.logits(model))
 
 
 def test_training_forward_is_the_eval_forward(monkeypatch):

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from tiny_models import VOCAB
 from train_runs import ALL_TERMS, arguments, collate, examples, model, trainer
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer
+from transformers import EarlyStoppingCallback, PreTrainedModel, Seq2SeqTrainer
 
 from dqkernels import DQConfig, quantize_
-from dqkernels.train import losses, resumable
+from dqkernels.train import losses, prepare_qat, resumable
 from dqkernels.train.losses import KDConfig
 from dqkernels.train.trainer import DistillationTrainer
 
@@ -296,13 +297,78 @@ def test_no_teacher_runs_where_no_term_needs_one(tmp_path):
 
 
 @pytest.mark.parametrize("family", ["bart", "t5"])
-def test_attention_maps_switch_both_models_to_eager(family, tmp_path):
-    made, _ = trainer(tmp_path, family, kd=KDConfig(logits=1))
-    assert made.model.config._attn_implementation == "sdpa"
-    made, _ = trainer(tmp_path, family)
-    for m in (made.model, made.teacher):
-        parts = [part for part in m.modules() if isinstance(part, transformers.PreTrainedModel)]
-        assert len(parts) >= 3 and {part.config._attn_implementation for part in parts} == {"eager"}
+def test_attention_maps_switch_both_models_to_eager_meanwhile(family, tmp_path):
+    def implementations():
+        parts = [p for m in (made.model, made.teacher) for p in m.modules() if isinstance(p, PreTrainedModel)]
+        assert len(parts) >= 6
+        return {part.config._attn_implementation for part in parts}
+
+    class Watch(transformers.TrainerCallback):
+        def on_step_end(self, *args, **kwargs):
+            found.append(implementations())
+
+        on_prediction_step = on_step_end
+
+    found: list[set[str]] = []
+    for kd, meanwhile in ((KDConfig(logits=1), "sdpa"), (ALL_TERMS, "eager")):
+        made, _ = trainer(tmp_path, family, kd=kd, max_steps=1, eval_dataset=examples(3), callbacks=[Watch()])
+        assert implementations() == {"sdpa"}
+        found.clear()
+        made.train()
+        assert found == [{meanwhile}] and implementations() == {"sdpa"}
+        made.evaluate()
+        assert found == [{meanwhile}] * 2 and implementations() == {"sdpa"}
+        assert made.compute_loss(made.model, collate(examples(2))).isfinite() and implementations() == {"sdpa"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("prepare", [lambda m: m, lambda m: prepare_qat(m, DQConfig(weight_bits=2, embedding_bits=2))])
+def test_a_student_in_16_bits_is_trained_in_float32(dtype, prepare, tmp_path, caplog):
+    """As the one that was float32 from the start, but for what 16 bits had rounded."""
+    small = {"kd": KDConfig(logits=1, hidden=1), "learning_rate": 1e-4, "optim": "adamw_torch", "max_steps": 2}
+    rounded = [p.float() for p in model().to(dtype).parameters()]
+    made, log = trainer(tmp_path, prepare=lambda m: prepare(m.to(dtype)), **small)
+    assert f"the student has {str(dtype)[6:]} parameters and is made float32" in caplog.text
+    made.train()
+    assert {p.dtype for p in made.model.parameters()} == {torch.float32}
+    # Added in 16 bits, most of such steps would be lost.
+    moved = [
+        float((p.detach() != q).float().mean())
+        for (name, p), q in zip(made.model.named_parameters(), rounded, strict=True)
+        if "fc" in name
+    ]
+    assert len(moved) >= 4 and min(moved) > 0.9, moved
+    wide, wide_log = trainer(tmp_path, prepare=lambda m: prepare(m.to(dtype).float()), **small)
+    wide.train()
+    assert log.steps == wide_log.steps and "is made float32" not in caplog.text.partition("is made float32")[2]
+
+
+def test_layers_are_not_dropped_where_they_are_compared(tmp_path, caplog):
+    def dropping(student):
+        student.model.encoder.layerdrop = student.model.decoder.layerdrop = 0.9
+        return student
+
+    made, log = trainer(tmp_path, kd=KDConfig(hidden=1), max_steps=3, prepare=dropping)
+    made.train()
+    assert len(log.steps) == 3 and "layerdrop of the student is now 0" in caplog.text
+    made, _ = trainer(tmp_path, kd=KDConfig(logits=1), max_steps=1, prepare=dropping)
+    assert made.model.model.encoder.layerdrop == 0.9
+
+
+def test_families_without_a_rule_for_decoder_inputs(tmp_path):
+    """M2M100 and NLLB, with a collator that leaves decoder_input_ids out."""
+    config = transformers.M2M100Config(
+        vocab_size=VOCAB, d_model=32, encoder_layers=1, decoder_layers=1, encoder_attention_heads=2,
+        decoder_attention_heads=2, encoder_ffn_dim=32, decoder_ffn_dim=32, max_position_embeddings=32,
+        pad_token_id=1, decoder_start_token_id=2,
+    )  # fmt: skip
+    made = make_trainer(tmp_path, model=transformers.M2M100ForConditionalGeneration(config))
+    labels = collate(examples(3))["labels"]
+    given = made._with_decoder_inputs({"labels": labels})["decoder_input_ids"]
+    assert given[:, 0].eq(2).all()
+    assert torch.equal(given[:, 1:], labels[:, :-1].masked_fill(labels[:, :-1] == -100, 1))
+    made.train()
+    assert math.isfinite(made.state.log_history[-1]["train_loss"])
 
 
 def test_a_model_that_cannot_give_maps_is_named(tmp_path, monkeypatch):

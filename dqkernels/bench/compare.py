@@ -108,7 +108,7 @@ def compare(before: dict, after: dict, *, against: str | None = None, threshold:
         "threshold_fraction": threshold,
         "rows": rows,
         "losses": sum(row["is_loss"] for row in rows),
-        "warnings": list(_warnings(before, after, rows)),
+        "warnings": [*_warnings(before, after, rows), *_unseen(rows, threshold)],
         "only_before": [_label(key, varying) for key in first if key not in second],
         "only_after": [_label(key, varying) for key in second if key not in first],
         "not_timed": not_timed,
@@ -225,6 +225,16 @@ def _warnings(before: dict, after: dict, rows: list[dict]) -> Iterable[str]:
     drift = [row["ratio"] for row in rows if row["what"] == "yardstick"]
     if drift and not 0.9 < statistics.median(drift) < 1.1:
         yield f"the machine changed: the yardsticks' own times went by a factor of {1 / statistics.median(drift):.2f}"
+
+
+def _unseen(rows: list[dict], threshold: float) -> Iterable[str]:
+    """How many rows could have lost more than the threshold without being named."""
+    noises = [row["noise_ratio"] for row in rows if row["what"] == "time" and row["noise_ratio"] is not None]
+    if blind := sum(noise > threshold for noise in noises):
+        yield (
+            f"{blind} of {len(noises)} times have more noise (up to {max(noises):.0%}) than the threshold of "
+            f"{threshold:.0%}: a loss of that size would not be seen in them; measure longer, on an idle machine"
+        )
 
 
 def _time(row: dict) -> _Time | None:

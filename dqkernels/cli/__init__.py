@@ -60,7 +60,8 @@ def _complain(message: str, code: int) -> int:
 
 
 def _interrupted() -> int:
-    print("\ndqkernels: interrupted; nothing was written", file=sys.stderr)
+    # What a verb keeps of its work it says itself.
+    print("\ndqkernels: interrupted", file=sys.stderr)
     return INTERRUPTED
 
 

@@ -393,6 +393,8 @@ def size(
         raise common.WrongUsage(f"--shape must be one of {', '.join(library.SHAPES)}, got {shape!r}")
     teacher = library.SHAPES[shape]
     depth = (teacher.encoder, teacher.decoder) if layers is None else common.numbers("--layers", layers, "-", 2)
+    if any(student > most for student, most in zip(depth, (teacher.encoder, teacher.decoder), strict=True)):
+        raise common.WrongUsage(f"--layers must be at most the teacher's {teacher.layers}, got {layers}")
     common.quiet_transformers()
     result = library.run([library.Case(shape, *depth, *pair) for pair in pairs], teachers=[shape], out=out)
     _finish(library, result, out, json_output)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 import re
 import sys
 from collections.abc import Iterator
@@ -110,15 +111,24 @@ def print_json(result: Any) -> None:
     print(json.dumps(result, indent=1, ensure_ascii=False))
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to what sys.stderr is at the time."""
+
+    stream = property(lambda self: sys.stderr)
+
+    def __init__(self):
+        logging.Handler.__init__(self)
+
+
 def show_log() -> None:
     """Lines of the library's logger on stderr, for verbs that work for long."""
-    import logging
-
     logger = logging.getLogger("dqkernels")
     if not logger.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("dqkernels: %(message)s"))
         logger.addHandler(handler)
+        # A library that gives the root logger a handler later on would say each line twice.
+        logger.propagate = logging.getLogger().hasHandlers()
     logger.setLevel(logging.INFO)
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -25,8 +27,8 @@ Examples:
   dqkernels train --model_name_or_path ./bart-cnn --output_dir out \\
       --train_file pairs.jsonl --validation_file dev.jsonl --preset dq-bart \\
       --weight_bits 8 --eval_strategy epoch --metric_for_best_model rougeL
-  dqkernels train --model_name_or_path ./teacher --stages stages.yaml \\
-      --output_dir out
+  dqkernels train --model_name_or_path ./teacher --output_dir out \\
+      --stages stages.yaml
   accelerate launch --num_processes 4 -m dqkernels train ...
   dqkernels export out bart-2-2-8
   dqkernels eval bart-2-2-8 --dataset_name abisee/cnn_dailymail
@@ -75,11 +77,19 @@ def train(context: typer.Context) -> None:
     common.show_log()
     with common.checking_input():
         arguments = parse(words)
+        plan = run.describe(arguments)
     first = os.environ.get("RANK", "0") == "0"
     if first:
-        common.say(*run.describe(arguments))
+        common.say(*plan)
+    out = arguments.training.output_dir
     try:
-        results = run.run(arguments)
+        # Trainer prints its lines of figures; stdout is for the result.
+        with contextlib.redirect_stdout(sys.stderr):
+            results = run.run(arguments)
+    except (KeyboardInterrupt, SystemExit):
+        if run.has_run(Path(out)):
+            common.say("", f"what is whole is kept in {out}: --resume_from_checkpoint true goes on from there")
+        raise
     except ArgumentsError as error:
         raise common.WrongUsage(str(error)) from error
     except (ValueError, OSError) as error:
@@ -89,7 +99,6 @@ def train(context: typer.Context) -> None:
     if json_output:
         common.print_json(results)
         return
-    out = arguments.training.output_dir
     for name in sorted(results):
         if isinstance(results[name], int | float):
             print(

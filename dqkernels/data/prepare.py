@@ -284,7 +284,7 @@ class PairCollator(DataCollatorForSeq2Seq):
     def __call__(self, features, return_tensors=None):
         batch = super().__call__(features, return_tensors)
         if self.model is not None and "decoder_input_ids" not in batch and batch.get("labels") is not None:
-            batch["decoder_input_ids"] = _shifted(batch["labels"], self.model.config)
+            batch["decoder_input_ids"] = shifted(batch["labels"], self.model.config)
         return batch
 
 
@@ -299,11 +299,19 @@ def collator(tokenizer, model=None, pad_to_multiple_of: int | None = None) -> Pa
     return PairCollator(tokenizer, model=model, label_pad_token_id=IGNORED, pad_to_multiple_of=pad_to_multiple_of)
 
 
-def _shifted(labels, config):
-    """Labels one step to the right behind the start token."""
+def shifted(labels, config):
+    """Labels one step to the right behind the start token, for families without a rule of their own (M2M100, NLLB).
+
+    Args:
+        labels: ids [rows, length], -100 where there is none.
+        config: of the model.
+
+    Raises:
+        ValueError: if the config lacks decoder_start_token_id or pad_token_id.
+    """
     start, pad = (getattr(config, name, None) for name in ("decoder_start_token_id", "pad_token_id"))
     if start is None or pad is None:
         raise ValueError("the model's config must have decoder_start_token_id and pad_token_id")
-    shifted = labels.new_full(labels.shape, start)
-    shifted[:, 1:] = labels[:, :-1]
-    return shifted.masked_fill(shifted == IGNORED, pad)
+    moved = labels.new_full(labels.shape, start)
+    moved[:, 1:] = labels[:, :-1]
+    return moved.masked_fill(moved == IGNORED, pad)

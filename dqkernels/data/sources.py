@@ -10,6 +10,7 @@ columns are `source` and `target`. No code of a data set is run: script data set
 
 from __future__ import annotations
 
+import codecs
 import csv
 import hashlib
 import os
@@ -352,6 +353,8 @@ def _file(datasets, split: str, path: Path, cache_dir):
     options: dict[str, Any] = {}
     if reader == "csv":
         options = _csv_options(datasets, argument, path)
+    elif reader == "json":
+        _check_utf8(argument, path)
     try:
         return datasets.load_dataset(
             reader, data_files={split: str(path)}, split=split, cache_dir=cache_dir and str(cache_dir), **options
@@ -360,9 +363,25 @@ def _file(datasets, split: str, path: Path, cache_dir):
         raise
     except Exception as error:  # whatever pandas and arrow raise for a file that is not what its name says
         reason = _reason(error)
-        if "corresponds to no data" in reason:  # a header and nothing below
+        if (
+            "corresponds to no data" in reason or "BatchSize must be greater than 0" in reason
+        ):  # a header, nothing below
             raise ValueError(f"{argument} {str(path)!r} is empty") from error
         raise ValueError(f"{argument} {str(path)!r} does not read as {reader}: {reason}") from error
+
+
+def _check_utf8(argument: str, path: Path) -> None:
+    """`datasets` reads bytes that are no UTF-8 as halves of characters, which fail later or train on nonsense."""
+    decoder, place = codecs.getincrementaldecoder("utf-8")(), 0
+    with open(path, "rb") as file:
+        while part := file.read(1 << 20):
+            try:
+                decoder.decode(part)
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{argument} {str(path)!r} must be UTF-8 text: {error}, from byte {place} on"
+                ) from error
+            place += len(part)
 
 
 def _csv_options(datasets, argument: str, path: Path) -> dict[str, Any]:

@@ -11,6 +11,8 @@ from dqkernels.metrics import bleu as bleu_scores
 from dqkernels.metrics import rouge as rouge_scores
 
 KINDS = ("rouge", "bleu")
+#: The scores of each kind; the best model is the one of the highest.
+SCORES = {"rouge": rouge_scores.SUMMARY_TYPES, "bleu": ("bleu", "chrf")}
 
 
 def compute_metrics_for(tokenizer, kind: str = "rouge") -> Callable[[Any], dict[str, float]]:
@@ -38,7 +40,7 @@ def compute_metrics_for(tokenizer, kind: str = "rouge") -> Callable[[Any], dict[
             scores = dict(rouge_scores.rouge(texts, references, rouge_scores.SUMMARY_TYPES))
         else:
             found = bleu_scores.bleu(texts, references)
-            scores = {name: found[name] for name in ("bleu", "chrf")}
+            scores = {name: found[name] for name in SCORES[kind]}
         return {**scores, "gen_len": generated_length(predictions, tokenizer.pad_token_id, tokenizer.eos_token_id)}
 
     compute_metrics.signature = (

@@ -157,6 +157,11 @@ class Arguments:
         config = preset.quantize(weight_bits, bits["embedding_bits"] or weight_bits)
         changes: dict[str, Any] = {name: getattr(given, name) for name in _RULES if getattr(given, name) is not None}
         changes |= {name: None for name in ("act_clip", "weight_clip") if changes.get(name) == 0}
+        if changes.get("act_granularity") == "static":
+            raise ArgumentsError(
+                "--act_granularity must be per_token or per_tensor in training, got 'static': static scales are "
+                "measured afterwards, by dqkernels quantize"
+            )
         config = dataclasses.replace(config, **changes)
         if config.group_size != -1 and self.learned_scale():
             raise ArgumentsError(
@@ -214,6 +219,8 @@ def parse(argv: Sequence[str]) -> Arguments:
     model, data, quantization, training = groups
     quantization.preset = name
     _check(model, data, training)
+    if not any(word.partition("=")[0].replace("-", "_") == "__output_dir" for word in argv):
+        raise ArgumentsError("--output_dir is missing: the folder of checkpoints and of the result")
     if not model.model_name_or_path:
         raise ArgumentsError("--model_name_or_path is missing: the fine-tuned float teacher, a folder or a hub id")
     return Arguments(model, data, quantization, training)

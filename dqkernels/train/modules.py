@@ -42,10 +42,13 @@ class QATModule(nn.Module):
     def _set_up(self, layer: LayerConfig, owner: QATModule | None, learned_scale: bool) -> None:
         self.layer = layer
         self.backend, self.strict = "auto", False
+        #: dtype of the model -> the one that transformers keeps this module in: float32 for T5's `wo` in fp16.
+        self.kept_dtypes: dict[torch.dtype, torch.dtype] = {}
         # Not as a submodule: its parameters are its own.
         self.__dict__["_owner"] = owner
         self._kept: tuple | None = None
-        self.compute_dtype = self.weight.dtype
+        # A tied table is float32 already, by its owner.
+        self.compute_dtype = self.weight.dtype if owner is None else owner.compute_dtype
         if self.weight.dtype != torch.float32:
             self.weight.data = self.weight.data.float()
         step = None
@@ -136,7 +139,7 @@ class QATModule(nn.Module):
                 _move(tensor, fn)
         probe = fn(torch.empty(0, dtype=self.compute_dtype, device=self.weight.device))
         if probe.dtype.is_floating_point:
-            self.compute_dtype = probe.dtype
+            self.compute_dtype = self.kept_dtypes.get(probe.dtype, probe.dtype)
         return self
 
     def __getstate__(self):

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from dqkernels import convert, serialize, tying
@@ -30,6 +30,7 @@ from dqkernels.config import DQConfig
 from dqkernels.models import attention, blocks
 from dqkernels.nn import PackedModule
 from dqkernels.train.modules import QATEmbedding, QATLinear, QATModule
+from dqkernels.train.student import fix_positions_
 
 #: Where a model's config.json says how it was being trained. Not `quantization_config`: the weights are floats.
 CONFIG_KEY = "dqkernels_qat"
@@ -40,7 +41,8 @@ def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale:
 
     The choice of layers, bits and rules is that of `quantize_(model, config)`, and evaluation runs in its fused steps.
     Tied weights stay tied and are quantized once; master weights become float32 and stay it. What stays in float, and
-    why, is in `model.dqkernels_skipped`.
+    why, is in `model.dqkernels_skipped`. Biases and norms of a model in 16 bits stay in 16 (`DistillationTrainer` makes
+    them float32; a loop of your own calls `model.float()`). Sinusoidal positions take no gradient.
 
     Args:
         model: a float model on any device but meta.
@@ -95,6 +97,11 @@ def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale:
         convert.set_submodule(model, name, module)
     attention.apply(model, config)
     blocks.apply(model, config)
+    fix_positions_(model)
+    for dtype in (torch.float16, torch.bfloat16):
+        for name, wide in _kept_dtypes(model, dtype).items():
+            if name in made:
+                made[name].kept_dtypes[dtype] = wide
     model.dqkernels_skipped = {d.name: d.reason for d in decisions if d.layer is None}
     model.dqkernels_qat = config
     if getattr(model, "config", None) is not None:
@@ -151,12 +158,22 @@ def packed_copy(model: nn.Module, dtype: torch.dtype = torch.bfloat16) -> nn.Mod
         delattr(new.config, CONFIG_KEY)
     _cast(new, dtype)
     convert.install(new, config, decisions, packed)
-    kept = new._get_dtype_plan(dtype) if hasattr(new, "_get_dtype_plan") else {}
-    for name, module in new.named_modules():  # as loading does: T5 keeps `wo` in float32 beside float16
-        wide = next((kept[pattern] for pattern in kept if re.search(pattern, name)), None)
-        if wide is not None and isinstance(module, PackedModule):
-            module.to(wide)
+    modules = dict(new.named_modules())
+    for name, wide in _kept_dtypes(new, dtype).items():  # as loading does
+        if isinstance(modules[name], PackedModule):
+            modules[name].to(wide)
     return new.eval().requires_grad_(False)
+
+
+def _kept_dtypes(model: nn.Module, dtype: torch.dtype) -> dict[str, torch.dtype]:
+    """The modules that transformers keeps in another type where a model is loaded in `dtype`: T5's `wo`, in float16."""
+    plan = model._get_dtype_plan(dtype) if hasattr(model, "_get_dtype_plan") else {}
+    found = {}
+    for name, _ in model.named_modules():
+        wide = next((plan[pattern] for pattern in plan if re.search(pattern, name)), None)
+        if wide is not None:
+            found[name] = wide
+    return found
 
 
 def _cast(model: nn.Module, dtype: torch.dtype) -> None:
@@ -224,7 +241,12 @@ def load_trained(folder: str | os.PathLike, device=None) -> nn.Module:
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise ValueError(f"folder must hold a trained model, {os.fspath(folder)!r} has no config.json")
-    stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        stored = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if not isinstance(stored, dict):
+            raise ValueError(f"a mapping is wanted, got {type(stored).__name__}")
+    except ValueError as error:
+        raise ValueError(f"{os.fspath(folder / 'config.json')!r} is no model's config.json: {error}") from None
     if "quantization_config" in stored:
         raise ValueError(f"{os.fspath(folder)!r} is packed already: read it with dqkernels.load")
     names = stored.get("architectures") or [None]
@@ -237,6 +259,8 @@ def load_trained(folder: str | os.PathLike, device=None) -> nn.Module:
         model, info = model_class.from_pretrained(
             folder, dtype=torch.float32, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
+    except SafetensorError as error:
+        raise ValueError(f"{os.fspath(folder)!r}: its weights are no whole safetensors file: {error}") from error
     finally:
         transformers.logging.set_verbosity(verbosity)
     qat = stored.get(CONFIG_KEY)

@@ -246,6 +246,7 @@ class ResumableTrainer(Seq2SeqTrainer):
                     checkpoints.save_rng(folder / checkpoints.RNG_FILE, rng)
                 self._export_callbacks()
                 self.state.save_to_json(str(folder / TRAINER_STATE_NAME))
+            logger.info("saved %s", target)
             best = self.state.best_model_checkpoint
             checkpoints.rotate(run, self.args.save_total_limit, (target, *([Path(best)] if best else [])))
         self.accelerator.wait_for_everyone()
@@ -278,7 +279,8 @@ class ResumableTrainer(Seq2SeqTrainer):
             if tokenizer is not None:
                 tokenizer.save_pretrained(folder)
             checkpoints.save_arguments(folder / checkpoints.ARGUMENTS_FILE, self._arguments())
-        logger.info("saved %s", output_dir)
+        if not Path(output_dir or self.args.output_dir).name.endswith(".tmp"):  # a checkpoint says its name when whole
+            logger.info("saved %s", output_dir)
 
     def _refuse_sharding(self) -> None:
         parallel = getattr(self.accelerator, "parallelism_config", None)

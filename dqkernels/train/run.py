@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import re
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,11 @@ def run(arguments: Arguments) -> dict[str, Any]:
 
     args = arguments.training
     output = Path(args.output_dir)
+    if output.exists() and not output.is_dir():
+        raise ArgumentsError(f"--output_dir must be a folder, {str(output)!r} is a file")
+    if args.fp16 and args.device.type == "cpu":
+        raise ArgumentsError("--fp16 does nothing on a CPU: leave it out, or give --bf16")
+    _check_metric(arguments)
     plan = _stages(arguments)
     resume = _resume(args, output, plan)
     # What would be refused later is refused now: the loss and the bits of every stage.
@@ -111,6 +117,24 @@ def run(arguments: Arguments) -> dict[str, Any]:
     return results
 
 
+def _kind(data: flags.DataArguments) -> str:
+    """Which score a run is measured by."""
+    return "bleu" if data.task == "translation" or data.source_lang else "rouge"
+
+
+def _check_metric(arguments: Arguments) -> None:
+    """Refuses a --metric_for_best_model that no evaluation will give, before the hours until the first one."""
+    args, name = arguments.training, arguments.training.metric_for_best_model
+    if name is None:
+        return
+    known = ["loss", *(seq2seq.SCORES[_kind(arguments.data)] if args.predict_with_generate else ())]
+    if name.removeprefix("eval_") not in known:
+        why = "" if args.predict_with_generate else " (scores need --predict_with_generate)"
+        raise ArgumentsError(f"--metric_for_best_model must be one of {', '.join(known)}{why}, got {name!r}")
+    if arguments.data.early_stopping_patience is not None and args.eval_strategy == "no":
+        raise ArgumentsError("--early_stopping_patience needs an --eval_strategy: steps or epoch")
+
+
 def _stages(arguments: Arguments) -> list[stages.Stage]:
     if arguments.data.stages is not None:
         return stages.read(arguments.data.stages, arguments)
@@ -126,14 +150,21 @@ def _resume(args, output: Path, plan) -> str | bool | None:
     if isinstance(found, str) and found.lower() in ("true", "false"):
         found = found.lower() == "true"
     if found:
+        if found is True and not has_run(output):
+            logger.warning("nothing to resume from in %s yet: starting at the beginning", output)
         return found
-    started = [output, *output.glob("stage-*")] if output.is_dir() else []
-    if any((folder / STAGE_FILE).is_file() or _has_checkpoint(folder) for folder in started):
+    if has_run(output):
         raise ArgumentsError(
             f"--output_dir {output} holds a run already: give --resume_from_checkpoint true to go on with it, or "
             "another folder"
         )
     return None
+
+
+def has_run(output: Path) -> bool:
+    """Whether a folder holds a run, or a part of one, that could be gone on with."""
+    started = [output, *output.glob("stage-*")] if output.is_dir() else []
+    return any((folder / STAGE_FILE).is_file() or _has_checkpoint(folder) for folder in started)
 
 
 def _folders(arguments: Arguments, plan) -> list[Path]:
@@ -253,7 +284,11 @@ def _student(arguments: Arguments, teacher):
             )
         model, _ = _open(chosen.student_model_name_or_path)
     else:
-        model = student.make_student(teacher, *depth, keep=chosen.student_keep or preset.keep).float()
+        try:
+            model = student.make_student(teacher, *depth, keep=chosen.student_keep or preset.keep).float()
+        except ValueError as error:
+            named = re.sub(r"^(?=(encoder|decoder)_layers|keep )", "--student_", str(error))
+            raise ArgumentsError(named) from error
     frozen = {"encoder": chosen.freeze_encoder, "embeddings": chosen.freeze_embeddings}
     usual = {"encoder": preset.freeze_encoder, "embeddings": preset.freeze_embeddings}
     return student.freeze_(model, **{name: usual[name] if said is None else said for name, said in frozen.items()})
@@ -317,7 +352,7 @@ def _trainer(stage, kd, model, teacher, tokenizer, data: dict[str, Any], train_r
     args.generation_max_length = longest
     args.generation_num_beams = arguments.data.num_beams or args.generation_num_beams
     args.remove_unused_columns = True
-    kind = "bleu" if arguments.data.task == "translation" or arguments.data.source_lang else "rouge"
+    kind = _kind(arguments.data)
     return DistillationTrainer(
         model=model,
         teacher=teacher,

@@ -116,7 +116,7 @@ def make_student(
 
     Everything outside the layers is copied too: embeddings, norms, head, `generation_config`. What is tied in the
     teacher is tied in the student; nothing is shared between the two, and the teacher does not change. All parameters
-    require gradients, whatever the teacher's do (see `freeze_`); hooks are left behind.
+    require gradients, whatever the teacher's do (see `freeze_`), but for sinusoidal positions; hooks are left behind.
 
     Args:
         teacher: an encoder-decoder of transformers: BART, mBART, Marian, Pegasus, T5, or one built alike.
@@ -126,8 +126,8 @@ def make_student(
         keep: which layer a number of 1 keeps: "last" (DQ-BART) or "first" (Shleifer, with his table for the rest).
 
     Returns:
-        The student in eval mode, on the teacher's device and in its dtype (`.float()` it before training when the
-        teacher was loaded in 16 bits). `student.config.dqkernels_student` holds
+        The student in eval mode, on the teacher's device and in its dtype (`DistillationTrainer` makes it float32;
+        for a loop of your own `.float()` it first). `student.config.dqkernels_student` holds
         `{"encoder": [teacher index per layer], "decoder": [...]}`, and goes with it through save_pretrained.
 
     Raises:
@@ -161,6 +161,7 @@ def make_student(
     _drop_hooks(student)
     for parameter in student.parameters():
         parameter.requires_grad_(parameter.is_floating_point())
+    fix_positions_(student)
     return student.eval()
 
 
@@ -193,6 +194,22 @@ def freeze_(model: nn.Module, encoder: bool = False, embeddings: bool = False) -
         frozen += [p for module in (*tables, *_shared_tables(model)) if module is not None for p in module.parameters()]
     for parameter in frozen:
         parameter.requires_grad_(False)
+    return model
+
+
+def fix_positions_(model: nn.Module) -> nn.Module:
+    """Takes sinusoidal position tables (Marian, Pegasus) out of training, in place.
+
+    They are made of a formula. transformers calls them frozen where it builds a model, forgets it where it loads one,
+    and stores none of Marian's: what was trained would be lost in the file, which would compute something
+    else than the training did.
+
+    Returns:
+        `model`.
+    """
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and "Sinusoidal" in type(module).__name__:
+            module.weight.requires_grad_(False)
     return model
 
 
@@ -335,7 +352,7 @@ def _chosen(name: str, wanted: int | Sequence[int] | None, depth: int, keep: str
             return copied_layers(depth, wanted, keep)
         except ValueError as error:
             raise ValueError(f"{name}_layers: {error}") from None
-    if isinstance(wanted, str) or not all(type(i) is int for i in wanted):
+    if isinstance(wanted, str) or not isinstance(wanted, Sequence) or not all(type(i) is int for i in wanted):
         raise ValueError(f"{name}_layers must be a number, a list of teacher indices or None, got {wanted!r}")
     if keep not in KEEP:
         raise ValueError(f"keep must be one of {list(KEEP)}, got {keep!r}")

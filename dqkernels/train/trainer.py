@@ -12,6 +12,7 @@ data: `dqkernels.train.resumable`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
 import math
@@ -23,11 +24,12 @@ from torch import nn
 from transformers import PreTrainedModel, Seq2SeqTrainingArguments
 
 from dqkernels import hf
+from dqkernels.data import prepare
 from dqkernels.nn import PackedModule
 from dqkernels.train import checkpoints, losses
 from dqkernels.train.losses import KDConfig
 from dqkernels.train.resumable import ResumableTrainer
-from dqkernels.train.student import LayerMap, layer_map_of
+from dqkernels.train.student import LayerMap, fix_positions_, layer_map_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,7 +40,8 @@ class DistillationTrainer(ResumableTrainer):
     """Trains a student, float or quantized (`prepare_qat`), from labels, from a teacher, or both.
 
     Args:
-        model: the student, an encoder-decoder of transformers.
+        model: the student, an encoder-decoder of transformers. One in 16 bits becomes float32, with a warning: an
+            optimizer's steps are lost in 16 (`args.bf16` runs the forward pass in bfloat16 all the same).
         teacher: an encoder-decoder with the same vocabulary (and sizes, as the terms need them; see `layer_map_of`), or
             None where no term needs one. It may be packed. It is moved to the training device at its first use, keeps
             its dtype, runs in eval mode without gradients, outside of autocast, and is never saved.
@@ -49,6 +52,9 @@ class DistillationTrainer(ResumableTrainer):
 
     Logged beside `loss`: every term as `loss_<term>`, unweighted, so `loss` is the weighted sum of them; averaged over
     the steps since the last log, and over processes. In evaluation `eval_loss` and `eval_loss_<term>`.
+
+    Terms of attention maps take an attention implementation that returns maps: "eager", in both models, while training
+    and evaluation run. Behind it both have their own again, which is what an exported model runs.
 
     Raises:
         ValueError: for an empty dataset, one without the columns input_ids and labels, a packed student, a missing or
@@ -82,6 +88,7 @@ class DistillationTrainer(ResumableTrainer):
             _check_dataset(f"eval_dataset[{name!r}]" if name else "eval_dataset", dataset)
         self.teacher = teacher if self.kd.needs_teacher else None
         self._pair: tuple[nn.Module, Any] | None = None  # the student that was checked, and its layer map
+        self._switched: list[tuple[PreTrainedModel, str]] | None = None  # whose attention is "eager" for now, and was
         self._window: dict[str, torch.Tensor] = {}  # sums over steps of the terms since the last log
         self._window_start: int | None = None  # the step before its first
         self._eval_sums: dict[str, torch.Tensor] = {}
@@ -93,7 +100,8 @@ class DistillationTrainer(ResumableTrainer):
         if caches is not None:
             self.model.config.use_cache = caches
         self.model_accepts_loss_kwargs = True  # or 5.17 divides by the accumulation steps once more
-        self._layer_map()
+        with self._attention_maps():
+            self._layer_map()
 
     # ------------------------------------------------------------------------------------------------------ loss
 
@@ -153,6 +161,10 @@ class DistillationTrainer(ResumableTrainer):
 
     def _sums(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
         """Runs student and teacher on a batch; the sums of all terms, and the student's outputs."""
+        with self._attention_maps():
+            return self._sums_of_maps(model, inputs)
+
+    def _sums_of_maps(self, model: nn.Module, inputs: Mapping[str, Any]) -> tuple[dict[str, torch.Tensor], Any]:
         layer_map = self._layer_map()
         wanted = {name: value for name, value in inputs.items() if name != "labels"}
         wanted |= {"use_cache": False, "return_dict": True}
@@ -173,17 +185,40 @@ class DistillationTrainer(ResumableTrainer):
         """Checks teacher against student, once per student (a `model_init` makes new ones)."""
         if self._pair is None or self._pair[0] is not self.model:
             _check_student(self.model)
-            if self.kd.needs_attention:
-                for who, model in (("student", self.model), ("teacher", self.teacher)):
-                    _give_attention_maps(model, who)
+            _make_trainable(self.model, self.kd)
+            self._switch_attention()
             found = None if self.teacher is None else layer_map_of(self.model, self.teacher, self.kd)
             self._pair = self.model, found
         return self._pair[1]
 
+    @contextlib.contextmanager
+    def _attention_maps(self):
+        """Where a term needs them, both models return attention maps inside; behind it they attend as they did."""
+        if self._switched is not None:
+            yield
+            return
+        self._switched = []
+        try:
+            self._switch_attention()
+            yield
+        finally:
+            for part, implementation in reversed(self._switched):
+                part.set_attn_implementation(implementation)
+            self._switched = None
+
+    def _switch_attention(self) -> None:
+        if self.kd.needs_attention:
+            for who, model in (("student", self.model), ("teacher", self.teacher)):
+                _give_attention_maps(model, who, self._switched)
+
     def _with_decoder_inputs(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         inputs = dict(inputs)
         if inputs.get("decoder_input_ids") is None and inputs.get("labels") is not None:
-            inputs["decoder_input_ids"] = self.model.prepare_decoder_input_ids_from_labels(labels=inputs["labels"])
+            shift = getattr(self.model, "prepare_decoder_input_ids_from_labels", None)
+            if shift is None:  # M2M100 and NLLB: transformers has none for them
+                inputs["decoder_input_ids"] = prepare.shifted(inputs["labels"], self.model.config)
+            else:
+                inputs["decoder_input_ids"] = shift(labels=inputs["labels"])
         return inputs
 
     def _weighted(self, terms: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -212,7 +247,8 @@ class DistillationTrainer(ResumableTrainer):
 
     def train(self, *args, **kwargs):
         self._window, self._window_start = {}, None
-        return super().train(*args, **kwargs)
+        with self._attention_maps():
+            return super().train(*args, **kwargs)
 
     train.__doc__ = ResumableTrainer.train.__doc__
 
@@ -247,7 +283,7 @@ class DistillationTrainer(ResumableTrainer):
         """
         self._eval_sums, self._eval_counts = {}, {}
         self.gather_function = self.accelerator.gather_for_metrics  # Seq2SeqTrainer takes the repeats along
-        with checkpoints.kept_rng(self.args.device):
+        with checkpoints.kept_rng(self.args.device), self._attention_maps():
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix
             )
@@ -326,6 +362,26 @@ def _check_student(model: nn.Module) -> None:
         raise ValueError(f"model must be an encoder-decoder of transformers, got {type(model).__name__}")
 
 
+def _make_trainable(model: PreTrainedModel, kd: KDConfig) -> None:
+    """Makes a student of 16 bits float32, in place, keeps all its layers where they are compared, and leaves tables
+    alone that are made of a formula."""
+    found = {p.dtype for p in model.parameters() if p.is_floating_point()} - {torch.float32, torch.float64}
+    if found:
+        logger.warning(
+            "the student has %s parameters and is made float32: the steps of an optimizer are lost in 16 bits; "
+            "bf16=True runs its forward pass in bfloat16",
+            " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in found)),
+        )
+        model.float()
+    if kd.needs_hidden or kd.needs_attention:
+        stacks = [module for module in model.modules() if getattr(module, "layerdrop", 0)]
+        for stack in stacks:  # M2M100's own configuration says 0.05
+            stack.layerdrop = 0.0
+        if stacks:
+            logger.warning("layerdrop of the student is now 0: every layer is compared with one of the teacher's")
+    fix_positions_(model)
+
+
 def _check_dataset(name: str, dataset: Any) -> None:
     """Raises where a dataset is empty, or is known to lack a column; what cannot be asked is let through."""
     if dataset is None or isinstance(dataset, str):
@@ -341,8 +397,12 @@ def _check_dataset(name: str, dataset: Any) -> None:
         raise ValueError(f"{name} has no column {' and no column '.join(missing)}: it has {', '.join(map(str, found))}")
 
 
-def _give_attention_maps(model: Any, who: str) -> None:
-    """Makes a model return its attention maps: "eager", or dqkernels' own attention, which returns them too."""
+def _give_attention_maps(model: Any, who: str, switched: list[tuple[PreTrainedModel, str]]) -> None:
+    """Makes a model return its attention maps: "eager", or dqkernels' own attention, which returns them too.
+
+    Args:
+        switched: takes every part that was switched, and the implementation it had.
+    """
     if model is None:
         return
     # One by one: transformers 5.17 leaves out parts that copied the config, such as T5's stacks.
@@ -357,5 +417,6 @@ def _give_attention_maps(model: Any, who: str) -> None:
             raise ValueError(f"{message}: it cannot be switched to 'eager' ({error})") from error
         if part.config._attn_implementation != "eager":
             raise ValueError(f"{message}: load it with attn_implementation='eager'")
+        switched.append((part, now))
         if part is model:
-            logger.info("%s: is now 'eager'", message)
+            logger.debug("%s: is 'eager' meanwhile", message)
