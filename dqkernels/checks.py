@@ -113,23 +113,38 @@ def check_gemm(
             raise ValueError(
                 f"group_mult must be uint8 {list(wanted)}, got {group_mult.dtype} {list(group_mult.shape)}"
             )
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"bias must be [{out_features}], got {list(bias.shape)}")
+    if group_size not in GROUP_SIZES:
+        raise ValueError(f"group_size must be one of {list(GROUP_SIZES)}, got {group_size!r}")
+    if bias is not None:
+        check_float("bias", bias)
+        if tuple(bias.shape) != (out_features,):
+            raise ValueError(f"bias must be [{out_features}], got {list(bias.shape)}")
     if activation not in reference.ACTIVATIONS:
         raise ValueError(f"activation must be one of {list(reference.ACTIVATIONS)}, got {activation!r}")
     if out_dtype not in FLOAT_DTYPES:
         raise ValueError(f"out_dtype must be float32, float16 or bfloat16, got {out_dtype}")
 
 
+def check_width(x: torch.Tensor, in_features: int) -> None:
+    """What the op cannot see: K stands there padded to a multiple of 128, and a few values more or less would fit."""
+    if x.shape[-1:] != (in_features,):
+        raise ValueError(f"input must be [..., in_features={in_features}], got {list(x.shape)}")
+
+
 def check_norm(weight: torch.Tensor, bias: torch.Tensor | None, k: int) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
-        if tensor is not None and tuple(tensor.shape) != (k,):
+        if tensor is None:
+            continue
+        check_float(name, tensor)
+        if tuple(tensor.shape) != (k,):
             raise ValueError(f"{name} must be [{k}], got {list(tensor.shape)}")
 
 
 def check_residual(residual: torch.Tensor | None, out_shape: tuple) -> None:
-    if residual is not None and tuple(residual.shape) != tuple(out_shape):
-        raise ValueError(f"residual must be {list(out_shape)}, got {list(residual.shape)}")
+    if residual is not None:
+        check_float("residual", residual)
+        if tuple(residual.shape) != tuple(out_shape):
+            raise ValueError(f"residual must be {list(out_shape)}, got {list(residual.shape)}")
 
 
 def check_passed(passed: torch.Tensor | None, m: int, k: int) -> None:
@@ -175,6 +190,7 @@ def check_master(
 
 def check_position(position: torch.Tensor | None, out_shape: tuple) -> None:
     if position is not None:
+        check_float("position", position)
         check_broadcast("position", position, out_shape)
 
 

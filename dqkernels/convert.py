@@ -25,6 +25,15 @@ logger = logging.getLogger("dqkernels")
 _POSITION = re.compile(r"position|relative_attention|token_type|segment|(^|\.)wpe$", re.IGNORECASE)
 #: Linears that their owner never calls; TransformerEncoderLayer does so in eval mode, on its fast path.
 _READ_DIRECTLY = {nn.MultiheadAttention: ("out_proj",), nn.TransformerEncoderLayer: ("linear1", "linear2")}
+#: The same in classes of transformers, by name, as none of them may be imported for it.
+_READ_BY_CLASS = {
+    "ProphetNetDecoder": ("ngram_embeddings",),
+    "DebertaEncoder": ("rel_embeddings",),
+    "DebertaV2Encoder": ("rel_embeddings",),
+    "MambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "FalconMambaMixer": ("x_proj", "dt_proj", "out_proj"),
+    "JambaMambaMixer": ("dt_proj",),
+}
 #: Called after a model was converted; `dqkernels.hf` adds what save_pretrained needs to know.
 after_convert: list[Callable[[nn.Module, DQConfig], None]] = []
 
@@ -83,6 +92,7 @@ def quantize_(model: nn.Module, config: DQConfig | None = None) -> nn.Module:
     if not present:  # else "auto" leaves attention as it was made with them
         config = attention.resolved(model, config)
     decisions = plan(model, config)
+    warn_of_idle(config, decisions)
     if present:
         logger.warning(
             "%s has %d packed module%s already, left as found: bits %s do not reach them; quantize the float model",
@@ -183,6 +193,20 @@ def plan(model: nn.Module, config: DQConfig) -> list[Decision]:
     return decisions
 
 
+def warn_of_idle(config: DQConfig, decisions: list[Decision]) -> None:
+    """Says which `overrides` match no linear and no embedding: a name that was mistyped would change nothing."""
+    names = {decision.name for decision in decisions}
+    idle = [pattern for pattern in config.overrides if not any(re.search(pattern, name) for name in names)]
+    if idle:
+        logger.warning(
+            "overrides: %s match%s none of the %d linears and embeddings, such as %s",
+            ", ".join(map(repr, idle)),
+            "es" if len(idle) == 1 else "",
+            len(names),
+            next(iter(sorted(names)), "none"),
+        )
+
+
 def _float_copies(decisions: list[Decision]) -> dict[str, str]:
     """Modules left in float whose weight is packed in another module: float name -> name of the packed one."""
     packed: dict[int, str] = {}
@@ -231,9 +255,9 @@ def _why_not(name: str, module: nn.Module, read_directly: dict[str, str]) -> str
         return "its weight is computed (parametrization or weight norm)"
     if module.weight.dtype not in checks.FLOAT_DTYPES:
         return f"its weight is {str(module.weight.dtype).removeprefix('torch.')}"
+    if name in read_directly:
+        return f"{read_directly[name]} reads its weight directly"
     if isinstance(module, nn.Linear):
-        if name in read_directly:
-            return f"{read_directly[name]} reads its weight directly"
         if type(module).forward is not nn.Linear.forward:
             return f"{type(module).__name__} has a forward of its own"
         if not 0 < module.in_features <= qmath.MAX_K or module.out_features == 0:
@@ -250,12 +274,15 @@ def _why_not(name: str, module: nn.Module, read_directly: dict[str, str]) -> str
 
 
 def _read_directly(model: nn.Module) -> dict[str, str]:
-    """Linears whose owner takes their weight and never calls them: full name -> the owner's class."""
+    """Linears and embeddings whose owner takes their weight and does not call them: full name -> the owner's class."""
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        for owner, leaves in _READ_DIRECTLY.items():
-            if isinstance(module, owner):
-                found.update({f"{name}.{leaf}".removeprefix("."): f"nn.{owner.__name__}" for leaf in leaves})
+        owners = [
+            (f"nn.{owner.__name__}", leaves) for owner, leaves in _READ_DIRECTLY.items() if isinstance(module, owner)
+        ]
+        owners += [(kind.__name__, _READ_BY_CLASS.get(kind.__name__, ())) for kind in type(module).__mro__]
+        for owner, leaves in owners:
+            found.update({f"{name}.{leaf}".removeprefix("."): owner for leaf in leaves})
     return found
 
 

@@ -121,6 +121,8 @@ class DQHfQuantizer(HfQuantizer):
         elif self.quantization_config.attention == "auto":  # of a file from before it was int8 anywhere
             self.quantization_config = dataclasses.replace(self.quantization_config, attention="float")
         decisions = convert.plan(model, self.quantization_config)
+        if not self.pre_quantized:
+            convert.warn_of_idle(self.quantization_config, decisions)
         if all(decision.layer is None for decision in decisions):
             raise ValueError(f"nothing to quantize in {type(model).__name__}")
         self._skipped = {d.name: d.reason for d in decisions if d.layer is None}

@@ -327,12 +327,14 @@ def check_sizes(config: Mapping[str, Any], file: str | os.PathLike, tensor_count
     """Bounds what building the model from config.json could cost before any weight is looked at.
 
     Raises:
-        FileFormatError: for a number beyond int32, more layers than tensors, or over 4 million positions.
+        FileFormatError: for a number beyond int32, more layers than tensors, no head, or over 4 million positions.
     """
     for key, value in config.items():
         if type(value) is int and abs(value) > _INT32_MAX:
             refuse(file, key, value, f"at most {_INT32_MAX}")
         if key in _LAYER_COUNTS and type(value) is int and not 0 <= value <= tensor_count:
             refuse(file, key, value, f"0..{tensor_count}: the weight files have {tensor_count} tensors")
+        if key.endswith("heads") and type(value) is int and value < 1:
+            refuse(file, key, value, "1 or more")
         if key == "max_position_embeddings" and type(value) is int and not 0 <= value <= MAX_POSITIONS:
             refuse(file, key, value, f"0..{MAX_POSITIONS}")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from dqkernels import backends, ops, packing
+from dqkernels import backends, checks, ops, packing
 from dqkernels.config import DQConfig, LayerConfig
 from dqkernels.kernels import plans
 from dqkernels.kernels.measured import TableError
@@ -241,6 +241,7 @@ class QLinear(PackedModule):
     # `input`, as nn.Linear and nn.Embedding call it: a call by keyword goes on working.
     def forward(self, input: torch.Tensor) -> torch.Tensor:
         layer = self.layer
+        checks.check_width(input, self.in_features)
         return ops.linear(
             input,
             self.qweight,

@@ -106,7 +106,7 @@ class Report:
 
     @property
     def total_bytes(self) -> int:
-        """Bytes of the model's tensors now."""
+        """Bytes of the tensors that a file of the model holds, as they lie in memory now."""
         return self.codes_bytes + self.scales_bytes + self.other_bytes
 
     @property

@@ -131,8 +131,8 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
 
     Raises:
         FileFormatError: for a shape that does not fit its module, a weight_scale that is negative or not
-            finite, an act_scale outside 2^-126..2^126, a group_mult outside 1..mult_max, or a
-            ternary code -2.
+            finite, an act_scale outside 2^-126..2^126, a group_mult outside 1..mult_max, a
+            ternary code -2 or an 8-bit code -128.
     """
     seen = set()
     for name, module in model.named_modules():
@@ -170,6 +170,9 @@ def check_values(model: nn.Module, file: str | os.PathLike = WEIGHTS_FILE) -> No
         if layer.quantizer == "ternary" and _has_code_minus_two(module.qweight):
             # With groups it could overflow the int32 sum, whose bound counts on levels -1..1.
             refuse(file, f"tensor '{name}.qweight'", "code -2", "codes -1..1 (ternary)")
+        if layer.bits == 8 and _has_code_minus_128(module.qweight):
+            # A kernel may give a weight its activation's sign, and int8 has no +128.
+            refuse(file, f"tensor '{name}.qweight'", "code -128", "codes -127..127")
 
 
 def check_savable(state: Mapping[str, torch.Tensor], config_json: str) -> None:
@@ -322,6 +325,10 @@ output is noise.
 
 def _has_code_minus_two(qweight: torch.Tensor) -> bool:
     return any(bool(((rows & 0xAA) & ~((rows & 0x55) << 1)).any()) for rows in qweight.split(4096))
+
+
+def _has_code_minus_128(qweight: torch.Tensor) -> bool:
+    return any(bool((rows == 0x80).any()) for rows in qweight.split(4096))
 
 
 def _keep_other_files(old: Path, fresh: Path) -> None:

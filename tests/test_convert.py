@@ -5,6 +5,7 @@ import dataclasses
 
 import pytest
 import torch
+import transformers
 from compare import assert_same_bits
 from safetensors import safe_open
 from torch import nn
@@ -241,6 +242,19 @@ def test_overrides_reach_their_modules_only():
     assert encoder.layers[1].fc1.layer == config.for_linear("x")
 
 
+def test_overrides_that_match_nothing_are_named(caplog):
+    """A mistyped name would change nothing, in silence."""
+    overrides = {r"layers\.0\.fc1": {"weight_bits": 8}, "fc3": {"skip": True}, "decoder.layer[.]": {"act_clip": 2.0}}
+    with caplog.at_level("WARNING", "dqkernels"):
+        quantize_(bart(), DQConfig(overrides=overrides))
+    assert [record.getMessage() for record in caplog.records] == [
+        "overrides: 'fc3', 'decoder.layer[.]' match none of the 28 linears and embeddings, such as lm_head"
+    ]
+    caplog.clear()
+    quantize_(bart(), DQConfig(overrides={r"fc1$": {"weight_bits": 8}}))
+    assert not caplog.records
+
+
 def test_skip_holds_for_a_tied_head_too():
     """`{"skip": True}` leaves a module in float, whatever it is tied to."""
     model = bart()
@@ -287,6 +301,49 @@ def test_multihead_attention_keeps_its_out_proj():
     assert model.dqkernels_skipped == {"attention.out_proj": "nn.MultiheadAttention reads its weight directly"}
     x = torch.randn(3, 2, 8)
     assert model["attention"](x, x, x)[0].isfinite().all()
+
+
+READERS = {
+    "ngram_embeddings": (
+        transformers.ProphetNetModel,
+        transformers.ProphetNetConfig(
+            vocab_size=VOCABULARY, hidden_size=32, encoder_ffn_dim=48, decoder_ffn_dim=48, num_encoder_layers=1,
+            num_decoder_layers=1, num_encoder_attention_heads=2, num_decoder_attention_heads=2,
+            max_position_embeddings=24,
+        ),
+        "ProphetNetDecoder",
+    ),
+    "rel_embeddings": (
+        transformers.DebertaV2Model,
+        transformers.DebertaV2Config(
+            vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+            max_position_embeddings=24, relative_attention=True, pos_att_type=["p2c", "c2p"],
+        ),
+        "DebertaV2Encoder",
+    ),
+    "dt_proj": (
+        transformers.MambaModel,
+        transformers.MambaConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, state_size=4),
+        "MambaMixer",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("leaf", READERS)
+def test_what_models_of_transformers_read_past_the_module_stays_float(leaf):
+    """Packed, their outputs were NaN throughout."""
+    kind, config, owner = READERS[leaf]
+    torch.manual_seed(0)
+    model = kind(config).eval()
+    ids = torch.randint(3, VOCABULARY, (2, 7))
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids[:, :4]} if config.is_encoder_decoder else {})}
+    with torch.no_grad():
+        wanted = model(**inputs)[0]
+        quantize_(model, DQConfig(weight_bits=8))
+        found = model(**inputs)[0]
+    assert (found - wanted).norm() < 0.1 * wanted.norm()
+    reasons = {reason for name, reason in model.dqkernels_skipped.items() if name.endswith(leaf)}
+    assert reasons == {f"{owner} reads its weight directly"}
 
 
 def test_an_attention_that_is_the_whole_model_has_nothing_to_pack():

@@ -202,6 +202,29 @@ def test_calls_that_are_passed_on(why, beams):
         assert told.startswith("own loop over static int8 caches, ") and told.endswith(expected)
 
 
+def test_texts_longer_than_a_table_of_positions_that_grows():
+    """M2M100's does so in transformers' loop, at the step that needs it."""
+    model = build("m2m_100")
+    rows = model.model.decoder.embed_positions.weights.shape[0]
+    most = rows - model.model.decoder.embed_positions.padding_idx - 1  # tokens that are fed; one more is written
+    options = {"max_new_tokens": None, "eos_token_id": None}
+    alike(model, max_length=most + 1, **options)
+    longer = {"eos_token_id": None, "max_length": most + 3}
+    found = model.generate(**given(), **longer)  # before transformers' loop makes the table longer
+    assert f"may need {most + 2} positions, and M2M100's table has {most} " in engine.state_of(model).last
+    theirs, ours = both(model, **options, max_length=most + 3)  # now it is
+    assert torch.equal(found, theirs) and torch.equal(ours, theirs) and ours.shape[1] == most + 3
+
+
+@pytest.mark.parametrize("family", ["bart", "t5"])
+def test_an_encoder_output_of_another_width(family):
+    """40 features and 44 are packed into codes of one shape."""
+    model = build(family)
+    outputs = transformers.modeling_outputs.BaseModelOutput(last_hidden_state=torch.randn(2, 5, 44))
+    with pytest.raises(ValueError, match=r"input must be \[..., in_features=40\], got \[2, 5, 44\]"):
+        model.generate(encoder_outputs=outputs, max_new_tokens=3)
+
+
 def test_a_cache_of_the_callers_is_filled():
     model = build("bart")
     cache = EncoderDecoderCache(DynamicCache(), DynamicCache())

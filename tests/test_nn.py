@@ -296,8 +296,9 @@ def test_shapes_of_input():
     x = torch.randn(2, 3, 40)
     assert_same_bits(packed(x[0, 0]), packed(x)[0, 0])
     assert packed(x[:0]).shape == (0, 3, 24)
-    with pytest.raises(ValueError, match="in_features=200"):
-        packed(torch.randn(2, 200))
+    for width in (1, 39, 41, 128, 200):  # up to 128 the padded codes have room for them all
+        with pytest.raises(ValueError, match=rf"input must be \[..., in_features=40\], got \[2, {width}\]"):
+            packed(torch.randn(2, width))
 
 
 # ------------------------------------------------------------------------------------------------ static, tied

@@ -323,6 +323,18 @@ REFUSED = {
         case_qgemm(residual=torch.ones(1, N)),
         r"residual must be \[2, 19\], got \[1, 19\]",
     ),
+    "64-bit bias": (
+        case_qgemm(bias=torch.ones(N).double()),
+        "bias must be float32, float16 or bfloat16, got torch.float64",
+    ),
+    "integer residual": (
+        case_qgemm(residual=torch.ones(2, N, dtype=torch.int32)),
+        "residual must be float32, float16 or bfloat16, got torch.int32",
+    ),
+    "groups of 7": (
+        case_qgemm(group_size=7, group_mult=torch.ones(N, 10, dtype=torch.uint8)),
+        r"group_size must be one of \[-1, 32, 64, 128\], got 7",
+    ),
     "unknown activation": (case_qgemm(activation="silu"), "activation must be one of .* got 'silu'"),
     "integer output": (case_qgemm(out_dtype=torch.int8), "out_dtype must be float32, float16 or bfloat16"),
     "linear of another K": (lambda: linear(torch.randn(2, 200)), "qweight must be uint8"),
@@ -340,6 +352,14 @@ REFUSED = {
     "layernorm weight": (
         lambda: ops.layernorm_quantize(X, None, torch.ones(K - 1), None, 1e-5, "per_token"),
         r"weight must be \[70\], got \[69\]",
+    ),
+    "64-bit position": (
+        case_embedding(position=torch.ones(2, K).double()),
+        "position must be float32, float16 or bfloat16, got torch.float64",
+    ),
+    "layernorm weight of another type": (
+        lambda: ops.layernorm_quantize(X, None, torch.ones(K).double(), None, 1e-5, "per_token"),
+        "weight must be float32, float16 or bfloat16, got torch.float64",
     ),
     "layernorm bias": (
         lambda: ops.layernorm_quantize(X, None, torch.ones(K), torch.ones(1, K), 1e-5, "per_token"),

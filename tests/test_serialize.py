@@ -186,6 +186,7 @@ def spoiled(change, **settings):
             lambda m: m.qweight[5, 3].fill_(0b01_10_00_11),
             "qweight' is code -2, wanted codes -1..1",
         ),
+        ({"weight_bits": 8}, lambda m: m.qweight[31, 55].fill_(0x80), "qweight' is code -128, wanted codes -127..127"),
         ({"act_granularity": "static"}, lambda m: None, "act_scale' is nan, wanted one number between"),
         ({"act_granularity": "static"}, lambda m: m.act_scale.fill_(0.0), "act_scale' is (nan|0.0)"),
     ],
@@ -198,9 +199,10 @@ def test_values(settings, change, message):
 def test_legal_values_pass():
     for settings in ({}, {"weight_bits": 2}, {"weight_bits": 2, "weight_quantizer": "ternary", "group_size": 32}):
         check_values(spoiled(lambda m: m.weight_scale[3].fill_(0.0), **settings))
-    # -2 is a code of four_level, and every byte is one at 8 bits.
+    # -2 is a code of four_level; -8 is counted on where 4-bit sums are bounded.
     check_values(spoiled(lambda m: m.qweight.fill_(0b10_10_10_10), weight_bits=2))
-    check_values(spoiled(lambda m: m.qweight.fill_(0x80), weight_bits=8))
+    check_values(spoiled(lambda m: m.qweight.fill_(0x88), weight_bits=4))
+    check_values(spoiled(lambda m: m.qweight.fill_(0x81), weight_bits=8))
 
 
 def test_manifest_of_a_good_folder(model, tmp_path):

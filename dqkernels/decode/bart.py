@@ -116,6 +116,15 @@ def skips_padding(positions: nn.Module) -> bool:
     return not isinstance(positions, nn.Embedding)
 
 
+def too_long(model: nn.Module, most: int) -> str | None:
+    """Why `most` tokens of a row are too many, in words: M2M100's table of positions would have to grow meanwhile. More
+    than a table that cannot grow has rows for are refused where they come, as transformers does."""
+    positions = model.model.decoder.embed_positions
+    if not skips_padding(positions) or most <= _limit(positions):
+        return None
+    return f"max_length may need {most} positions, and M2M100's table has {_limit(positions)} until it grows"
+
+
 def _limit(positions: nn.Module) -> int:
     """Positions there are. Those of M2M100 grow; longer texts than it has rows for are left to transformers."""
     if skips_padding(positions):

@@ -107,7 +107,11 @@ def why_not(
     if unknown:
         return f"it is given {', '.join(sorted(unknown))}"
     hidden = _hidden(given)
-    if hidden is None or hidden.dim() != 3 or hidden.shape[0] != ids.shape[0]:
+    if (
+        hidden is None
+        or hidden.dim() != 3
+        or (hidden.shape[0], hidden.shape[2]) != (ids.shape[0], model.config.d_model)
+    ):
         return "the encoder's output is not [rows, tokens, width]"
     mask = given.get("attention_mask")
     if mask is not None and tuple(mask.shape) != tuple(hidden.shape[:2]):
@@ -117,7 +121,13 @@ def why_not(
     before = given.get("decoder_attention_mask")
     if before is not None and (before.dim() != 2 or not bool(before.bool().all())):
         return "decoder_attention_mask hides tokens"
-    return next(obstacles(model, is_beams), None)
+    found = next(obstacles(model, is_beams), None)
+    return family_of(model)[0].too_long(model, _most(ids, config)) if found is None else found
+
+
+def _most(ids: torch.Tensor, config: Any) -> int:
+    """How many tokens of a row a call may feed to the decoder: all but the last one."""
+    return max(config.max_length - 1, ids.shape[1])
 
 
 def _hidden(given: dict[str, Any]) -> torch.Tensor | None:
@@ -156,7 +166,7 @@ class Running:
         if not all(layer.shared for layer in decoder.layers):
             sources = hidden.shape[0]
         every = hidden.shape[0] // sources
-        most = max(config.max_length - 1, ids.shape[1])
+        most = _most(ids, config)
         if decoder.limit is not None:
             most = max(min(most, decoder.limit), ids.shape[1])
         shape = caches.Shape(

@@ -27,6 +27,11 @@ def parts(model: nn.Module) -> tuple[nn.Module, nn.Module]:
     return model.decoder, model.lm_head
 
 
+def too_long(model: nn.Module, most: int) -> str | None:
+    """As in `bart`: there is no table of positions that could end."""
+    return None
+
+
 def obstacles(model: nn.Module, family: str, device: str, is_beams: bool) -> Iterator[str]:
     """Why this model's decoder is not served, in words. device: its type; is_beams: for a beam search."""
     file, prefix = layers.modeling(family), _PREFIXES[family]

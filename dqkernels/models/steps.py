@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from dqkernels import fused, ops
+from dqkernels import checks, fused, ops
 
 #: Where transformers makes the hooks that capture outputs.
 _CAPTURING = "transformers.utils.output_capturing"
@@ -63,6 +63,7 @@ def project(
         found = [linear(normed) for linear in linears]
         return normed, found if activation is None else [activation(each) for each in found]
     first, layer = linears[0], linears[0].layer
+    checks.check_width(x, first.in_features)
     lists = zip(*((*m.packed(), m.bias, m.out_features) for m in linears), strict=True)
     qweight, scale, mult, bias, sizes = (list(each) for each in lists)
     given = (None, None, 0.0) if norm is None else (norm.weight, norm.bias, norm.eps)
@@ -84,6 +85,7 @@ def project_onto(x: torch.Tensor, linear: nn.Module, base: torch.Tensor | None) 
         out = linear(x)
         return out if base is None else base + out
     layer = linear.layer
+    checks.check_width(x, linear.in_features)
     return ops.linear(
         x, *linear.packed(), linear.bias, base, layer.bits, layer.four_level, layer.group_size, linear.out_features,
         layer.act_granularity, layer.act_clip, _act_scale(linear), "none", x.dtype, linear.backend, linear.strict,

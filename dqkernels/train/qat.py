@@ -75,6 +75,7 @@ def prepare_qat(model: nn.Module, config: DQConfig | None = None, learned_scale:
         )
     config = attention.resolved(model, config)
     decisions = convert.plan(model, config)
+    convert.warn_of_idle(config, decisions)
     if all(decision.layer is None for decision in decisions):
         reasons = sorted({d.reason for d in decisions}) or ["it has no nn.Linear and no token embedding"]
         raise ValueError(f"nothing to quantize in {type(model).__name__}: {'; '.join(reasons)}")

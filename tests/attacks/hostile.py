@@ -287,5 +287,9 @@ ATTACKS = {
     "a backend to force": (quantization(backend="cuda"), "unknown keys \\['backend'\\]: they are of a machine"),
     "a billion layers": (config(lambda c: c.update(encoder_layers=10**9)), "encoder_layers is 1000000000"),
     "a vocabulary beyond int32": (config(lambda c: c.update(vocab_size=10**15)), "vocab_size"),
+    "no heads": (
+        config(lambda c: c.update(decoder_attention_heads=0)),
+        "decoder_attention_heads is 0, wanted 1 or more",
+    ),
     "a billion positions": (config(lambda c: c.update(max_position_embeddings=10**9)), "max_position_embeddings"),
 }
