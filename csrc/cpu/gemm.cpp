@@ -168,7 +168,7 @@ constexpr int64_t kManyRows = 8;
 // loops take at a time.
 constexpr int64_t kMaxRowBlock = 264, kMinRowBlock = 48, kRowGrain = 12;
 // Shared among threads when one alone would take longer: waking them costs a few microseconds at best.
-constexpr double kSharedNs = 20000.0;
+constexpr double kSharedNs = 8000.0;
 
 thread_local Scratch call_scratch;    // of a call: the rows
 thread_local Scratch thread_scratch;  // of a thread that takes part in it: its tile
