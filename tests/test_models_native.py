@@ -5,11 +5,14 @@ What fusing itself changes is compared bit by bit in test_models_blocks.py, with
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from attention_models import peaked, run
+from attention_models import IDS, peaked, run
 from compare import assert_bounded
 
 from dqkernels import DQConfig, ops, quantize_, report
@@ -82,3 +85,17 @@ def test_the_report_names_the_instruction_set():
     assert f"Instructions: {found.instructions}" in str(found)
     eager = report(quantize_(torch.nn.Sequential(torch.nn.Linear(8, 8)), DQConfig(backend="eager")))
     assert eager.instructions == "" and "Instructions" not in str(eager)
+
+
+def test_a_pickle_is_whole_in_another_process(tmp_path):
+    """Nothing there has made the attention of a model int8 before, which transformers looks up by a name."""
+    model = quantize_(peaked("marian"), DQConfig(weight_bits=4))
+    with torch.no_grad():
+        torch.save({"model": model, "ids": IDS, "logits": run(model, padded=False).logits}, tmp_path / "model.pt")
+    code = (
+        "import sys, torch; saved = torch.load(sys.argv[1], weights_only=False); ids = saved['ids']\n"
+        "with torch.no_grad(): logits = saved['model'](input_ids=ids, decoder_input_ids=ids[:, :5]).logits\n"
+        "assert torch.equal(logits, saved['logits'])"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(tmp_path / "model.pt")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

@@ -72,6 +72,11 @@ class Options:
     strict: bool
     dropout: float
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """A model that another process pickled finds its attention function here, by name."""
+        self.__dict__.update(state)
+        _register()
+
 
 def enable(model: nn.Module, config: DQConfig, warn: bool = True) -> list[str]:
     """Makes every attention of `model` int8, in place: encoder, decoder and cross attention.
