@@ -73,7 +73,7 @@ def test_every_step_is_that_of_torch(kind, early):
         rules = dataclasses.replace(RULES, beams=count, kept=kept, early=early, penalty=penalty, tracks=seed % 3 > 0)
         ids = torch.randint(3, 9, (2, 1, 3), generator=g).expand(2, count, 3).reshape(-1, 3)
         stop = stop_of(14, ends)
-        assert native_hypotheses.serves(ids, torch.zeros(1), rules, stop)
+        assert not native_hypotheses.why_not_this(ids, torch.zeros(1), rules, stop)
         found, wanted = NativeHypotheses(ids, rules, stop), Hypotheses(ids, rules, stop)
         while not wanted.ended:
             scores = scores_of(kind, 2 * count, n, g)
@@ -114,13 +114,14 @@ def test_criteria_of_the_callers_read_what_is_written():
 def test_what_is_not_served():
     ids, scores = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3, 9)
     stop = stop_of(14)
-    assert native_hypotheses.serves(ids, scores, RULES, stop)
-    assert not native_hypotheses.serves(ids, scores.double(), RULES, stop)
-    assert not native_hypotheses.serves(ids, scores, dataclasses.replace(RULES, penalty=30), stop), "14**30 is no float"
-    assert native_hypotheses.serves(ids, scores, dataclasses.replace(RULES, penalty=30.0), stop)
-    assert not native_hypotheses.serves(ids, scores, RULES, stop_of(15)), "longer than a hypothesis may be"
-    assert not native_hypotheses.serves(ids, scores, RULES, Stop(StoppingCriteriaList([EosTokenCriteria(2)])))
-    assert not native_hypotheses.serves(torch.zeros(3, 14), scores, RULES, stop)
+    assert not native_hypotheses.why_not_this(ids, scores, RULES, stop)
+    assert native_hypotheses.why_not_this(ids, scores.double(), RULES, stop)
+    whole = dataclasses.replace(RULES, penalty=30)
+    assert native_hypotheses.why_not_this(ids, scores, whole, stop) == "length_penalty is 30", "14**30 is no float"
+    assert not native_hypotheses.why_not_this(ids, scores, dataclasses.replace(RULES, penalty=30.0), stop)
+    assert native_hypotheses.why_not_this(ids, scores, RULES, stop_of(15)), "longer than a hypothesis may be"
+    assert native_hypotheses.why_not_this(ids, scores, RULES, Stop(StoppingCriteriaList([EosTokenCriteria(2)])))
+    assert native_hypotheses.why_not_this(torch.zeros(3, 14), scores, RULES, stop)
 
 
 class Doubles(LogitsProcessor):
@@ -146,8 +147,9 @@ def test_who_keeps_the_beams(monkeypatch):
     monkeypatch.setattr(beams, "_hypotheses", lambda *given: made.append(type(real(*given))) or real(*given))
     model = build("bart")
     alike(model, num_beams=4)
-    assert made == [NativeHypotheses]
+    assert made == [NativeHypotheses] and "by torch" not in decode.describe(model)
     alike(model, num_beams=2, logits_processor=[Doubles()], lively=False)
+    assert "; beams of the last call by torch: a processor made the scores float64" in decode.describe(model)
     monkeypatch.setattr(native_hypotheses, "why_not", lambda: "not now")
     alike(model, num_beams=4)
     assert made[1:] == [Hypotheses, Hypotheses] and decode.describe(model).endswith(", beams by torch (not now)")

@@ -139,6 +139,17 @@ def test_a_float_student_and_a_pretrained_one(teacher, pairs, tmp_path, capsys):
     assert load_trained(tmp_path / "small").config.encoder_layers == 1
 
 
+def test_the_best_checkpoint_by_a_term_of_the_loss_has_the_least(teacher, pairs, tmp_path):
+    out = tmp_path / "out"
+    every = ("--eval_strategy", "steps", "--eval_steps", "1", "--save_strategy", "steps", "--save_steps", "1")
+    best = ("--load_best_model_at_end", "True", "--metric_for_best_model", "loss_task", "--learning_rate", "1e-2")
+    more = ("--preset", "sft", "--predict_with_generate", "False", "--max_steps", "2")
+    assert not main(flags(teacher, pairs, out, *every, *best, *more))
+    state = json.loads((out / "checkpoint-2" / "trainer_state.json").read_text())
+    losses = [entry["eval_loss_task"] for entry in state["log_history"] if "eval_loss_task" in entry]
+    assert len(set(losses)) == 2 and state["best_metric"] == min(losses)
+
+
 @pytest.mark.parametrize(
     "more, words",
     [
@@ -160,9 +171,12 @@ def test_a_float_student_and_a_pretrained_one(teacher, pairs, tmp_path, capsys):
         (("--student_encoder_layers", "0,9"), "--student_encoder_layers must be one or more indices from 0 to 1"),
         (("--act_granularity", "static"), "--act_granularity must be per_token or per_tensor in training"),
         (("--kd_temperature", "0"), "temperature must be a finite number above 0"),
-        (("--metric_for_best_model", "rouge9"), "--metric_for_best_model must be one of loss, rouge1,"),
-        (("--metric_for_best_model", "loss_task"), "--metric_for_best_model must be one of loss, rouge1,"),
-        (("--metric_for_best_model", "rougeL", "--predict_with_generate", "false"), "must be one of loss (scores need"),
+        (("--metric_for_best_model", "rouge9"), "--metric_for_best_model must be one of loss, loss_task, "),
+        (("--metric_for_best_model", "loss_logits", "--preset", "sft"), "must be one of loss, loss_task, rouge1,"),
+        (
+            ("--metric_for_best_model", "rougeL", "--predict_with_generate", "false", "--preset", "sft"),
+            "must be one of loss, loss_task (scores need",
+        ),
         (("--metric_for_best_model", "rougeL", "--early_stopping_patience", "2"), "needs an --eval_strategy"),
         (("--fp16",), "--fp16 does nothing on a CPU"),
         (("--output_dir", __file__), "--output_dir must be a folder"),

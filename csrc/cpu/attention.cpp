@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "cpu/attention_call.h"
+#include "cpu/prefetch.h"
 #include "cpu/threads.h"
 #include "dqk/shape.h"
 
@@ -82,13 +83,10 @@ struct PackedHeads {
 };
 
 // The rows of one head lie a token apart, so that no hardware asks for the next one before it is read.
-void ask_for(const Operand& x, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
-             int64_t head_dim) {
+void ask_for_rows(const Operand& x, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
+                  int64_t head_dim) {
     const int64_t last = first + count < rows ? first + count : rows;
-    for (int64_t i = first; i < last; ++i) {
-        const char* row = row_of(x, b, h, i);
-        for (int64_t at = 0; at < head_dim * element_bytes(x.dtype); at += 64) __builtin_prefetch(row + at);
-    }
+    for (int64_t i = first; i < last; ++i) ask_for(row_of(x, b, h, i), head_dim * element_bytes(x.dtype));
 }
 
 // Tiles [first, last) of one head.
@@ -102,8 +100,8 @@ bool pack_tiles(const Attention& args, const AttentionFunctions& loops, const Ro
     tile.place(buffer.take<int8_t>(tile.bytes()));
     for (int64_t at = first; at < last; ++at) {
         const int64_t key = at * kTileKeys;
-        ask_for(args.k, b, h, key + kTileKeys, kTileKeys, sizes.keys, sizes.head_dim);
-        ask_for(args.v, b, h, key + kTileKeys, kTileKeys, sizes.keys, sizes.head_dim);
+        ask_for_rows(args.k, b, h, key + kTileKeys, kTileKeys, sizes.keys, sizes.head_dim);
+        ask_for_rows(args.v, b, h, key + kTileKeys, kTileKeys, sizes.keys, sizes.head_dim);
         for (int64_t i = 0; i < kTileKeys; ++i) {
             if (key + i < sizes.keys)
                 heads.k_scale[head * sizes.keys + key + i] =
@@ -189,8 +187,8 @@ Status attention(const Attention& args) {
             for (int64_t at = first; at < last; at += kQueryTile) {
                 Query queries[kQueryTile];
                 int64_t count = 0;
-                ask_for(args.q, head / sizes.heads, head % sizes.heads, at + kQueryTile, kQueryTile,
-                        sizes.queries, sizes.head_dim);
+                ask_for_rows(args.q, head / sizes.heads, head % sizes.heads, at + kQueryTile, kQueryTile,
+                             sizes.queries, sizes.head_dim);
                 for (; count < kQueryTile && at + count < last; ++count)
                     queries[count] = {head / sizes.heads, head % sizes.heads, at + count,
                                       limit_of(sizes, sizes.keys, at + count)};

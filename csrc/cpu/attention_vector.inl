@@ -45,10 +45,6 @@ DQK_TARGET inline void store(int32_t* p, __m256i v) {
 // whose heads are too short for the hardware to run ahead of.
 constexpr int64_t kKeysAhead = 16;
 
-DQK_TARGET inline void ask_for(const int8_t* row, int64_t bytes) {
-    for (int64_t at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
-}
-
 DQK_TARGET void dots_rows(const int8_t* q, const KeyRows& keys, int64_t first, int64_t count,
                           int64_t head_dim, int32_t* out) {
     const int64_t whole = head_dim / 32 * 32;

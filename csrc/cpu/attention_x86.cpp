@@ -12,6 +12,7 @@
 #include <cstring>
 
 #include "cpu/attention.h"
+#include "cpu/prefetch.h"
 #include "cpu/share.h"
 
 namespace dqk {

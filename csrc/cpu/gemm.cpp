@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "cpu/gemm_loops.h"
+#include "cpu/prefetch.h"
 #include "cpu/scratch.h"
 #include "cpu/threads.h"
 #include "dqk/api.h"
@@ -204,15 +205,10 @@ struct Tile {
     // What the epilogue reads of each column: in a large matrix it was last read a token ago, and a miss of
     // every tile, asked for after its sums, costs as much as they do.
     void ask_for_columns(const CpuPart& part, int64_t n, int64_t count) const {
-        const auto ask = [](const void* base, int64_t first, int64_t bytes) {
-            for (int64_t at = 0; at < bytes; at += 64)
-                __builtin_prefetch(static_cast<const char*>(base) + first + at);
-        };
-        if (!part.tensor_scale) ask(part.weight_scale, n * 4, count * 4);
-        if (part.bias != nullptr) {
-            const int64_t bytes = element_bytes(part.bias_dtype);
-            ask(part.bias, n * bytes, count * bytes);
-        }
+        if (!part.tensor_scale) ask_for(part.weight_scale + n, count * 4);
+        if (part.bias == nullptr) return;
+        const int64_t bytes = element_bytes(part.bias_dtype);
+        ask_for(static_cast<const char*>(part.bias) + n * bytes, count * bytes);
     }
 
     void finish(const CpuPart& part, int64_t m, int64_t n, int64_t count, const int32_t* acc) const {

@@ -22,6 +22,7 @@
 
 #include "cpu/gelu.h"
 #include "cpu/gemm_loops.h"
+#include "cpu/prefetch.h"
 #include "dqk/element.h"
 #include "dqk/format.h"
 #include "dqk/rounding.h"
@@ -139,9 +140,7 @@ DQK_TARGET void multiplier_words(const GemmWeights& w, int64_t n, int64_t stride
 constexpr uintptr_t kAhead = 4096;
 template <int64_t kBytes>
 DQK_TARGET inline void ask_ahead(const uint8_t* block) {
-    const uintptr_t at = reinterpret_cast<uintptr_t>(block) + kAhead;
-    for (int64_t i = 0; i < kBytes; i += 64)
-        __builtin_prefetch(reinterpret_cast<const void*>(at + static_cast<uintptr_t>(i)), 0, 3);
+    ask_for(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(block) + kAhead), kBytes);
 }
 
 // ---- one row of activations: the weights are unpacked in registers ---------------------------------------

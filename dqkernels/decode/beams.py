@@ -76,5 +76,7 @@ def _hypotheses(
     step: Step, ids: torch.Tensor, scores: torch.Tensor, rules: Rules, stop: Stop
 ) -> Hypotheses | NativeHypotheses:
     """Those that keep up with this step. scores: the first ones; a processor may have made float64 of them."""
-    native = step.on_core and native_hypotheses.why_not() is None and native_hypotheses.serves(ids, scores, rules, stop)
-    return (NativeHypotheses if native else Hypotheses)(ids, rules, stop)
+    if not step.on_core or native_hypotheses.why_not() is not None:
+        return Hypotheses(ids, rules, stop)
+    step.beams_by_torch = native_hypotheses.why_not_this(ids, scores, rules, stop) or ""
+    return (Hypotheses if step.beams_by_torch else NativeHypotheses)(ids, rules, stop)

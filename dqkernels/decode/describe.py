@@ -24,6 +24,8 @@ def describe(model: nn.Module) -> str:
     if device == "cuda":
         captured = "steps in CUDA graphs, logits processors behind them"
         text += f", {state.refused or (captured if plug.uses_graphs(model) else 'no CUDA graphs (graphs=False)')}"
+    if state.beams_by_torch:
+        text += f"; beams of the last call by torch: {state.beams_by_torch}"
     if state.processors:
         text += f"; logits processors called at every step of the last call: {', '.join(state.processors)}"
     calls = state.served + state.passed

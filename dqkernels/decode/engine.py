@@ -34,6 +34,7 @@ class State:
         last: why the last call was not served; empty where it was. `last_passed`: the last such reason.
         refused: why a step could not be captured; empty where it could, or was never tried.
         processors: classes of logits processors that the last call ran as transformers does, at every step.
+        beams_by_torch: why the last call did not keep its beams in the compiled core, where others do; else empty.
     """
 
     pool: caches.Pool = field(default_factory=caches.Pool)
@@ -43,6 +44,7 @@ class State:
     last_passed: str = ""
     refused: str = ""
     processors: tuple[str, ...] = ()
+    beams_by_torch: str = ""
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
@@ -204,7 +206,7 @@ class Running:
         return self.step
 
     def __exit__(self, *_: Any) -> None:
-        self.state.processors = self.step.processors
+        self.state.processors, self.state.beams_by_torch = self.step.processors, self.step.beams_by_torch
         self.state.pool.give(self.caches)
 
 

@@ -29,15 +29,17 @@ def why_not() -> str | None:
     return None
 
 
-def serves(ids: torch.Tensor, scores: torch.Tensor, rules: Rules, stop: Stop) -> bool:
-    """Whether this search can be the core's, where any can: it needs scores in fp32, a limit, and a penalty that gives
-    floats. scores: the first ones."""
+def why_not_this(ids: torch.Tensor, scores: torch.Tensor, rules: Rules, stop: Stop) -> str | None:
+    """Why this search is not the core's where others are, in words: it needs scores in fp32, a limit, and a penalty
+    that gives floats. scores: the first ones, on a CPU."""
     start, penalty = ids.shape[1], rules.penalty
-    if scores.device.type != "cpu" or scores.dtype != torch.float32:
-        return False
+    if scores.dtype != torch.float32:
+        return f"a processor made the scores {str(scores.dtype).removeprefix('torch.')}"
     if stop.most is None or not start < stop.most <= rules.most:
-        return False
-    return isinstance(penalty, float) or type(penalty) is int and (penalty < 1 or rules.most**penalty < _EXACT)
+        return "the stopping criteria give no limit of the length, or one that max_length does not allow"
+    if isinstance(penalty, float) or type(penalty) is int and (penalty < 1 or rules.most**penalty < _EXACT):
+        return None
+    return f"length_penalty is {penalty!r}"
 
 
 class NativeHypotheses:

@@ -6,13 +6,13 @@ Any other is called as transformers calls it, at every step, and named (`Process
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from dqkernels.decode.stopping import SPEAKS, is_known, is_plain
 from dqkernels.kernels import cpu_beams, native
 
 #: (length, rows, scores), the last one written.
@@ -30,15 +30,11 @@ class Processing:
     """
 
     def __init__(self, processors: Any):
-        from transformers import LogitsProcessorList
-
-        members = list(processors)
-        plain = type(processors) is LogitsProcessorList
         # A list of the user's, or one member that asks for more: its own errors, and whatever it does.
-        self._whole: Any = None
-        if not plain or any(len(inspect.signature(each.__call__).parameters) > 2 for each in members):
-            self._whole = processors
-        self._members = [(each, None if self._whole is not None else _short(each), is_known(each)) for each in members]
+        self._whole: Any = None if is_plain(processors) else processors
+        self._members = [
+            (each, None if self._whole is not None else _short(each), is_known(each)) for each in processors
+        ]
         self.outside = tuple(dict.fromkeys(type(each).__name__ for each, short, _ in self._members if short is None))
 
     def __call__(self, length: int, rows: Callable[[], torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
@@ -63,35 +59,28 @@ class Processing:
         return scores
 
 
-def is_known(each: Any) -> bool:
-    """Whether this is a processor of transformers, with the `__call__` that transformers wrote."""
-    from transformers.generation import logits_process
-
-    kind = type(each)
-    known = kind is getattr(logits_process, kind.__name__, None)
-    return known and kind.__call__.__module__ == logits_process.__name__ and "__call__" not in vars(each)
-
-
 def _short(each: Any) -> Short | None:
     """What a processor does in place; None where that is not known."""
     make = _SHORT.get(type(each).__name__)
     return make(each) if make is not None and is_known(each) else None
 
 
-def _force(at: Callable[[int], bool], wanted: Any) -> Short:
+def _force(each: Any, wanted: Any) -> Short:
+    speaks = SPEAKS[type(each).__name__]
+
     def run(length, rows, scores):
-        if at(length):
+        if speaks(each, length):
             scores.fill_(-math.inf)
             scores[:, wanted] = 0
 
     return run
 
 
-def _no_end(until: Callable[[int], bool], each: Any) -> Short:
-    ends = each.eos_token_id.reshape(-1).tolist()
+def _no_end(each: Any) -> Short:
+    speaks, ends = SPEAKS[type(each).__name__], each.eos_token_id.reshape(-1).tolist()
 
     def run(length, rows, scores):
-        if until(length):
+        if speaks(each, length):
             for token in ends:
                 if 0 <= token < scores.shape[1]:
                     scores[:, token] = -math.inf
@@ -106,13 +95,9 @@ def _no_repeat(each: Any) -> Short | None:
 
 
 _SHORT: dict[str, Callable[[Any], Short | None]] = {
-    "ForcedBOSTokenLogitsProcessor": lambda each: _force(lambda length: length == 1, each.bos_token_id),
-    "ForcedEOSTokenLogitsProcessor": lambda each: _force(
-        lambda length: length == each.max_length - 1, each.eos_token_id
-    ),
-    "MinLengthLogitsProcessor": lambda each: _no_end(lambda length: length < each.min_length, each),
-    "MinNewTokensLengthLogitsProcessor": lambda each: _no_end(
-        lambda length: length - each.prompt_length_to_skip < each.min_new_tokens, each
-    ),
+    "ForcedBOSTokenLogitsProcessor": lambda each: _force(each, each.bos_token_id),
+    "ForcedEOSTokenLogitsProcessor": lambda each: _force(each, each.eos_token_id),
+    "MinLengthLogitsProcessor": _no_end,
+    "MinNewTokensLengthLogitsProcessor": _no_end,
     "NoRepeatNGramLogitsProcessor": _no_repeat,
 }

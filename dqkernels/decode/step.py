@@ -28,6 +28,7 @@ class Step:
         finds_best: whether `step` gives it.
         on_core: whether its attention runs on the compiled core's CPU kernels, so that beams are kept there too.
         processors: set by a loop: the classes of logits processors that it calls as transformers does.
+        beams_by_torch: set by a loop: why it does not keep its beams in the core, though `on_core`; else empty.
         best: int64 [rows], where the largest of the last step's logits are, as `torch.argmax` has them; written over by
             the next step. None where that was not asked for, or is not found here.
     """
@@ -43,6 +44,7 @@ class Step:
         chosen = {_backend(layer.own, caches, beams) for layer in decoder.layers}
         self.exact_windows, self.on_core = "eager" in chosen, chosen == {"cpu"}
         self.processors: tuple[str, ...] = ()
+        self.beams_by_torch = ""
 
     def start(self, hidden: torch.Tensor, mask: torch.Tensor | None) -> None:
         """Takes the sources in.

@@ -12,18 +12,42 @@ from typing import Any
 
 import torch
 
+#: Processors that `generate` makes of the configuration and that speak up at one length, or until one: name of the
+#: class -> whether it changes a score of sequences of so many tokens.
+SPEAKS: dict[str, Callable[[Any, int], bool]] = {
+    "ForcedBOSTokenLogitsProcessor": lambda each, length: length == 1,
+    "ForcedEOSTokenLogitsProcessor": lambda each, length: length == each.max_length - 1,
+    "MinLengthLogitsProcessor": lambda each, length: length < each.min_length,
+    "MinNewTokensLengthLogitsProcessor": lambda each, length: length - each.prompt_length_to_skip < each.min_new_tokens,
+}
+
+
+def is_plain(processors: Any) -> bool:
+    """Whether this is transformers' own list, of members that ask for nothing but (ids, scores)."""
+    from transformers import LogitsProcessorList
+
+    return type(processors) is LogitsProcessorList and not any(
+        len(inspect.signature(each.__call__).parameters) > 2 for each in processors
+    )
+
+
+def is_known(each: Any) -> bool:
+    """Whether this is a processor of transformers, with the `__call__` that transformers wrote."""
+    from transformers.generation import logits_process
+
+    kind = type(each)
+    known = kind is getattr(logits_process, kind.__name__, None)
+    return known and kind.__call__.__module__ == logits_process.__name__ and "__call__" not in vars(each)
+
 
 def processor(processors: Any) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
     """`LogitsProcessorList` as a function of (ids, scores).
 
     The list looks at the signature of every member at every call; here they are looked at once.
     """
-    from transformers import LogitsProcessorList
-
-    members = list(processors)
-    plain = type(processors) is LogitsProcessorList
-    if not plain or any(len(inspect.signature(each.__call__).parameters) > 2 for each in members):
+    if not is_plain(processors):
         return processors  # its own errors, and whatever a list of the user's does
+    members = list(processors)
     if not members:
         return lambda ids, scores: scores
 
@@ -39,35 +63,22 @@ def silent(processors: Any) -> Callable[..., bool]:
     """Whether a list leaves the largest score of every row where it is, for sequences of so many tokens, and where that
     is known for these largest ones: (length, largest=()) -> bool. Nobody need call it then.
 
-    Known are those that `generate` makes of the configuration and that speak up at one length, or until one. A minimal
-    length takes nothing but the end of sequence away: it matters where that is the largest.
+    Known are those in `SPEAKS`. A minimal length takes nothing but the end of sequence away: it matters where that is
+    the largest.
     """
-    from transformers import LogitsProcessorList
-    from transformers.generation import logits_process
-
-    ask = {
-        "ForcedBOSTokenLogitsProcessor": lambda each, length: length != 1,
-        "ForcedEOSTokenLogitsProcessor": lambda each, length: length != each.max_length - 1,
-        "MinLengthLogitsProcessor": lambda each, length: length >= each.min_length,
-        "MinNewTokensLengthLogitsProcessor": lambda each, length: (
-            length - each.prompt_length_to_skip >= each.min_new_tokens
-        ),
-    }
     asked = []
     for each in processors:
-        kind = type(each)
-        known = kind.__name__ in ask and kind is getattr(logits_process, kind.__name__, None)
-        # Not where somebody has put another function into the class of transformers.
-        if not known or kind.__call__.__module__ != logits_process.__name__:
+        name = type(each).__name__
+        if name not in SPEAKS or not is_known(each):
             return lambda length, largest=(): False
-        takes = {*each.eos_token_id.reshape(-1).tolist()} if kind.__name__.startswith("Min") else None
-        asked.append((ask[kind.__name__], each, takes))
-    if type(processors) is not LogitsProcessorList:
+        takes = {*each.eos_token_id.reshape(-1).tolist()} if name.startswith("Min") else None
+        asked.append((SPEAKS[name], each, takes))
+    if not is_plain(processors):
         return lambda length, largest=(): False
 
     def run(length, largest=()):
-        for unheard, each, takes in asked:
-            if not unheard(each, length) and (takes is None or not largest or not takes.isdisjoint(largest)):
+        for speaks, each, takes in asked:
+            if speaks(each, length) and (takes is None or not largest or not takes.isdisjoint(largest)):
                 return False
         return True
 

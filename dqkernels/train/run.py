@@ -20,6 +20,7 @@ from dqkernels.metrics import seq2seq
 from dqkernels.train import arguments as flags
 from dqkernels.train import checkpoints, qat, stages, student
 from dqkernels.train.arguments import Arguments, ArgumentsError
+from dqkernels.train.losses import KDConfig
 from dqkernels.train.trainer import DistillationTrainer
 
 logger = logging.getLogger("dqkernels")
@@ -47,12 +48,12 @@ def run(arguments: Arguments) -> dict[str, Any]:
         raise ArgumentsError(f"--output_dir must be a folder, {str(output)!r} is a file")
     if args.fp16 and args.device.type == "cpu":
         raise ArgumentsError("--fp16 does nothing on a CPU: leave it out, or give --bf16")
-    _check_metric(arguments)
     plan = _stages(arguments)
     resume = _resume(args, output, plan)
     # What would be refused later is refused now: the loss and the bits of every stage.
     config, learned = arguments.config(), arguments.learned_scale()
     losses = [stage.arguments.kd() for stage in plan]
+    _check_metric(arguments, plan, losses)
     for stage in plan:
         stage.arguments.training.label_smoothing_factor = 0.0  # it is in the loss now
     if args.device.type == "cpu":
@@ -122,17 +123,21 @@ def _kind(data: flags.DataArguments) -> str:
     return "bleu" if data.task == "translation" or data.source_lang else "rouge"
 
 
-def _check_metric(arguments: Arguments) -> None:
-    """Refuses a --metric_for_best_model that no evaluation will give, before the hours until the first one."""
+def _check_metric(arguments: Arguments, plan: list[stages.Stage], losses: list[KDConfig]) -> None:
+    """Refuses a --metric_for_best_model that not every stage's evaluation gives, before the hours until one."""
     args, name = arguments.training, arguments.training.metric_for_best_model
     if name is None:
         return
-    known = ["loss", *(seq2seq.SCORES[_kind(arguments.data)] if args.predict_with_generate else ())]
+    terms = [f"loss_{term}" for term in losses[0].terms if all(term in kd.terms for kd in losses)]
+    known = ["loss", *terms, *(seq2seq.SCORES[_kind(arguments.data)] if args.predict_with_generate else ())]
     if name.removeprefix("eval_") not in known:
         why = "" if args.predict_with_generate else " (scores need --predict_with_generate)"
         raise ArgumentsError(f"--metric_for_best_model must be one of {', '.join(known)}{why}, got {name!r}")
     if arguments.data.early_stopping_patience is not None and args.eval_strategy == "no":
         raise ArgumentsError("--early_stopping_patience needs an --eval_strategy: steps or epoch")
+    if name.removeprefix("eval_") in terms:
+        for stage in plan:  # transformers takes whatever does not end with `loss` for a score
+            stage.arguments.training.greater_is_better = False
 
 
 def _stages(arguments: Arguments) -> list[stages.Stage]:

@@ -1,0 +1,14 @@
+// Asking for memory before it is needed. A request is never a fault, whatever stands at its address.
+#pragma once
+#include <cstdint>
+
+namespace dqk {
+
+constexpr int64_t kLineBytes = 64;
+
+inline void ask_for(const void* from, int64_t bytes) {
+    for (int64_t at = 0; at < bytes; at += kLineBytes)
+        __builtin_prefetch(static_cast<const char*>(from) + at);
+}
+
+}  // namespace dqk
