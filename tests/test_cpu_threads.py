@@ -1,0 +1,103 @@
+"""Whose threads the CPU kernels run on: torch's and no others, as many as torch was told, none for little work; and
+that Python goes on meanwhile. What a second pool costs is measured by `dqkernels bench cpu` (part threads), not here.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dqkernels.kernels import native
+
+ROOT = Path(__file__).resolve().parents[1]
+pytestmark = [
+    pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present"),
+    pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc"),
+]
+
+#: Prints how many threads there are before, and after each step of "order", computed with as many as "threads".
+PROGRAM = """
+import json, os, sys
+import torch
+from dqkernels import DQConfig, ops
+from dqkernels.nn import QLinear
+from dqkernels.kernels import native
+
+asked = json.loads(sys.argv[1])
+torch.set_num_threads(1)
+small = QLinear.from_linear(torch.nn.Linear(64, 48), DQConfig(weight_bits=4))
+large = QLinear.from_linear(torch.nn.Linear(512, 4096), DQConfig(weight_bits=4))
+x, rows, floats = torch.randn(1, 64), torch.randn(64, 512), torch.randn(512, 512)
+q = torch.randn(2, 8, 64, 64)
+steps = {
+    "small": lambda: small(x),
+    "large": lambda: large(rows),
+    "one row": lambda: large(rows[:1]),
+    "attention": lambda: ops.qattention(q, q, q, None, None, False, 0.125),
+    "torch": lambda: floats @ floats + torch.exp(floats),
+}
+native.native()
+count = lambda: len(os.listdir("/proc/self/task"))
+found = [count()]
+torch.set_num_threads(asked["threads"])
+with torch.inference_mode():
+    for name in asked["order"]:
+        for _ in range(3):
+            steps[name]()
+        found.append(count())
+print(json.dumps(found))
+"""
+
+
+def threads_after(threads, *order):
+    """How many threads more than at the start there are after each step, in a fresh process."""
+    env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "DQKERNELS_BACKEND")}
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, json.dumps({"threads": threads, "order": order})],
+        env=env, capture_output=True, text=True, timeout=300, check=True,
+    )  # fmt: skip
+    start, *rest = json.loads(done.stdout)
+    return [each - start for each in rest]
+
+
+def test_one_pool_with_torch():
+    """Whoever comes first, the other adds no thread. A pool beside torch's would."""
+    assert threads_after(4, "torch", "large", "attention", "one row") == [3] * 4
+    assert threads_after(2, "small", "large", "torch", "attention") == [0, 1, 1, 1], "little work stays with the caller"
+
+
+def test_one_thread_is_one_thread():
+    assert threads_after(1, "large", "attention", "one row", "torch") == [0] * 4
+
+
+def test_python_goes_on_during_a_call():
+    """The GIL is released: this thread runs in the middle of a call that another one is in."""
+    from dqkernels import ops
+
+    q = torch.ones(512, 2048, dtype=torch.int8)
+    weight = torch.zeros(8192, 2048, dtype=torch.uint8), torch.ones(8192), None, None, None
+    span, begun = [], threading.Event()
+
+    def call():
+        begun.set()
+        span.append(time.perf_counter())
+        ops.qgemm(q, torch.ones(512), None, *weight, 8, False, -1, 8192, "none", torch.float32, backend="cpu")
+        span.append(time.perf_counter())
+
+    worker = threading.Thread(target=call)
+    worker.start()
+    begun.wait()
+    seen = []
+    while worker.is_alive():
+        seen.append(time.perf_counter())
+        time.sleep(0.001)
+    worker.join()
+    quarter = (span[1] - span[0]) / 4
+    assert any(span[0] + quarter < moment < span[1] - quarter for moment in seen)
