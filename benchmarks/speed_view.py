@@ -1,0 +1,336 @@
+"""What pages say of `benchmarks/results/generate-zen3.json`: whole models on a CPU, and where a peer leads. Rendered.
+
+python benchmarks/speed_view.py             # every block, on stdout
+python benchmarks/speed_view.py --write     # into README.md and docs/
+python benchmarks/speed_view.py --check     # exit 1 if a page says something else
+
+A block stands between `<!-- speed: NAME -->` and `<!-- end of speed -->`. Nobody edits one by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import re
+import sys
+import textwrap
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from dqkernels.bench import generate_view, record, words
+from dqkernels.bench.generate_cells import Cell
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULT = ROOT / "benchmarks" / "results" / "generate-zen3.json"
+_BLOCK = re.compile(r"(<!-- speed: ([a-z]+) -->)(.*?)(<!-- end of speed -->)", re.S)
+FLOAT, PEER = "torch fp32", "ctranslate2 int8"
+#: What is compared, the smaller the better: the field, words for it, its unit, and what a value is divided by.
+METRICS = (
+    ("latency_ms_per_token", "time per token", "ms", 1),
+    ("first_token_ms", "first token", "ms", 1),
+    ("weights_bytes", "weights", "MB", 1e6),
+    ("peak_bytes", "peak", "MB", 1e6),
+)
+Rows = list[dict]
+
+
+def name_of(row: dict) -> str:
+    """`W4A8`, `CTranslate2 int8`, `PyTorch fp32`; an embedding of other bits is said."""
+    if row["family"] not in ("ours", "plain"):
+        return row["candidate"].replace("ctranslate2", "CTranslate2").replace("torch", "PyTorch", 1)
+    name = f"W{row['weight_bits']}A8"
+    if row["embedding_bits"] != row["weight_bits"]:
+        name += f", head {row['embedding_bits']}"
+    return name if row["family"] == "ours" else f"{name}, Hugging Face's loop"
+
+
+def figure(row: dict, key: str, divisor: float = 1) -> str:
+    """Three digits or all before the point; `-` for what the record does not hold."""
+    value = row.get(key)
+    if value is None:
+        return "-"
+    value /= divisor
+    return f"{value:,.0f}" if value >= 99.95 else f"{value:#.3g}".rstrip(".")
+
+
+def times(row: dict, other: dict | None, key: str = "latency_ms_per_token") -> str:
+    """How often this row's time goes into the other's."""
+    if other is None or not row.get(key) or not other.get(key):
+        return "-"
+    return f"{other[key] / row[key]:.2f}"
+
+
+def cells_of(result: dict) -> dict[Cell, Rows]:
+    """Timed rows by cell; a cell without any is left out."""
+    found = {cell: timed(rows) for cell, rows in generate_view.by_cell(result["rows"]).items()}
+    return {cell: rows for cell, rows in found.items() if rows}
+
+
+def timed(rows: Iterable[dict]) -> Rows:
+    return [row for row in rows if row["status"] == "timed"]
+
+
+def of(rows: Rows, candidate: str) -> dict | None:
+    return next((row for row in rows if row["candidate"] == candidate), None)
+
+
+def ahead(row: dict, rows: Rows) -> str:
+    """In words, what somebody else's candidate does better than this one of ours: whose figure is the smallest."""
+    if row["family"] not in ("ours", "plain"):
+        return ""
+    found = []
+    for key, what, unit, divisor in METRICS:
+        others = [one for one in rows if one["family"] not in ("ours", "plain") and one.get(key) is not None]
+        best = min(others, key=lambda one: one[key], default=None)
+        if best is not None and row.get(key) is not None and best[key] < row[key]:
+            found.append(f"{what}: {name_of(best)} ({figure(best, key, divisor)} {unit})")
+    return "; ".join(found) or "none"
+
+
+def search_of(cell: Cell) -> str:
+    return "greedy" if cell.num_beams == 1 else f"{cell.num_beams} beams"
+
+
+def cell_words(cell: Cell, n: int) -> str:
+    texts = "One text" if cell.batch_size == 1 else f"{cell.batch_size} texts"
+    each = "" if cell.batch_size == 1 else " each"
+    return f"{texts} of {cell.source_tokens} tokens{each}, {cell.new_tokens} new ones, {search_of(cell)} (n = {n})"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _row(row: dict, rows: Rows, spread: bool) -> list[str]:
+    name = name_of(row)
+    time = figure(row, "latency_ms_per_token")
+    if spread:
+        time += f" ({figure(row, 'p20_ms_per_token')} to {figure(row, 'p80_ms_per_token')})"
+    memory = [figure(row, key, divisor) for key, _, unit, divisor in METRICS if unit == "MB"]
+    return [
+        f"**{name}**" if row["family"] == "ours" else name,
+        time,
+        times(row, of(rows, FLOAT)),
+        times(row, of(rows, PEER)),
+        figure(row, "first_token_ms"),
+        *memory,
+        ahead(row, rows),
+    ]
+
+
+_HEADS = ("x of fp32", "x of CTranslate2 int8", "first token, ms", "weights, MB", "peak, MB", "ahead of it")
+
+
+def small(result: dict) -> dict[Cell, Rows]:
+    """What the README shows: the least batch and the shortest source, every search."""
+    cells = cells_of(result)
+    if not cells:
+        raise SystemExit("the record holds no timed row, so there is no table")
+    least = min((cell.batch_size, cell.source_tokens) for cell in cells)
+    return {cell: rows for cell, rows in cells.items() if (cell.batch_size, cell.source_tokens) == least}
+
+
+def readme(result: dict) -> str:
+    """One table of one text, and in words what stands where we lose."""
+    cells = small(result)
+    first = next(iter(cells))
+    lines = [_line(["", "", "ms/token", *_HEADS]), "|---" * 3 + "|---" * len(_HEADS) + "|"]
+    for cell, rows in cells.items():
+        for index, row in enumerate(rows):
+            search = f"{search_of(cell)}, n = {row['samples']}" if index == 0 else ""
+            lines.append(_line([search, *_row(row, rows, spread=False)]))
+    model = result["settings"]["model"].replace("bart", "BART")
+    texts = "one text" if first.batch_size == 1 else f"{first.batch_size} texts"
+    before = (
+        f"{model} of random weights, layers {first.layers}, {texts} of {first.source_tokens} tokens and "
+        f"{first.new_tokens} new ones, on {machine(result)}: medians of `benchmarks/results/{RESULT.name}` "
+        f"({load(result)}). {encoder(result)}"
+    )
+    after = (
+        "A token's time is that of a whole call over its new tokens. `ahead of it`: what the best of the others does "
+        "better, by the medians alone; `-` is not known and not compared. More: "
+        "[docs/measured.md](docs/measured.md#whole-models-on-a-cpu)."
+    )
+    return "\n".join([*_wrapped(before), "", *lines, "", *_wrapped(after)])
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def load(result: dict) -> str:
+    """How busy the machine was, in words."""
+    found = result["protocol"]["before"]["load_fraction"]
+    if found is None:
+        return "load before the run not known"
+    return f"load before the run {found:.2f} a core" + (
+        ", which is busy" if words.busy_words(result["protocol"]) else ""
+    )
+
+
+def machine(result: dict) -> str:
+    """Processor, threads and what its instruction sets lack."""
+    found = result["environment"]
+    missing = [] if any("vnni" in isa for isa in found["cpu_isa"]) else ["no VNNI"]
+    best = [
+        isa.upper().replace("_", "-")
+        for isa in found["cpu_isa"]
+        if isa in ("avx2", "avx_vnni", "avx512_vnni", "amx_int8")
+    ]
+    return f"{found['cpu_model']} ({', '.join(best + missing)}), {words.thread_words(found['threads'])}"
+
+
+def encoder(result: dict) -> str:
+    """Of the call that is nearly all encoder, how we stand to CTranslate2's int8 over all cells."""
+    rates = [
+        other["first_token_ms"] / row["first_token_ms"]
+        for rows in cells_of(result).values()
+        if (other := of(rows, PEER)) is not None and other.get("first_token_ms")
+        for row in rows
+        if row["family"] == "ours" and row.get("first_token_ms")
+    ]
+    if not rates:
+        return f"The encoder was not compared with {PEER.replace('ctranslate2', 'CTranslate2')}."
+    verdict = "slower than" if max(rates) < 1 else "faster than" if min(rates) > 1 else "level with"
+    rate = f"{min(rates):.2f} to {max(rates):.2f}"
+    return f"The encoder (first token) is {verdict} CTranslate2's int8: {rate} times its speed."
+
+
+def cells(result: dict) -> str:
+    """Every cell as a table with spreads, the ratios in words, and how busy the machine was."""
+    said = (
+        f"On {machine(result)}, {load(result)}; {result['settings']['weights']} weights. Candidates took turns; the "
+        "ratios are of one set of rounds. First token: a call with one new token, nearly all of it encoder. `ahead of "
+        "it`: what the best of the others does better, by the medians alone; `-` is not known and not compared."
+    )
+    parts = ["\n".join(_wrapped(said))]
+    for cell, rows in cells_of(result).items():
+        table = [_line(["", "ms per token (p20 to p80)", *_HEADS]), "|---" * (2 + len(_HEADS)) + "|"]
+        table += [_line(_row(row, rows, spread=True)) for row in rows]
+        table += ["", *ratio_words(rows)]
+        parts += [f"{cell_words(cell, rows[0]['samples'])}, layers {cell.layers}:", "\n".join(table)]
+    parts.append(encoder(result))
+    return "\n\n".join(parts)
+
+
+def ratio_words(rows: Rows) -> Rows:
+    """`W4A8 is 2.56 times as fast as CTranslate2's int8, with 0.53 of its weights.`"""
+    other = of(rows, PEER)
+    if other is None:
+        return []
+    return [
+        f"- {name_of(row)} is {times(row, other)} times as fast as CTranslate2's int8, with "
+        f"{row['weights_bytes'] / other['weights_bytes']:.2f} of its weights."
+        for row in rows
+        if row["family"] == "ours"
+    ]
+
+
+def bits(result: dict) -> str:
+    """For docs/quantize.md: what W2 and W4 took, greedy, in the first cell."""
+    rows = next(rows for cell, rows in small(result).items() if cell.num_beams == 1)
+    ours = {row["weight_bits"]: figure(row, "latency_ms_per_token") for row in rows if row["family"] == "ours"}
+    return f"W2 took {ours[2]} ms a token and W4 {ours[4]}"
+
+
+def command(result: dict) -> str:
+    """The command whose cells and candidates these are."""
+    axes = {axis: [] for axis in ("layers", "batch_size", "num_beams", "source_tokens", "new_tokens")}
+    for cell in generate_view.by_cell(result["rows"]):
+        for axis, values in axes.items():
+            value = str(getattr(cell, axis))
+            values += [] if value in values else [value]
+    found = result["settings"]
+    flags = [f"--layers {','.join(axes.pop('layers'))}", f"--bits {','.join(map(str, found['bits']))}"]
+    flags += [f"--{axis} {','.join(values)}" for axis, values in axes.items()]
+    if found["candidates"]:
+        flags.append(f"--candidates {','.join(found['candidates'])}")
+    flags.append(f"--seconds {result['protocol']['budget_s']:g}")
+    return f"dqkernels bench generate {found['model']} {' '.join(flags)}"
+
+
+def printed(result: dict) -> str:
+    """The command and its screen, for docs/cli.md."""
+    from rich.console import Console
+
+    screen = io.StringIO()
+    Console(file=screen, width=80, color_system=None, force_terminal=False).print(generate_view.render(result))
+    asked = command(result)
+    cut = asked.rindex(" ", 0, 92)
+    lines = [
+        f"$ {asked[:cut]} \\",
+        f"    {asked[cut + 1 :]}",
+        *(line.rstrip() for line in screen.getvalue().splitlines()),
+    ]
+    return "```\n" + "\n".join(lines).rstrip() + "\n```"
+
+
+#: Blocks by name. Those of one line stand within a line of their page.
+BLOCKS: dict[str, Callable[[dict], str]] = {
+    "readme": readme,
+    "cells": cells,
+    "bits": bits,
+    "command": lambda result: f"`{command(result)}`",
+    "printed": printed,
+}
+#: Where each stands.
+PAGES = {
+    "readme": "README.md",
+    "cells": "docs/measured.md",
+    "bits": "docs/quantize.md",
+    "command": "docs/benchmark.md",
+    "printed": "docs/cli.md",
+}
+
+
+def rendered(text: str, result: dict) -> str:
+    """A page with its blocks made anew."""
+
+    def made(match: re.Match) -> str:
+        body = BLOCKS[match[2]](result)
+        # A list or a table cell has no room for a line of its own.
+        return f"{match[1]}{body}{match[4]}" if "\n" not in body else f"{match[1]}\n{body}\n{match[4]}"
+
+    return _BLOCK.sub(made, text)
+
+
+def stale(result: dict, root: Path = ROOT) -> list[str]:
+    """What is missing in a page, or not what the record says."""
+    found = []
+    for name, page in PAGES.items():
+        text = (root / page).read_text(encoding="utf-8")
+        blocks = [match[0] for match in _BLOCK.finditer(text) if match[2] == name]
+        if not blocks:
+            found.append(f"{page} has lost its block {name!r}")
+        elif any(rendered(block, result) != block for block in blocks):
+            found.append(
+                f"{page}, block {name!r}, is not that of {RESULT.name}: run python benchmarks/speed_view.py --write"
+            )
+    return found
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--write", action="store_true", help="into README.md and docs/")
+    group.add_argument("--check", action="store_true", help="exit 1 if a page says something else")
+    args = parser.parse_args(arguments)
+    result = record.read(RESULT)
+    if args.check:
+        for line in stale(result):
+            print(line)
+        return 1 if stale(result) else 0
+    for name, page in PAGES.items():
+        if args.write:
+            text = (ROOT / page).read_text(encoding="utf-8")
+            (ROOT / page).write_text(rendered(text, result), encoding="utf-8")
+        else:
+            print(f"-- {page}: {name}\n{BLOCKS[name](result)}\n")
+    if args.write:
+        print(*(line for line in stale(result)), sep="\n", end="")
+        return 1 if stale(result) else 0
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,178 @@
+"""What pages render of generate-zen3.json: that they say what it says, and what a table makes of other records."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+_spec = importlib.util.spec_from_file_location("speed_view_under_test", ROOT / "benchmarks" / "speed_view.py")
+view = importlib.util.module_from_spec(_spec)
+sys.modules[_spec.name] = view
+_spec.loader.exec_module(view)
+RESULT = json.loads(view.RESULT.read_text(encoding="utf-8"))
+
+
+@pytest.fixture
+def pages(tmp_path):
+    """A copy of the pages that hold a block."""
+    for page in view.PAGES.values():
+        (tmp_path / page).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / page).write_text((ROOT / page).read_text(encoding="utf-8"), encoding="utf-8")
+    return tmp_path
+
+
+def change(page: Path, old: str, new: str) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert old in text
+    page.write_text(text.replace(old, new, 1), encoding="utf-8")
+
+
+def changed(**rows: dict) -> dict:
+    """The record with fields of greedy rows changed, by the name that a table gives them (`W4A8`)."""
+    made = copy.deepcopy(RESULT)
+    for row in made["rows"]:
+        if row["num_beams"] == 1:
+            row.update(rows.get(view.name_of(row).replace(" ", "_"), {}))
+    return made
+
+
+def lines(text: str) -> dict[str, list[str]]:
+    """Cells of a table's first rows, by name."""
+    found: dict[str, list[str]] = {}
+    for line in text.splitlines():
+        if line.startswith("| ") and not line.startswith("| ---"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            name = next((cell for cell in cells[:2] if cell and "n = " not in cell), "").strip("*")
+            found.setdefault(name, cells)
+    return found
+
+
+def test_every_page_says_what_the_record_says():
+    assert view.stale(RESULT) == []
+
+
+def test_every_timed_row_stands_in_a_table():
+    """Of the record as it is: the figures again, computed here."""
+    text = view.cells(RESULT)
+    timed = [row for row in RESULT["rows"] if row["status"] == "timed"]
+    rows = [line for line in text.splitlines() if line.startswith("| ") and " to " in line and "p20" not in line]
+    assert len(rows) == len(timed) > 0
+    for line, row in zip(rows, timed, strict=True):
+        cell = [one for one in timed if one["num_beams"] == row["num_beams"] and one["batch_size"] == row["batch_size"]]
+        cell = [one for one in cell if one["source_tokens"] == row["source_tokens"]]
+        by_name = {one["candidate"]: one["latency_ms_per_token"] for one in cell}
+        ratios = [f"{by_name[name] / row['latency_ms_per_token']:.2f}" for name in ("torch fp32", "ctranslate2 int8")]
+        found = [part.strip() for part in line.strip("|").split("|")]
+        assert found[2:4] == ratios
+        assert float(found[5].replace(",", "")) == pytest.approx(row["weights_bytes"] / 1e6, rel=5e-3)
+        assert float(found[1].split(" (")[0].replace(",", "")) == pytest.approx(row["latency_ms_per_token"], rel=5e-3)
+
+
+def test_where_a_peer_is_ahead_is_said():
+    """Of each thing the best of the others, and only where it is better than ours."""
+    found = {row["candidate"]: row for row in RESULT["rows"] if row["num_beams"] == 1}
+    peer = found["ctranslate2 int8"]
+    for name, ours in (("W4A8", "dqkernels 4-4-8"), ("W2A8", "dqkernels 2-2-8")):
+        behind = min(row["first_token_ms"] for row in found.values() if row["family"] != "ours")
+        said = lines(view.readme(RESULT))[name][-1]
+        assert ("first token" in said) == (behind < found[ours]["first_token_ms"])
+    faster = changed(CTranslate2_int8={"latency_ms_per_token": 4.0, "first_token_ms": peer["first_token_ms"]})
+    assert "time per token: CTranslate2 int8 (4.00 ms)" in lines(view.readme(faster))["W4A8"][-1]
+    heavy = changed(W4A8={"peak_bytes": 400_000_000, "first_token_ms": 1.0})
+    assert lines(view.readme(heavy))["W4A8"][-1] == "peak: PyTorch bf16 (300 MB)"
+    unknown = changed(W4A8={"peak_bytes": None, "first_token_ms": 1.0})
+    assert lines(view.readme(unknown))["W4A8"][-2:] == ["-", "none"]
+    assert lines(view.readme(RESULT))["PyTorch fp32"][-1] == "", "of ours alone"
+
+
+def test_the_words_about_the_encoder_follow_the_figures():
+    assert "level with" in view.encoder(changed(W4A8={"first_token_ms": 60.0}, W2A8={"first_token_ms": 400.0}))
+    for other, verdict in ((1e4, "faster than"), (1.0, "slower than")):
+        made = copy.deepcopy(RESULT)
+        for row in made["rows"]:
+            if row["candidate"] == "ctranslate2 int8":
+                row["first_token_ms"] = other
+        assert f"is {verdict} CTranslate2's int8" in view.encoder(made)
+        made["rows"] = [row for row in made["rows"] if row["candidate"] != "ctranslate2 int8"]
+        assert "was not compared with CTranslate2 int8" in view.encoder(made)
+        assert set(lines(view.readme(made))["W4A8"][4:5]) == {"-"}
+
+
+def test_the_readme_takes_the_smallest_cells_and_the_rest_all():
+    made = copy.deepcopy(RESULT)
+    made["rows"] += [{**row, "batch_size": 8} for row in RESULT["rows"]]
+    made["rows"] += [{**row, "source_tokens": 1024} for row in RESULT["rows"]]
+    made["rows"].append({**RESULT["rows"][0], "batch_size": 64, "status": "not run", "reason": "the time was over"})
+    assert view.readme(made) == view.readme(RESULT)
+    text = view.cells(made)
+    assert text.count("W2A8 is ") == 6 and "8 texts of 256 tokens each" in text and "64 texts" not in text
+    assert "--batch_size 1,8,64 --num_beams 1,4 --source_tokens 256,1024" in view.command(made)
+    made["rows"] = made["rows"][-1:]
+    with pytest.raises(SystemExit, match="no timed row"):
+        view.readme(made)
+
+
+def test_other_embeddings_are_said():
+    row = {"family": "ours", "weight_bits": 4, "embedding_bits": 8, "candidate": "dqkernels 4-8-8"}
+    assert view.name_of(row) == "W4A8, head 8"
+    assert view.name_of({**row, "family": "plain"}) == "W4A8, head 8, Hugging Face's loop"
+
+
+@pytest.mark.parametrize(
+    "page, old, new",
+    [
+        ("README.md", "| **W4A8** | 5", "| **W2A8** | 5"),
+        ("README.md", "first token: CTranslate2", "none; CTranslate2"),
+        ("README.md", "level with", "faster than"),
+        ("docs/measured.md", "- W4A8 is ", "- W8A8 is "),
+        ("docs/quantize.md", "W2 took", "W4 took"),
+        ("docs/benchmark.md", "--num_beams 1,4", "--num_beams 1"),
+        ("docs/cli.md", "  4-4-8  ", "  2-2-8  "),
+    ],
+)
+def test_a_page_that_was_changed_is_noticed(pages, page, old, new):
+    """Swapped rows, a peer that is no longer said to be ahead, other words."""
+    change(pages / page, old, new)
+    (line,) = view.stale(RESULT, pages)
+    assert line.startswith(page) and "python benchmarks/speed_view.py --write" in line
+
+
+def test_swapped_figures_are_noticed(pages):
+    """W4's for W2's: every one of them stands in the record."""
+    text = (pages / "README.md").read_text(encoding="utf-8")
+    rows = [re.search(rf"\| \*\*{name}\*\* \| ([\d.]+)", text)[1] for name in ("W4A8", "W2A8")]
+    swapped = (
+        text.replace(f"| {rows[0]} |", "@").replace(f"| {rows[1]} |", f"| {rows[0]} |").replace("@", f"| {rows[1]} |")
+    )
+    (pages / "README.md").write_text(swapped, encoding="utf-8")
+    assert view.stale(RESULT, pages)[0].startswith("README.md, block 'readme', is not that of")
+
+
+def test_a_lost_block_is_named(pages):
+    change(pages / "docs" / "quantize.md", "<!-- speed: bits -->", "")
+    assert view.stale(RESULT, pages) == ["docs/quantize.md has lost its block 'bits'"]
+
+
+def test_the_program(pages, monkeypatch, capsys):
+    monkeypatch.setattr(view, "ROOT", pages)
+    monkeypatch.setattr(view.stale, "__defaults__", (pages,))
+    assert view.main(["--check"]) == 0 and view.main([]) == 0
+    assert "-- docs/quantize.md: bits" in capsys.readouterr().out
+    change(pages / "README.md", "W4A8", "W9A8")
+    assert view.main(["--check"]) == 1 and "README.md, block 'readme'" in capsys.readouterr().out
+    assert view.main(["--write"]) == 0 and view.main(["--check"]) == 0
+    assert (pages / "README.md").read_text() == (ROOT / "README.md").read_text()
+
+
+def test_bits_follow_speed_less_than_size():
+    """What docs/quantize.md says of this record."""
+    cell = {row["weight_bits"]: row for row in RESULT["rows"] if row["num_beams"] == 1 and row["family"] == "ours"}
+    faster, smaller = (cell[4][key] / cell[2][key] for key in ("latency_ms_per_token", "weights_bytes"))
+    assert 1 < faster < smaller
