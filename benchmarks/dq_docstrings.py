@@ -371,9 +371,17 @@ def rescore(evidence: Evidence, todo: list[tuple[Row, int]], kept: Path) -> None
 
 
 def write(path: Path, found: dict[str, Any]) -> None:
+    """A run, or all of them. What does not keep evidence.schema.json is put beside its place, not lost."""
+    from dqkernels.bench import schemas
     from dqkernels.serialize import atomic_write
 
-    atomic_write(path, (json.dumps(found, indent=1) + "\n").encode())
+    text = (json.dumps(found, indent=1) + "\n").encode()
+    try:
+        schemas.check(found, "evidence" if "runs" in found else "evidence run")
+    except schemas.RecordError as error:
+        atomic_write(path.with_suffix(".refused"), text)
+        raise SystemExit(f"{path.name} does not keep its schema, see {path.stem}.refused: {error}") from None
+    atomic_write(path, text)
 
 
 def slug(row: Row) -> str:

@@ -348,10 +348,16 @@ def speed(models: dict[str, Any], tokenizer, drawn: Sequence[docstrings.DocPair]
 
 
 def write(out: Path, result: dict[str, Any]) -> None:
-    """demo.json and demo.png, each by a temporary file and a rename."""
+    """demo.json, which keeps demo.schema.json, and demo.png, each by a temporary file and a rename.
+
+    Raises:
+        RecordError: for a result that does not keep the schema; nothing is written then.
+    """
+    from dqkernels.bench import schemas
     from dqkernels.bench.demo_view import draw
     from dqkernels.serialize import atomic_write
 
+    schemas.check(result, "demo")
     atomic_write(out / PNG_FILE, draw(result))
     atomic_write(out / JSON_FILE, (json.dumps(result, indent=1, ensure_ascii=False) + "\n").encode())
 

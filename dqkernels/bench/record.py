@@ -113,15 +113,25 @@ def check(record: Any) -> None:
             "use the release that wrote the record, or measure again"
         )
     schema = json.loads((Path(__file__).parent / "record.schema.json").read_text(encoding="utf-8"))
+    validate(record, schema)
+    check_leaves(record)
+
+
+def validate(data: Any, schema: dict) -> None:
+    """Raises RecordError where `data` does not keep a JSON schema; by `jsonschema` if it is installed."""
     if importlib.util.find_spec("jsonschema") is not None:
-        _check_with_library(record, schema)
+        _check_with_library(data, schema)
     else:
-        check_subset(record, schema)
-    for where, key, value in _leaves(record):
+        check_subset(data, schema)
+
+
+def check_leaves(data: Any, units: bool = True) -> None:
+    """Raises RecordError for a path, a NaN, or (`units`) a fraction under a key that names no unit."""
+    for where, key, value in leaves(data):
         if isinstance(value, float):
             if not math.isfinite(value):
                 raise RecordError(f"{where} is {value}; a figure that was not measured is null")
-            if not UNIT.search(key) and not value.is_integer():
+            if units and not UNIT.search(key) and not value.is_integer():
                 raise RecordError(f"{where} is {value}: a key that holds a fraction ends in its unit")
         elif isinstance(value, str) and _PATH.search(value):
             raise RecordError(f"{where} holds a path of this machine: {value!r}")
@@ -265,7 +275,7 @@ _TYPES = {
 
 
 def check_subset(value: Any, schema: dict, where: str = "$", root: dict | None = None) -> None:
-    """The keywords that record.schema.json uses, for machines without `jsonschema`.
+    """The keywords that the schemas beside this file use, for machines without `jsonschema`.
 
     Raises:
         RecordError: at the first place that does not fit.
@@ -284,6 +294,8 @@ def check_subset(value: Any, schema: dict, where: str = "$", root: dict | None =
         raise RecordError(f"{where}: {value!r} does not match {schema['pattern']!r}")
     if "minimum" in schema and _TYPES["number"](value) and value < schema["minimum"]:
         raise RecordError(f"{where}: {value!r} is less than {schema['minimum']}")
+    if "maximum" in schema and _TYPES["number"](value) and value > schema["maximum"]:
+        raise RecordError(f"{where}: {value!r} is more than {schema['maximum']}")
     if isinstance(value, list):
         for index, item in enumerate(value):
             check_subset(item, schema.get("items", {}), f"{where}[{index}]", root)
@@ -302,15 +314,16 @@ def check_subset(value: Any, schema: dict, where: str = "$", root: dict | None =
     return None
 
 
-def _leaves(value: Any, where: str = "$", key: str = "") -> Iterator[tuple[str, str, Any]]:
+def leaves(value: Any, where: str = "$", key: str = "") -> Iterator[tuple[str, str, Any]]:
+    """Where each string, number, boolean or null stands, under which key, and what it is; keys too."""
     if isinstance(value, dict):
         for name, item in value.items():
             yield f"{where}.{name}", "", name
-            yield from _leaves(item, f"{where}.{name}", name)
+            yield from leaves(item, f"{where}.{name}", name)
     elif isinstance(value, list):
         for index, item in enumerate(value):
             # Items of a list take the unit of the list's name.
-            yield from _leaves(item, f"{where}[{index}]", key)
+            yield from leaves(item, f"{where}[{index}]", key)
     else:
         yield where, key, value
 
