@@ -75,7 +75,7 @@ def test_the_table_fits():
     [
         (["--card", "a100"], "--card must be one of a100-40, a100-80-sxm"),
         (["--models", "bart-huge"], "--models must be of tiny, bart-base"),
-        (["--shapes", "768"], "--shapes must be NxN with numbers above 0"),
+        (["--shapes", "768"], "--shapes must be NxN (or llama-7b-linear) with numbers above 0"),
     ],
 )
 def test_refusals(words, message, capsys):

@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from dqkernels.bench import size
+from dqkernels.bench.shapes import PRESETS
 
 
 @dataclass(frozen=True)
@@ -133,6 +134,11 @@ def source(preset_or_path: str) -> Source:
         positions = shape.positions - 2 if isinstance(shape, size.Shape) else None
         return Source(shape.name, shape.layers, positions, shape=shape)
     folder = Path(preset_or_path)
+    if preset_or_path in PRESETS and not folder.exists():
+        raise ValueError(
+            f"preset_or_path must be a whole model, {preset_or_path} is of single layers: dqkernels bench linear "
+            f"--shapes 1x{preset_or_path}, or bench gemm"
+        )
     if not (folder / "config.json").is_file():
         raise ValueError(
             f"preset_or_path must be one of {sorted(SHAPES)} or a folder with a config.json, got {preset_or_path!r}"

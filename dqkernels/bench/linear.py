@@ -28,21 +28,23 @@ _FLOOR_RULE = "max(bytes / bandwidth, 2 M N K / peak); bytes: packed weights, in
 class Layer(Contest):
     """One float layer and everything here that can compute it, the float layer itself first."""
 
-    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names: Sequence[str] | None):
+    def __init__(self, n: int, k: int, dtype: torch.dtype, device: torch.device, bits, names=None, groups=(-1,)):
         super().__init__(make_linear(n, k, dtype, device))
         self._add_float(self.linear)
         for one in bits:
-            self._add_ours(one, names)
+            # Of 8 bits there are no groups.
+            for group_size in [size for size in groups if one != 8 or size == -1]:
+                self._add_ours(one, group_size, names)
         self._add_int_mm()
         found, absent = peers.linear(self.linear)
         self.found += found
         self.absent.update(absent)
 
-    def _add_ours(self, bits: int, names: Sequence[str] | None) -> None:
+    def _add_ours(self, bits: int, group_size: int, names: Sequence[str] | None) -> None:
         device = self.linear.weight.device
         # The ternary rule at 2 bits: it packs fastest, and the kernels do the same work for any codes.
         # Packed on the CPU, which has no kernel to be wrong: the same codes on every machine.
-        config = DQConfig(weight_bits=bits, weight_quantizer="ternary").for_linear("linear")
+        config = DQConfig(weight_bits=bits, weight_quantizer="ternary", group_size=group_size).for_linear("linear")
         self._add_backends(QLinear.from_linear(copy.deepcopy(self.linear).cpu(), config).to(device), names)
 
 
@@ -55,6 +57,7 @@ def run(
     seconds: float = 20,
     out: str | None = None,
     probe: bool = True,
+    group_sizes: Sequence[int] = (-1,),
 ) -> dict:
     """Times the layer and gives the record.
 
@@ -68,11 +71,21 @@ def run(
         seconds: for all of it, building and proving included; groups that it does not reach say so.
         out: file for the record, or None.
         probe: on a CPU, measure the copy bandwidth for memory floors (0.3 s).
+        group_sizes: of -1 (a scale per output channel), 32, 64 and 128; groups are for 2 and 4 bits, so that 8 bits
+            stand beside them with a scale per channel where -1 is asked for too.
+
+    Raises:
+        ValueError: for what is not among these.
     """
     device = protocol.pick_device(device)
     shapes = [tuple(int(v) for v in shape) for shape in (shapes or _default_shapes(device))]
     if any(len(shape) != 3 or min(shape) < 1 for shape in shapes):
         raise ValueError(f"shapes must be (tokens, out_features, in_features) triples above 0, got {shapes}")
+    scales = list(dict.fromkeys(group_sizes))
+    if not scales or not set(scales) <= {-1, 32, 64, 128}:
+        raise ValueError(f"group_sizes must be of -1, 32, 64 and 128, got {list(group_sizes)}")
+    if set(bits) == {8} and -1 not in scales:
+        raise ValueError(f"group_sizes are for 2 and 4 bits, got {scales} and bits={list(bits)}")
     default = [torch.bfloat16] if device.type == "cuda" else [torch.float32, torch.bfloat16]
     dtypes = shared.dtypes(dtype, default)
     names, absent = shared.backends(backends, device)
@@ -92,7 +105,7 @@ def run(
                 rows.append({**_identity(shape, kind), "status": "not reached", "reason": f"{seconds:g} s were over"})
                 continue
             if layer is None or layer.key != (shape[1:], kind):
-                layer = Layer(shape[1], shape[2], kind, device, bits, names)
+                layer = Layer(shape[1], shape[2], kind, device, bits, names, scales)
                 absent.update(layer.absent)
             rows += measure(shape[0], layer, left / (len(groups) - index), peak)
     rows += [{"candidate": n, "status": "not compared", "reason": record.scrub(r)} for n, r in absent.items()]
@@ -109,6 +122,7 @@ def run(
             "backends": "the fast ones available" if names is None else names,
             "act_granularity": "per_token",
             "weight_granularity": "per_channel",
+            "group_sizes": scales,
             "bias": True,
             "quantizing_the_input": "inside the timed region",
         },
@@ -198,9 +212,14 @@ def _relative(y: torch.Tensor, wanted: torch.Tensor) -> float | None:
     return float(f"{error:.3g}") if error == error and error != float("inf") else None
 
 
+def default_tokens(device: torch.device) -> tuple[int, ...]:
+    """The numbers of rows of a shape that comes without one."""
+    return GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
+
+
 def _default_shapes(device: torch.device) -> list[tuple[int, int, int]]:
-    tokens, sizes = (GPU_TOKENS, GPU_SIZES) if device.type == "cuda" else (CPU_TOKENS, CPU_SIZES)
-    return [(m, n, k) for n, k in sizes for m in tokens]
+    sizes = GPU_SIZES if device.type == "cuda" else CPU_SIZES
+    return [(m, n, k) for n, k in sizes for m in default_tokens(device)]
 
 
 # -------------------------------------------------------------------------------------------- table

@@ -39,6 +39,8 @@ Examples:
   dqkernels bench linear
   dqkernels bench linear --shapes 1x768x768,128x3072x768 --bits 4,2
   dqkernels bench linear --backends cpu,eager --out linear.json
+  dqkernels bench linear --shapes 1xllama-7b-linear --bits 4,2 \\
+      --group_sizes -1,64
 """
 _GEMM = """The GEMM of a decoding step, 1 to 64 rows: ours, cuBLAS, gemlite, Humming and BitBLAS in one run.
 
@@ -51,6 +53,7 @@ installed, or does not run here, is named as not compared.
 Examples:
   dqkernels bench gemm --seconds 120 --out gemm.json
   dqkernels bench gemm --shapes 4096x1024,1024x4096 --tokens 1,16 --bits 4,2
+  dqkernels bench gemm --shapes llama-7b-linear --tokens 1
   dqkernels bench gemm --shapes 50265x768 --group_sizes -1,64 \\
       --backends cuda,triton
 """
@@ -140,9 +143,16 @@ def register(app: typer.Typer) -> None:
 
 def linear(
     shapes: Annotated[
-        str | None, typer.Option("--shapes", help="TOKENSxOUTxIN, comma-separated; default: BART's own.")
+        str | None,
+        typer.Option(
+            "--shapes",
+            help="TOKENSxOUTxIN, comma-separated; llama-7b-linear, or with tokens, 1xllama-7b-linear; default: BART's.",
+        ),
     ] = None,
     bits: Widths = "8,4,2",
+    group_sizes: Annotated[
+        str, typer.Option("--group_sizes", help="Of -1 (a scale per channel), 32, 64, 128; groups at 2 and 4 bits.")
+    ] = "-1",
     dtype: LayerDtype = None,
     device: common.Device = "auto",
     backends: Backends = None,
@@ -151,9 +161,15 @@ def linear(
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
-    triples = None if shapes is None else [common.numbers("--shapes", part, "x", 3) for part in shapes.split(",")]
+    triples = None if shapes is None else common.sizes("--shapes", shapes, tokens=True)
     widths = common.choices("--bits", bits, (8, 4, 2))
+    groups = common.choices("--group_sizes", group_sizes, (-1, 32, 64, 128))
+    if set(widths) == {8} and -1 not in groups:
+        raise common.WrongUsage(f"--group_sizes are for 2 and 4 bits, got {group_sizes} and --bits {bits}")
     library, place, dtype = _prepared("linear", dtype, device, backends, seconds, out, overwrite)
+    if triples is not None:
+        tokens = library.default_tokens(place)
+        triples = [full for one in triples for full in ([one] if len(one) == 3 else [(m, *one) for m in tokens])]
     result = library.run(
         triples,
         bits=widths,
@@ -162,13 +178,15 @@ def linear(
         backends=None if backends is None else backends.split(","),
         seconds=seconds,
         out=out,
+        group_sizes=groups,
     )
     _finish(library, result, out, json_output)
 
 
 def gemm(
     shapes: Annotated[
-        str | None, typer.Option("--shapes", help="OUTxIN, comma-separated; default: BART's, and large ones.")
+        str | None,
+        typer.Option("--shapes", help="OUTxIN or llama-7b-linear, comma-separated; default: BART's and larger."),
     ] = None,
     tokens: Annotated[
         str | None, typer.Option("--tokens", help="Rows, comma-separated; default: 1,4,8,16,32,64.")
@@ -188,7 +206,7 @@ def gemm(
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
-    sizes = None if shapes is None else [common.numbers("--shapes", part, "x", 2) for part in shapes.split(",")]
+    sizes = None if shapes is None else common.sizes("--shapes", shapes)
     rows = None if tokens is None else [common.numbers("--tokens", part, "x", 1)[0] for part in tokens.split(",")]
     widths = common.choices("--bits", bits, (8, 4, 2))
     groups = None if group_sizes is None else common.choices("--group_sizes", group_sizes, (-1, 32, 64, 128))

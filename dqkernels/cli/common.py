@@ -73,6 +73,24 @@ def numbers(flag: str, text: str, separator: str, count: int, form: str | None =
     return tuple(map(int, parts))
 
 
+def sizes(flag: str, text: str, tokens: bool = False) -> list[tuple[int, ...]]:
+    """`768x768,llama-7b-linear` as (out, in) pairs; with `tokens`, `1x768x768,16xllama-7b-linear` as triples, and a
+    preset that comes without tokens as pairs."""
+    from dqkernels.bench.shapes import PRESETS
+
+    found: list[tuple[int, ...]] = []
+    form = f"{'NxNxN' if tokens else 'NxN'} (or {', '.join(PRESETS)})"
+    for part in text.split(","):
+        head, _, name = part.strip().rpartition("x")
+        if part.strip() in PRESETS:
+            found += PRESETS[part.strip()]
+        elif tokens and name in PRESETS and head.isascii() and head.isdigit() and int(head) > 0:
+            found += [(int(head), *pair) for pair in PRESETS[name]]
+        else:
+            found.append(numbers(flag, part, "x", 3 if tokens else 2, form))
+    return found
+
+
 def choices(flag: str, text: str, allowed: tuple[int, ...]) -> tuple[int, ...]:
     """`8,4` as numbers out of `allowed`."""
     parts = tuple(part.strip() for part in text.split(","))

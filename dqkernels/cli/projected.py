@@ -32,7 +32,7 @@ def projected(
         str, typer.Option("--card", help="a100-40, a100-80-sxm, a100-80-pcie, h100-sxm, h100-pcie or h200.")
     ] = "a100-80-sxm",
     shapes: Annotated[
-        str | None, typer.Option("--shapes", help="OUTxIN, comma-separated; default: those of bench gemm.")
+        str | None, typer.Option("--shapes", help="OUTxIN or llama-7b-linear, comma-separated; default: of bench gemm.")
     ] = None,
     tokens: Annotated[str, typer.Option("--tokens", help="Rows, comma-separated.")] = "1,16,64",
     models: Annotated[
@@ -42,7 +42,7 @@ def projected(
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
-    pairs = None if shapes is None else [common.numbers("--shapes", part, "x", 2) for part in shapes.split(",")]
+    pairs = None if shapes is None else common.sizes("--shapes", shapes)
     rows = [common.numbers("--tokens", part, "x", 1)[0] for part in tokens.split(",")]
     common.check_new_file("--out", out, overwrite)
     from dqkernels.bench import projected as library
