@@ -228,13 +228,16 @@ def _merged(before: Sequence[dict], now: list[dict]) -> list[dict]:
 
 
 def _go_on(described: dict, old: dict, measures: bool) -> None:
-    """Writes into the protocol what it is of both runs: seconds of both, and the load of the busier start."""
+    """Writes into the protocol what it is of both: seconds, the busier start's load, why either was throttled."""
     if not measures:
         described.update({name: old[name] for name in ("budget_s", "before", "after")})
         return
     described["budget_s"] += old["budget_s"]
     loads = [one["before"]["load_fraction"] for one in (described, old)]
     described["before"]["load_fraction"] = max((load for load in loads if load is not None), default=None)
+    reasons = [one[when].get("throttle_reasons") for one in (described, old) for when in ("before", "after")]
+    if any(one is not None for one in reasons):
+        described["before"]["throttle_reasons"] = list(dict.fromkeys(r for one in reasons for r in one or ()))
 
 
 def _earlier(made: dict, out: str) -> dict | None:

@@ -18,7 +18,7 @@ from typing import Any
 from dqkernels.bench import picture_draw, picture_layers, picture_models, picture_scores, record
 from dqkernels.bench.picture import Picture, Row
 from dqkernels.bench.record import RecordError
-from dqkernels.bench.words import BUSY, machine_words
+from dqkernels.bench.words import BUSY, machine_words, slowed_by
 
 #: Kinds of records that have pictures, and what they show. `demo` and `dq_docstrings` are files without a `kind`.
 KINDS: dict[str, tuple[Callable[[dict, str], list[Picture]], str]] = {
@@ -87,6 +87,8 @@ class Loaded:
         load = before.get("load_fraction") if isinstance(before, dict) else None
         if isinstance(load, int | float) and load >= BUSY:
             parts.append(f"the machine was busy before the run (load {load:.2f} per core)")
+        if reasons := slowed_by(self.data["protocol"]) if isinstance(before, dict) else []:
+            parts.append(f"the GPU was throttled ({', '.join(reasons)})")
         return "; ".join(part for part in parts if part) + "."
 
 

@@ -32,6 +32,18 @@ MAX_COPIES = 2048
 #: A sample shorter than this would measure the clock and the launch of the graph.
 _LEAST_SAMPLE_S = {"cuda": 4e-4, "cpu": 1e-3}
 _WARMUP_ROUNDS = 2
+#: nvmlClocksEventReason*, by bit.
+THROTTLE_REASONS = {
+    0x1: "gpu_idle",
+    0x2: "applications_clocks_setting",
+    0x4: "sw_power_cap",
+    0x8: "hw_slowdown",
+    0x10: "sync_boost",
+    0x20: "sw_thermal_slowdown",
+    0x40: "hw_thermal_slowdown",
+    0x80: "hw_power_brake_slowdown",
+    0x100: "display_clock_setting",
+}
 #: Calls of one host sample: a GPU queues about a thousand launches before it makes the caller wait.
 HOST_CALLS = 10
 _HOST_ROUNDS = 20
@@ -303,7 +315,7 @@ def pick_device(device: str | torch.device | None) -> torch.device:
 
 
 def state(device: torch.device) -> dict:
-    """Load of the machine, and clocks and power of the GPU, as they are now; nulls where nobody says."""
+    """Load of the machine; clocks, power and throttling of the GPU, as they are now; nulls where nobody says."""
     words = record.nvidia_smi("clocks.sm,clocks.mem,power.draw,power.limit") if device.type == "cuda" else None
     fields = (words or "").split(",")
     names = ("sm_clock_mhz", "memory_clock_mhz", "power_watts", "power_limit_watts")
@@ -311,7 +323,23 @@ def state(device: torch.device) -> dict:
         # Over one minute and per core: above a few percent before a run, somebody else is working here.
         "load_fraction": round(os.getloadavg()[0] / (os.cpu_count() or 1), 3) if hasattr(os, "getloadavg") else None,
         **{name: _number(fields[i]) if i < len(fields) else None for i, name in enumerate(names)},
+        "throttle_reasons": throttle_reasons() if device.type == "cuda" else None,
     }
+
+
+def throttle_reasons() -> list[str] | None:
+    """Why NVML says that the GPU's clocks are where they are, by its own names; None where it does not say.
+
+    A reason that this list does not know is kept as its bit.
+    """
+    # Drivers from 535 on ask for the first; older ones know the second alone, and refuse a query whole.
+    for name in ("clocks_event_reasons.active", "clocks_throttle_reasons.active"):
+        try:
+            mask = int(record.nvidia_smi(name) or "", 16)
+        except ValueError:  # nobody answered, or `[Not Supported]`
+            continue
+        return [THROTTLE_REASONS.get(bit, hex(bit)) for bit in (1 << i for i in range(64)) if mask & bit]
+    return None
 
 
 def describe(
