@@ -138,7 +138,7 @@ class _Stderr(logging.StreamHandler):
         logging.Handler.__init__(self)
 
 
-def show_log() -> None:
+def show_log(warnings_only: bool = False) -> None:
     """Lines of the library's logger on stderr, for verbs that work for long."""
     logger = logging.getLogger("dqkernels")
     if not logger.handlers:
@@ -147,7 +147,7 @@ def show_log() -> None:
         logger.addHandler(handler)
         # A library that gives the root logger a handler later on would say each line twice.
         logger.propagate = logging.getLogger().hasHandlers()
-    logger.setLevel(logging.INFO)
+    logger.setLevel(logging.WARNING if warnings_only else logging.INFO)
 
 
 def quiet_transformers() -> None:

@@ -74,11 +74,11 @@ def train(context: typer.Context) -> None:
         from dqkernels.train.arguments import ArgumentsError, parse
     except ImportError as error:
         raise common.Failed(f"training needs more packages: pip install 'dqkernels[train]' ({error})") from error
-    common.show_log()
+    first = os.environ.get("RANK", "0") == "0"
+    common.show_log(warnings_only=not first)  # what several processes of a launch all say is said once
     with common.checking_input():
         arguments = parse(words)
         plan = run.describe(arguments)
-    first = os.environ.get("RANK", "0") == "0"
     if first:
         common.say(*plan)
     out = arguments.training.output_dir

@@ -68,7 +68,9 @@ def run(arguments: Arguments) -> dict[str, Any]:
     described = [_described(arguments, stage, kd, model) for stage, kd in zip(plan, losses, strict=True)]
     folders = _folders(arguments, plan)
     _check_resume(resume, folders, described, [_length(stage) for stage in plan])
-    data = _pairs(arguments, plan, tokenizer, setup, teacher)
+    # One process of a machine reads and tokenizes; the others find it in the cache of `datasets`.
+    with args.main_process_first(local=True, desc="reading and tokenizing"):
+        data = _pairs(arguments, plan, tokenizer, setup, teacher)
     needs_teacher = any(kd.needs_teacher for kd in losses)
     teacher.to(_teacher_dtype(arguments))  # after the student was made of it
     results: dict[str, Any] = {}
