@@ -44,6 +44,32 @@ def test_the_same_tokens(teacher, sources, options):
     assert len(set(texts)) > 8 and all(len(text.split()) > 1 for text in texts), texts
 
 
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3}, {"do_sample": True}, {"do_sample": True, "num_return_sequences": 2}],
+    ids=["greedy", "3 beams", "sample", "samples"],
+)
+def test_strings_that_end_a_text(teacher, sources, options):
+    """`stop_strings`: found across the borders of tokens, by a criterion of transformers that reads the tokenizer."""
+    model, tokenizer = teacher
+    given = {name: sources[name][:6] for name in ("input_ids", "attention_mask")}
+    given |= {"max_new_tokens": 16, "do_sample": False, "num_beams": 1, **options}
+    ends = {"stop_strings": ["the", "an array", "of a"], "tokenizer": tokenizer}
+    found = []
+    for more in ({}, ends):
+        torch.manual_seed(0)
+        with decode.plain(model):
+            theirs = model.generate(**given, **more)
+        served = engine.state_of(model).served
+        torch.manual_seed(0)
+        ours = model.generate(**given, **more)
+        assert engine.state_of(model).served == served + 1, engine.state_of(model).last
+        assert torch.equal(ours, theirs)
+        found.append(tokenizer.batch_decode(ours, skip_special_tokens=True))
+    free, ended = found
+    assert any(map(str.endswith, ended, [tuple(ends["stop_strings"])] * len(ended))) and ended != free, ended
+
+
 #: Of greedy tokens. The goal is 0.99; some 800 tokens of whichever docstrings lie here tell it from 0.98.
 AGREEMENT = 0.98
 

@@ -17,6 +17,7 @@ from dqkernels.decode import t5 as t5_file
 KINDS = {
     "greedy": {},
     "sample": {"do_sample": True, "top_k": 30, "temperature": 1.3},
+    "samples": {"do_sample": True, "num_return_sequences": 3, "temperature": 2.0},
     "two beams": {"num_beams": 2},
     "beams": {"num_beams": 4},
     "five beams": {"num_beams": 5, "num_return_sequences": 5},
@@ -66,6 +67,12 @@ PROCESSED = {
     "own": {"logits_processor": LogitsProcessorList([Prefers()])},
     "guided": {"watermarking_config": {"bias": 3.0, "seeding_scheme": "selfhash"}},
 }
+
+
+def test_samples_of_one_source_differ():
+    """Or several of them would be one sample, written several times."""
+    tokens = alike(lively("bart"), **KINDS["samples"])
+    assert tokens.shape[0] == 12 and all(len(set(map(tuple, rows.tolist()))) == 3 for rows in tokens.view(4, 3, -1))
 
 
 @pytest.mark.parametrize("beams", [1, 3])
