@@ -4,12 +4,17 @@ An oracle row is an int64 sum and four float32 roundings in numpy (tests/oracle.
 package. `activation="gelu"` and the attention are float ops and stand in test_reference with a bound.
 """
 
+import json
+
+import cpu_grid_checks
 import grids
 import numpy as np
 import oracle
+import programs
 import pytest
 import torch
 from compare import assert_equal, assert_same_bits
+from cpu_grid_checks import as_numpy, draw
 
 from dqkernels import backends, ops, packing, qmath
 from dqkernels.kernels import native
@@ -21,35 +26,6 @@ def backends_for(op, **facts):
     """Every backend that takes CPU tensors for this op here; eager is always one of them."""
     backends.refresh()
     return [name for name in backends.NAMES if backends.refusal(name, op, "cpu", facts) is None]
-
-
-def draw(case):
-    """Random codes over all that storage admits, packed by the oracle; scales with a zero among them."""
-    rng = np.random.default_rng(case.seed)
-    low, high = grids.CODE_RANGE.get(case.quantizer, (-(1 << (case.bits - 1)), (1 << (case.bits - 1)) - 1))
-    if case.bits == 8:
-        low = -127
-    codes = rng.integers(low, high + 1, (case.n, case.k))
-    scale = rng.random(1 if case.granularity == "per_tensor" else case.n).astype(np.float32) * 0.01 + 1e-4
-    if scale.size > 3:
-        scale[rng.integers(case.n)] = 0.0  # a zero weight row
-    mult = None
-    if case.group_size != -1:
-        limit = oracle.mult_max(case.bits, case.four_level, case.k)
-        mult = rng.integers(1, limit + 1, (case.n, -(-case.k // case.group_size))).astype(np.uint8)
-    generator = torch.Generator().manual_seed(case.seed)
-    x = torch.randn(case.m, case.k, generator=generator) * 2
-    if case.m > 2:
-        x[1], x[2, case.k // 2] = 0.0, float("nan") if case.mode != "per_tensor" else 40.0
-    x = grids.LAYOUTS[case.layout](x.to(case.dtype))
-    bias = torch.randn(case.n, generator=generator).to(case.dtype) if case.bias else None
-    residual = torch.randn(case.m, case.n, generator=generator).to(case.dtype) if case.residual else None
-    act_scale = 0.021 if case.mode == "static" else None
-    return codes, scale, mult, x, bias, residual, act_scale
-
-
-def as_numpy(tensor):
-    return None if tensor is None else tensor.float().numpy()
 
 
 def test_the_grid_is_what_it_claims():
@@ -71,25 +47,25 @@ def test_the_grid_is_what_it_claims():
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_qlinear_has_no_element_that_differs_from_the_oracle(case):
-    codes, scale, mult, x, bias, residual, act_scale = draw(case)
-    wanted = oracle.qlinear(
-        as_numpy(x).reshape(case.m, case.k), codes, scale, mult,
-        four_level=case.four_level, group_size=case.group_size, mode=case.mode, clip=case.clip,
-        act_scale=act_scale, bias=as_numpy(bias), residual=as_numpy(residual), activation=case.activation,
-        dtype=str(case.dtype).removeprefix("torch."),
-    )  # fmt: skip
-    qweight = torch.from_numpy(oracle.pack_fast(codes, case.bits))
-    multipliers = None if mult is None else torch.from_numpy(mult)
     names = backends_for("qgemm", bits=case.bits, group_size=case.group_size)
     assert "eager" in names
-    for backend in [*names, "auto"]:
-        got = ops.qlinear(
-            x, qweight, torch.from_numpy(scale), multipliers, bias, residual, case.bits, case.four_level,
-            case.group_size, case.n, case.mode, case.clip,
-            None if act_scale is None else torch.tensor([act_scale]), case.activation, case.dtype, backend,
-        )  # fmt: skip
-        assert got.dtype == case.dtype
-        assert_equal(got, wanted, f"{backend} {case}", may_be_zero=case.m * case.n < 8)
+    cpu_grid_checks.assert_qlinear(case, [*names, "auto"])
+
+
+@pytest.fixture(scope="module")
+def on_every_set():
+    """{instruction set: the whole grid on the compiled core with it}."""
+    if native.native() is None:
+        pytest.skip(native.why_absent())
+    return {isa: programs.run(cpu_grid_checks, isa) for isa in native.native().cpu_isas()}
+
+
+def test_every_instruction_set_of_this_cpu_has_the_oracles_bits(on_every_set):
+    for isa, done in on_every_set.items():
+        assert done.returncode == 0, f"{isa}: {done.stderr[-3000:]}"
+        report = json.loads(done.stdout)
+        assert report["isa"] == isa and report["cases"] == len(CASES)
+    assert len({json.loads(done.stdout)["digest"] for done in on_every_set.values()}) == 1
 
 
 @pytest.mark.parametrize("case", CASES[:: len(grids.FORMATS) + 1], ids=str)
