@@ -31,6 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 GRID = ROOT / "tests" / "op_grid.py"  # every op through every backend of the device, compared with eager on the CPU
+CPU_CHECKS = ROOT / "tests" / "cpu_checks.py"
 #: Outcomes that a later run with the same --out does not repeat.
 SETTLED = ("passed", "failed", "absent")
 SANITIZERS = ("memcheck", "racecheck", "initcheck", "synccheck")
@@ -245,6 +246,25 @@ def junit_counts(report: Path) -> dict:
     return counts
 
 
+def stage_cpu(lane: Lane, seconds: float) -> dict:
+    """The compiled core's check programs with every instruction set of this host: machines with cards have VNNI and
+    AMX, which others lack. The best set first, so that time runs out on what is run elsewhere."""
+    command = [sys.executable, str(CPU_CHECKS), "--seconds", f"{max(1.0, seconds - 5):.0f}"]
+    done = lane.call(command, seconds, OMP_NUM_THREADS="2")
+    lines = [line for line in done.output.splitlines() if line.startswith('{"cpu_isas"')]
+    if not lines:
+        absent_core = "no compiled core" in done.output
+        return absent("the core was not built") if absent_core else ended(done)
+    found = json.loads(lines[-1])
+    row = ended(done, cpu_isas=found["cpu_isas"], runs=found["runs"], failures=len(found["failed"]))
+    if found["failed"] or found["other_bits"]:
+        other = [f"{found['other_bits']} programs with other bits"] if found["other_bits"] else []
+        row["reason"] = "; ".join([*found["failed"], *other])
+    elif found["unfinished"]:
+        row.update(outcome="timed out", reason=f"not finished: {', '.join(found['unfinished'])}")
+    return row
+
+
 def stage_primitives(lane: Lane, seconds: float) -> dict:
     """tests/cuda/*.cu: programs that check one primitive each; built for this card, exit code 0 is a pass."""
     programs = sorted((ROOT / "tests" / "cuda").glob("*.cu"))
@@ -352,6 +372,7 @@ def stages() -> list[Stage]:
     rest = pytest_stage("-m", "not gpu and not slow", "tests", "--ignore=tests/test_gpu_lane.py")
     return [
         Stage("build", stage_build, 30, 180, holds=lambda: (built() or {}).get("cuda", False)),
+        Stage("cpu checks", stage_cpu, 15, 60),
         Stage("gpu tests", pytest_stage("-m", "gpu", "tests"), 20, 240),  # mostly compiling
         Stage("primitives", stage_primitives, 15, 40),
         Stage("op grid", stage_grid, 20, 90),

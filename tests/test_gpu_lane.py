@@ -294,6 +294,35 @@ def test_sanitizer_reports_are_read(tmp_path, monkeypatch, code, output, outcome
     assert variables == {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
 
 
+@pytest.mark.parametrize(
+    ("code", "output", "outcome", "reason"),
+    [
+        (0, {"cpu_isas": ["avx2"], "runs": 7}, "passed", None),
+        (
+            1,
+            {"cpu_isas": ["avx2", "amx_int8"], "runs": 14, "failed": ["amx_int8 x.py"], "other_bits": 2},
+            "failed",
+            "amx_int8 x.py; 2 programs with other bits",
+        ),
+        (1, {"cpu_isas": ["avx2"], "runs": 7, "unfinished": ["avx2 x.py"]}, "timed out", "not finished: avx2 x.py"),
+        (1, "no compiled core: it was not built\n", "absent", "the core was not built"),
+        (1, "Traceback\n", "failed", "exit code 1"),
+    ],
+)
+def test_the_hosts_instruction_sets_are_a_stage(tmp_path, monkeypatch, code, output, outcome, reason):
+    lane, _ = a_lane(tmp_path)
+    if isinstance(output, dict):
+        output = "ok avx2 x.py 1 s\n" + json.dumps({**output, **{key: output.get(key, value) for key, value in
+                  (("failed", []), ("unfinished", []), ("other_bits", 0))}}) + "\n"  # fmt: skip
+    commands = answer(monkeypatch, lane, code, output)
+    row = gpu_lane.stage_cpu(lane, 60)
+    assert (row["outcome"], row["reason"]) == (outcome, reason)
+    if "cpu_isas" in row:
+        assert row["cpu_isas"][0] == "avx2" and row["runs"] == 7 * len(row["cpu_isas"])
+    assert commands[0][0][1:] == [str(gpu_lane.CPU_CHECKS), "--seconds", "55"]
+    assert next(stage for stage in gpu_lane.stages() if stage.name == "cpu checks").most_s == 60
+
+
 def test_the_grid_of_ops_is_a_stage_of_its_own(tmp_path, monkeypatch):
     lane, _ = a_lane(tmp_path)
     for code, output, outcome in (
@@ -446,7 +475,7 @@ def test_tiles_are_measured_as_far_as_time_reaches(tmp_path, monkeypatch):
 
 
 def test_worth_comes_first_and_every_stage_can_be_reached():
-    assert NAMES[:2] == ["build", "gpu tests"] and NAMES[-1] == "device-independent tests"
+    assert NAMES[:3] == ["build", "cpu checks", "gpu tests"] and NAMES[-1] == "device-independent tests"
     benches = [name.removeprefix("bench ") for name in NAMES if name.startswith("bench ")]
     assert benches[:3] == ["generate", "generate_memory", "gemm"], "what users get comes first"
     assert benches[3:] == ["linear", "kernels", "train_step", "generate_layers"]
