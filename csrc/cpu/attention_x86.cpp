@@ -1,5 +1,6 @@
 // The loops of attention.h for AVX2, and for the two instruction sets with a dot product of bytes (VNNI), on
-// vectors of the same width: they differ in that one operation.
+// vectors of the same width: they differ in that one operation. Those two were run over modelled instructions
+// (tests/sim/avx512_model.h), never on such a processor.
 //
 // The instruction set is a function attribute, not a flag of this file (quantize_x86.cpp says why).
 #if defined(__x86_64__)

@@ -37,12 +37,11 @@ constexpr Entry kEntries[] = {
 #if defined(__aarch64__)
     {"dotprod", dotprod_gemm, Isa::dotprod},
 #endif
-#if defined(DQK_SIM)
-    {"model_512", model_512_gemm, Isa::scalar},  // of tests/sim/gemm_host.cpp
-#endif
-#if defined(DQK_SIM) && defined(__x86_64__)
-    {"model_dotprod", model_dotprod_gemm, Isa::scalar},  // of tests/sim/gemm_dotprod_model.cpp
-    {"model_amx", model_amx_gemm, Isa::avx2},            // of tests/sim/gemm_amx_model.cpp
+#if defined(DQK_SIM) && defined(__x86_64__)  // of tests/sim/gemm_*_model.cpp
+    {"model_avx_vnni", model_avx_vnni_gemm, Isa::avx2},
+    {"model_avx512_vnni", model_avx512_vnni_gemm, Isa::avx2},
+    {"model_amx", model_amx_gemm, Isa::avx2},
+    {"model_dotprod", model_dotprod_gemm, Isa::scalar},
 #endif
 };
 constexpr int32_t kEntryCount = static_cast<int32_t>(sizeof kEntries / sizeof kEntries[0]);

@@ -1,4 +1,5 @@
-// The CPU GEMM for AVX-VNNI: vpdpbusd on 256 bits. Plain<32> (gemm_plain.h) is its model.
+// The CPU GEMM for AVX-VNNI: vpdpbusd on 256 bits. Run over modelled instructions
+// (tests/sim/avx512_model.h), never on such a processor.
 #if defined(__x86_64__)
 #define DQK_TARGET __attribute__((target("avx2,f16c,avxvnni")))
 #include "cpu/gemm_avx2.h"

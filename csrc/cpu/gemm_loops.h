@@ -113,9 +113,10 @@ const GemmKernel& amx_int8_gemm();
 const GemmKernel& dotprod_gemm();
 #endif
 #if defined(DQK_SIM)
-const GemmKernel& model_512_gemm();
-const GemmKernel& model_dotprod_gemm();
+const GemmKernel& model_avx_vnni_gemm();
+const GemmKernel& model_avx512_vnni_gemm();
 const GemmKernel& model_amx_gemm();
+const GemmKernel& model_dotprod_gemm();
 #endif
 
 }  // namespace dqk

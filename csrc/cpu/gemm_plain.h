@@ -1,6 +1,5 @@
-// The operations of the CPU GEMM in plain C++: what runs where no instruction set is known, and the model of
-// the others. Four products added to an int32 lane, wrapping, are what vpdpbusd does: Plain<32> and Plain<64>
-// take the paths of the 256- and 512-bit instruction on any machine.
+// The operations of the CPU GEMM in plain C++: what runs where no instruction set is known. Four products
+// added to an int32 lane, wrapping, are what vpdpbusd does, so that Plain<32> takes the paths of AVX-VNNI.
 #pragma once
 #include <cstdint>
 #include <cstring>

@@ -26,7 +26,16 @@ struct Support {
     bool& operator[](Isa isa) { return has[static_cast<int32_t>(isa)]; }
 };
 
-#if defined(__x86_64__)
+#if defined(DQK_EVERY_ISA)  // tests/sim: the sources for x86-64 on models of their instructions
+
+Support detect() {
+    Support found;
+    for (bool& has : found.has) has = true;
+    found[Isa::dotprod] = false;
+    return found;
+}
+
+#elif defined(__x86_64__)
 
 bool bit(uint32_t word, int index) {
     return (word >> index) & 1u;
@@ -111,7 +120,8 @@ Choice choose() {
     const char* forced = std::getenv("DQKERNELS_CPU");
     if (forced == nullptr || *forced == '\0') {
         Isa best = Isa::scalar;  // the enum ascends in worth within one architecture
-        // AMX tiles were never run on a processor that has them: until they were, they are asked for by name.
+        // VNNI was executed over modelled instructions only, and so were AMX tiles; these, a unit with a
+        // state of its own that the system grants, are asked for by name until they ran on a processor.
         for (int32_t i = 0; i < kIsaCount; ++i)
             if (support().has[i] && static_cast<Isa>(i) != Isa::amx_int8) best = static_cast<Isa>(i);
         return {Status::ok, best};

@@ -13,20 +13,22 @@ HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="session")
 def sim_program():
     """`sim_program(source, ...)`: the running Program of those sources (names in this folder, or paths from csrc's
-    parent such as "csrc/cuda/quantize.cu"); skips where nothing can be simulated."""
-    programs: dict[tuple[str, ...], harness.Program] = {}
+    parent such as "csrc/cuda/quantize.cu"), with variables of its environment by name; skips where nothing can be
+    simulated."""
+    programs: dict[tuple, harness.Program] = {}
 
-    def program(*sources: str) -> harness.Program:
+    def program(*sources: str, **environment: str) -> harness.Program:
         reason = harness.missing()
         if reason is not None:
             pytest.skip(reason)
-        if sources not in programs:
+        key = (*sources, *sorted(environment.items()))
+        if key not in programs:
             paths = [harness.ROOT / name if name.startswith("csrc/") else HERE / name for name in sources]
             try:
-                programs[sources] = harness.Program(harness.build(paths))
+                programs[key] = harness.Program(harness.build(paths), environment)
             except harness.BuildError as error:
                 pytest.fail(f"the program on the simulator does not compile:\n{error}", pytrace=False)
-        return programs[sources]
+        return programs[key]
 
     yield program
     for running in programs.values():

@@ -1,6 +1,7 @@
-// csrc/cpu/gemm_amx.cpp as it is, on modelled tiles; what needs AVX-512 is the model of that (gemm_host.cpp).
+// csrc/cpu/gemm_amx.cpp as it is, on modelled tiles; what needs AVX-512 is that source on
+// modelled registers (gemm_avx512_model.cpp).
 #define DQK_TARGET __attribute__((target("avx2,f16c")))
-#define avx512_vnni_gemm model_512_gemm
+#define avx512_vnni_gemm model_avx512_vnni_gemm
 #define amx_int8_gemm model_amx_gemm
 #include "amx_model.h"
 //

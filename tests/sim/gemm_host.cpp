@@ -1,20 +1,12 @@
-// The CPU GEMM and embedding under sanitizers, called as the binding calls them, with three kernels more: the
-// model of the 512-bit dot product (gemm_plain.h), which no machine of ours can run, and the sources of two
-// instruction sets on models of their registers. Plain<32>, the scalar kernel, is that of the 256-bit one.
-#define DQK_TARGET
+// The CPU GEMM and embedding under sanitizers, called as the binding calls them, with four kernels more: the
+// sources of instruction sets that a machine may lack, on models of their registers (gemm_*_model.cpp).
 #if defined(__x86_64__)
 #include "amx_model.h"
 #endif
-#include "cpu/gemm_plain.h"
 #include "dqk/api.h"
 #include "protocol.h"
 
 namespace dqk {
-
-const GemmKernel& model_512_gemm() {
-    static constexpr GemmKernel kernel = kernel_of<Plain<64>>("model_512");
-    return kernel;
-}
 
 namespace {
 

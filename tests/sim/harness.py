@@ -171,8 +171,9 @@ ABSENT = Buffer(np.empty(0, np.uint8), NULL)
 class Program:
     """A running program; see the module's docstring."""
 
-    def __init__(self, binary: Path):
+    def __init__(self, binary: Path, environment: dict[str, str] | None = None):
         self.binary = binary
+        self.environment = environment or {}
         self.source_folder = HERE
         self._process: subprocess.Popen | None = None
         self._errors = None
@@ -182,6 +183,7 @@ class Program:
             self._errors = tempfile.TemporaryFile()
             environment = {
                 **os.environ,
+                **self.environment,
                 "ASAN_OPTIONS": "detect_leaks=0:abort_on_error=0:handle_abort=0:allocator_may_return_null=0",
                 "UBSAN_OPTIONS": "print_stacktrace=1:halt_on_error=1",
             }

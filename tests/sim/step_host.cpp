@@ -1,22 +1,23 @@
 // The two ends of a decode step, where its tokens stand, and beam search behind it, under sanitizers.
-#define DQK_TARGET
 #include "cpu/decoder_step.h"
-#include "cpu/gemm_plain.h"
+#include "cpu/gemm_loops.h"
 #include "dqk/api.h"
 #include "protocol.h"
 
 namespace dqk {
 
-// What the GEMM lists on the simulator (gemm_host.cpp); nothing here calls it.
-const GemmKernel& model_512_gemm() {
-    static constexpr GemmKernel kernel = kernel_of<Plain<64>>("model_512");
-    return kernel;
+// What the GEMM lists on the simulator; nothing here calls it.
+const GemmKernel& model_avx_vnni_gemm() {
+    return scalar_gemm();
 }
-const GemmKernel& model_dotprod_gemm() {
-    return model_512_gemm();
+const GemmKernel& model_avx512_vnni_gemm() {
+    return scalar_gemm();
 }
 const GemmKernel& model_amx_gemm() {
-    return model_512_gemm();
+    return scalar_gemm();
+}
+const GemmKernel& model_dotprod_gemm() {
+    return scalar_gemm();
 }
 
 namespace {

@@ -18,9 +18,10 @@ KERNELS = {
     "avx_vnni": (3, ("avx2", "f16c", "avx_vnni")),
     "avx512_vnni": (4, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni")),
     "amx_int8": (5, ("avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512_vnni", "amx_tile", "amx_int8")),
-    "model_512": (6, ()),
-    "model_dotprod": (7, ()),
+    "model_avx_vnni": (6, ("avx2", "f16c")),
+    "model_avx512_vnni": (7, ("avx2", "f16c")),
     "model_amx": (8, ("avx2", "f16c")),
+    "model_dotprod": (9, ()),
 }
 #: (bits, four_level, group size), 0 for no groups.
 FORMS = {
@@ -172,7 +173,8 @@ def stored(t: np.ndarray, kind: str) -> np.ndarray:
 @pytest.fixture
 def program(sim_program):
     return sim_program(
-        "gemm_host.cpp", "gemm_dotprod_model.cpp", "gemm_amx_model.cpp", "csrc/cpu/gemm.cpp",
+        "gemm_host.cpp", "gemm_dotprod_model.cpp", "gemm_amx_model.cpp", "gemm_avx512_model.cpp",
+        "gemm_avx_vnni_model.cpp", "csrc/cpu/gemm.cpp",
         "csrc/cpu/gemm_scalar.cpp", "csrc/cpu/gemm_avx2.cpp", "csrc/cpu/gemm_avx_vnni.cpp",
         "csrc/cpu/gemm_avx512_vnni.cpp", "csrc/cpu/gemm_amx.cpp", "csrc/cpu/embedding.cpp", "csrc/cpu/threads.cpp",
         "csrc/cpu/quantize.cpp", "csrc/cpu/quantize_x86.cpp", "csrc/cpu/isa.cpp",
@@ -328,7 +330,7 @@ def embedding_case(options: dict) -> Case:
 def test_embedding_rows(program, kernel):
     """Any two options of EMBEDDING_AXES meet in some case."""
     chosen = [o for seed in range(3) for o in covering(EMBEDDING_AXES, seed=seed) if o["kernel"] == kernel]
-    assert run_cases(program, map(embedding_case, chosen), SEEDS) >= 30
+    assert run_cases(program, map(embedding_case, chosen), SEEDS) >= 25
 
 
 def test_refusals_come_before_any_memory_is_touched(program):
