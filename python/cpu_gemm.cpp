@@ -141,6 +141,17 @@ uint64_t read(const std::vector<uintptr_t>& pieces, int64_t bytes, int threads) 
     return total;
 }
 
+int64_t multiply(int64_t products, int threads) {
+    int64_t sum = 0;
+    Status status = Status::ok;
+    {
+        py::gil_scoped_release released;
+        status = multiply_bytes(products, threads, &sum);
+    }
+    raise_cpu(status, "multiply_bytes");
+    return sum;
+}
+
 std::vector<std::string> kernel_names() {
     std::vector<std::string> names;
     for (int32_t i = 0; gemm_kernel_name(i) != nullptr; ++i) names.emplace_back(gemm_kernel_name(i));
@@ -169,6 +180,11 @@ void define_cpu_gemm(py::module_& m) {
           py::arg("step").none(true) = nullptr, "Rows of a packed table -> floats.");
     m.def("read_bytes", &read, py::arg("pieces"), py::arg("bytes"), py::arg("threads"),
           "Reads pieces of memory (addresses) and does nothing else; the sum of their words.");
+    m.def("multiply_instruction", &multiply_instruction,
+          "The byte product that multiply_bytes repeats, or None where there is no loop for the instruction "
+          "set.");
+    m.def("multiply_bytes", &multiply, py::arg("products"), py::arg("threads"),
+          "Multiplies at least so many pairs of bytes in registers and does nothing else; their number.");
     py::class_<CpuPlan>(m, "CpuPlan", "Options of a linear on the CPU; `run` computes it.")
         .def(py::init<int64_t, int, int, float, int, bool, int, int, int, const std::vector<int64_t>&,
                       const std::vector<bool>&, const std::vector<int>&, const std::vector<int>&, int>(),

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -65,11 +66,64 @@ def test_gemv_is_held_against_the_faster_reader():
 def test_gemm_stands_beside_torchs_products():
     rows = cpu_parts.gemm(cpu_parts.Work(WORK.shape, (8, 4), 1e5))
     found = by_name(rows)
-    assert set(found) == {"dqkernels W8", "dqkernels W4", "torch._int_mm", "torch fp32"}
-    assert {row["status"] for name in found if "int_mm" not in name for row in found[name]} == {"timed"}
+    assert set(found) == {"dqkernels W8", "dqkernels W4", "torch._int_mm", "torch fp32", "multiply loop"}
+    products = [name for name in found if name.startswith(("dqkernels", "torch fp32"))]
+    assert {row["status"] for name in products for row in found[name]} == {"timed"}
     for ours, base in zip(found["dqkernels W4"], found["dqkernels W8"], strict=True):
         assert ours["w8_ratio"] == pytest.approx(base["median_us"] / ours["median_us"], rel=2e-3)
         assert base["w8_ratio"] == 1.0 and base["fp32_ratio"] is not None
+
+
+LOOP = native.native() is not None and getattr(native.native(), "multiply_instruction", lambda: None)()
+
+
+@pytest.mark.skipif(not LOOP, reason="no multiply loop for this instruction set, or an older core")
+def test_gemm_is_held_against_a_loop_that_only_multiplies():
+    rows = cpu_parts.gemm(cpu_parts.Work(WORK.shape, (8, 4), 1e5))
+    found = by_name(rows)
+    for name in ("dqkernels W8", "dqkernels W4", "multiply loop"):
+        for row, loop in zip(found[name], found["multiply loop"], strict=True):
+            assert row["multiply_fraction"] == pytest.approx(loop["median_us"] / row["median_us"], rel=2e-3)
+    assert {row["multiply_fraction"] for row in found["torch fp32"]} == {None}, "it multiplies no bytes"
+    assert {row["instruction"] for row in found["multiply loop"]} == {LOOP}
+    made = cpu.run("tiny", ["gemm"], (4,), seconds=1e5)
+    assert "a loop that only multiplies" in " ".join(text_of(made).split()) and "multiply_loop" in made["protocol"]
+
+
+@pytest.mark.skipif(not LOOP, reason="no multiply loop for this instruction set, or an older core")
+def test_the_loop_multiplies_as_much_as_it_says():
+    """Products of one, so their sum is their number: whole blocks, on any number of threads."""
+    multiply = native.native().multiply_bytes
+    block = multiply(1, 1)
+    assert block % 32 == 0 and multiply(0, 1) == 0
+    for products in (block, block + 1, 7 * block):
+        for threads in (1, 2, 5, 300):
+            assert multiply(products, threads) == -(-products // block) * block
+    with pytest.raises(ValueError, match="rows must be >= 0"):
+        multiply(-1, 1)
+
+
+def test_without_a_loop_there_is_no_share(monkeypatch):
+    """Plain C++, AMX, Arm; and a core from before the loop was there."""
+    core = native.native()
+    lacking = {name: getattr(core, name) for name in dir(core) if not name.startswith(("_", "multiply"))}
+    for more, reason in (({"multiply_instruction": lambda: None}, "no loop for"), ({}, "is older than this benchmark")):
+        monkeypatch.setattr(cpu_parts.native, "native", lambda more=more: SimpleNamespace(**lacking, **more))
+        found = by_name(cpu_parts.gemm(WORK))
+        for row in found["multiply loop"]:
+            assert row["status"] == "not supported" and reason in row["reason"] and row["instruction"] is None
+        assert {row["multiply_fraction"] for row in found["dqkernels W4"]} == {None}
+        assert {row["status"] for row in found["dqkernels W4"]} == {"timed"}
+
+
+def test_a_loop_that_leaves_products_out_is_refused(monkeypatch):
+    core = native.native()
+    kept = {name: getattr(core, name) for name in dir(core) if not name.startswith("_")}
+    kept |= {"multiply_instruction": lambda: "vpnothing", "multiply_bytes": lambda products, threads: products - 1}
+    monkeypatch.setattr(cpu_parts.native, "native", lambda: SimpleNamespace(**kept))
+    found = by_name(cpu_parts.gemm(WORK))
+    assert {row["status"] for row in found["multiply loop"]} == {"refused"}
+    assert {row["multiply_fraction"] for row in found["dqkernels W4"]} == {None}
 
 
 def test_what_takes_too_long_is_named_and_not_repeated(monkeypatch):

@@ -1,6 +1,7 @@
-"""What `bench cpu` times call by call: GEMVs against a loop that only reads, GEMMs, steps, threads beside torch's.
+"""What `bench cpu` times call by call: GEMVs against a loop that only reads, GEMMs against one that only multiplies,
+steps, threads beside torch's.
 
-Every candidate is proven first: ours bit-equal to the eager backend on the same codes, the readers by their sums.
+Every candidate is proven first: ours bit-equal to the eager backend on the same codes, the loops by their sums.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ CPU = torch.device("cpu")
 #: Rows of the GEMMs.
 TOKENS = (32, 256, 1024)
 CACHES = ("cold", "warm")
+#: The candidate that is the bound of a product of bytes.
+MULTIPLY_LOOP = "multiply loop"
 #: A sample of calls in one run of the core takes about so long.
 _SAMPLE_S, _GUESS_BYTES_PER_S = 2e-3, 1e10
 #: Samples of a candidate, and calls in a sample, at most.
@@ -72,7 +75,7 @@ def eager(x: torch.Tensor, linear: QLinear) -> torch.Tensor:
     return ops.qlinear(x, *linear.packed(), linear.bias, None, *options, x.dtype, "eager", False)
 
 
-def _samples(calls: int, run: Callable[[], object]) -> Callable[[], float]:
+def _samples(calls: float, run: Callable[[], object]) -> Callable[[], float]:
     def sample() -> float:
         start = time.perf_counter()
         run()
@@ -188,7 +191,8 @@ def _fill(rows: dict[str, dict], samplers: dict[str, Callable[[], float]], secon
 
 @torch.inference_mode()
 def gemm(work: Work) -> list[dict]:
-    """Int8 rows through the linears of a layer, against torch's int8 and fp32 products of the same sizes."""
+    """Int8 rows through the linears of a layer, against torch's int8 and fp32 products of the same sizes, and against
+    the instruction set's byte products in registers."""
     cells = [(m, n, k) for n, k in work.linears()[:3] for m in TOKENS]
     rows: list[dict] = []
     for (m, n, k), seconds in _shares(cells, work.seconds):
@@ -235,7 +239,13 @@ def _gemm_cell(m: int, n: int, k: int, bits: tuple[int, ...], seconds: float) ->
         rows["torch._int_mm"].update(status="too slow", reason=words, median_us=_short(took * 1e6), samples=1)
     floats = weight.t().contiguous().float()
     add("torch fp32", lambda: F.linear(x, floats), None, 32)
+    _add_multiply_loop(add, rows, samplers, m * n * k)
     _fill(rows, samplers, seconds)
+    loop = rows[MULTIPLY_LOOP].get("median_us")
+    for row in rows.values():
+        # Of what multiplies bytes; torch's fp32 product multiplies something else.
+        mine = row.get("median_us") if row["bits"] <= 8 else None
+        row["multiply_fraction"] = _short(loop / mine) if loop and mine else None
     base = {
         name: rows[name].get("median_us") for name in ("torch._int_mm", "torch fp32", "dqkernels W8") if name in rows
     }
@@ -248,6 +258,25 @@ def _gemm_cell(m: int, n: int, k: int, bits: tuple[int, ...], seconds: float) ->
             both = base.get(name), row.get("median_us")
             row[key] = _short(both[0] / both[1]) if all(both) else None
     return list(rows.values())
+
+
+def _add_multiply_loop(add, rows: dict[str, dict], samplers: dict[str, Callable[[], float]], products: int) -> None:
+    """The core's loop that multiplies as many pairs of bytes in registers and does nothing else, on as many threads."""
+    core, threads = native.native(), torch.get_num_threads()
+    instruction = core.multiply_instruction() if hasattr(core, "multiply_instruction") else None
+    if instruction is None:
+        older = "the compiled core is older than this benchmark: build it again"
+        add(MULTIPLY_LOOP, lambda: None, None, 8)
+        reason = f"no loop for {core.cpu_isa()}" if hasattr(core, "multiply_instruction") else older
+        rows[MULTIPLY_LOOP].update(status="not supported", reason=reason, instruction=None)
+        return
+    # Blocks are whole, so that a small product is less than what is multiplied; every product is a 1.
+    done = core.multiply_bytes(products, threads)
+    right = products <= done == core.multiply_bytes(products, 1)
+    wrong = None if right else f"its sum is {done}, of {products} products of one"
+    add(MULTIPLY_LOOP, lambda: None, wrong, 8)
+    rows[MULTIPLY_LOOP]["instruction"] = instruction
+    samplers[MULTIPLY_LOOP] = _samples(done / products, lambda: core.multiply_bytes(products, threads))
 
 
 # ---- between the runs of a step -----------------------------------------------------------------------------

@@ -76,7 +76,26 @@ def _gemm(rows: list[dict]):
         ratios = [_figure(cell.get("dqkernels W8", {}).get(key)) for key in ("int_mm_ratio", "fp32_ratio")]
         lines.append((sizes, *times, *ratios))
     title = "GEMM: us; how many times as fast as torch's int8 and fp32 our W8 is"
-    return _table(title, ("MxNxK", "W8", "W4", "W2", "_int_mm", "fp32", "x int8", "x fp32"), lines)
+    table = _table(title, ("MxNxK", "W8", "W4", "W2", "_int_mm", "fp32", "x int8", "x fp32"), lines)
+    shares = _multiply_shares(rows)
+    from rich.console import Group
+
+    return table if shares is None else Group(table, shares)
+
+
+def _multiply_shares(rows: list[dict]):
+    """Of the loop that only multiplies, ours; nothing where no row has it (older records, no loop for this CPU)."""
+    names = ("dqkernels W8", "dqkernels W4", "dqkernels W2")
+    lines, instruction = [], None
+    for sizes, cell in _cells([row for row in rows if row.get("multiply_fraction") is not None]).items():
+        loop = cell.get("multiply loop", {})
+        instruction = loop.get("instruction") or instruction
+        shares = [_percent(cell.get(name, {}).get("multiply_fraction")) for name in names]
+        lines.append((sizes, _figure(loop.get("median_us"), ".0f"), *shares))
+    if not lines:
+        return None
+    title = f"GEMM: us of a loop that only multiplies ({instruction}), and its share"
+    return _table(title, ("MxNxK", "loop", "W8", "W4", "W2"), lines)
 
 
 def _step(rows: list[dict]):

@@ -248,6 +248,12 @@ Status cpu_embedding(const CpuEmbedding& args);
 // 64-bit words, and of the bytes left over.
 Status read_bytes(const void* data, int64_t bytes, int32_t threads, uint64_t* sum);
 
+// Multiplies ones in registers, at least `products` pairs of bytes, and does nothing else: the yardstick of
+// products of many rows. sum: of the products, so their number. The instruction is the widest byte product of
+// active_isa(); nullptr, and Status::bad_kernel, where there is no loop for it (scalar, amx_int8, dotprod).
+const char* multiply_instruction();
+Status multiply_bytes(int64_t products, int32_t threads, int64_t* sum);
+
 // ---- the two ends of a decode step on a CPU --------------------------------------------------------------
 
 // x = x * factor, then + the row of `table` for the position that the row stands at; each step rounded to the
