@@ -11,8 +11,8 @@ import torch
 from generate_cases import CELL, CPU, CUDA, assert_fits, few_rounds, of, run  # noqa: F401 - few_rounds is for every test here
 
 from dqkernels.bench import compare, memory, record
-from dqkernels.bench import generate_files as files
 from dqkernels.bench import generate_view as view
+from dqkernels.bench import tables as files
 from dqkernels.bench.generate_cells import Cell
 
 # ------------------------------------------------------------------------------------------- memory

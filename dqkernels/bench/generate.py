@@ -23,11 +23,10 @@ from dqkernels.bench import memory, protocol, record
 from dqkernels.bench import rows as shared
 from dqkernels.bench.candidates import short
 from dqkernels.bench.generate_cells import Cell
-from dqkernels.bench.generate_files import check_name, write_table
 from dqkernels.bench.generate_lineup import FAMILIES, Lineup, Options
 from dqkernels.bench.generate_view import render, write_plot
 
-__all__ = ["check_name", "render", "run", "write_plot", "write_table"]
+__all__ = ["render", "run", "write_plot"]
 
 #: The least seconds of timing that a cell gets while there is time: the first ones must not be thin.
 _CELL_S = 20.0

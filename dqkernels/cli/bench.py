@@ -14,6 +14,7 @@ from dqkernels.cli import bench_quality, bench_train, common, compare, peers, pr
 _GROUP = """Measure layers, ops, whole models, file sizes, training steps and scores on this machine.
 
 Every run prints a table; --out writes the record: rows, protocol, machine and versions. `dqkernels plot` draws it.
+--table writes the rows alone: CSV with every field, or Markdown with those for people.
 
 \b
 Examples:
@@ -158,6 +159,7 @@ def linear(
     backends: Backends = None,
     seconds: Seconds = 20.0,
     out: common.Out = None,
+    table: common.Table = None,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
@@ -166,7 +168,7 @@ def linear(
     groups = common.choices("--group_sizes", group_sizes, (-1, 32, 64, 128))
     if set(widths) == {8} and -1 not in groups:
         raise common.WrongUsage(f"--group_sizes are for 2 and 4 bits, got {group_sizes} and --bits {bits}")
-    library, place, dtype = _prepared("linear", dtype, device, backends, seconds, out, overwrite)
+    library, place, dtype = _prepared("linear", dtype, device, backends, seconds, out, overwrite, table)
     if triples is not None:
         tokens = library.default_tokens(place)
         triples = [full for one in triples for full in ([one] if len(one) == 3 else [(m, *one) for m in tokens])]
@@ -180,7 +182,7 @@ def linear(
         out=out,
         group_sizes=groups,
     )
-    _finish(library, result, out, json_output)
+    _finish(library, result, out, json_output, table)
 
 
 def gemm(
@@ -203,6 +205,7 @@ def gemm(
     ] = False,
     seconds: Seconds = 60.0,
     out: common.Out = None,
+    table: common.Table = None,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
@@ -210,7 +213,7 @@ def gemm(
     rows = None if tokens is None else [common.numbers("--tokens", part, "x", 1)[0] for part in tokens.split(",")]
     widths = common.choices("--bits", bits, (8, 4, 2))
     groups = None if group_sizes is None else common.choices("--group_sizes", group_sizes, (-1, 32, 64, 128))
-    library, place, dtype = _prepared("gemm", dtype, device, backends, seconds, out, overwrite)
+    library, place, dtype = _prepared("gemm", dtype, device, backends, seconds, out, overwrite, table)
     with common.checking_input():
         library.plan(place, sizes, rows, widths, groups)
     result = library.run(
@@ -225,7 +228,7 @@ def gemm(
         out=out,
         tune_peers=tune_peers,
     )
-    _finish(library, result, out, json_output)
+    _finish(library, result, out, json_output, table)
 
 
 def kernels(
@@ -236,11 +239,12 @@ def kernels(
     backends: Backends = None,
     seconds: Seconds = 20.0,
     out: common.Out = None,
+    table: common.Table = None,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
-    library, place, dtype = _prepared("kernels", dtype, device, backends, seconds, out, overwrite)
+    library, place, dtype = _prepared("kernels", dtype, device, backends, seconds, out, overwrite, table)
     names = None if ops is None else [name.strip() for name in ops.split(",")]
     if unknown := [name for name in names or () if name not in library.OPS]:
         raise common.WrongUsage(f"--ops must be of {', '.join(library.OPS)}, got {unknown[0]!r}")
@@ -253,7 +257,7 @@ def kernels(
         seconds=seconds,
         out=out,
     )
-    _finish(library, result, out, json_output)
+    _finish(library, result, out, json_output, table)
 
 
 def generate(
@@ -294,7 +298,7 @@ def generate(
         float, typer.Option("--seconds", help="For all of it; the first cell is always measured.")
     ] = 300.0,
     out: common.Out = None,
-    table: Annotated[str | None, typer.Option("--table", help="File for the rows, .csv or .md.")] = None,
+    table: common.Table = None,
     plot: Annotated[str | None, typer.Option("--plot", help="File for the picture (PNG).")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
     overwrite: common.Overwrite = False,
@@ -316,16 +320,14 @@ def generate(
             "--resume goes on with the record in --out: --overwrite with it is for --table and --plot alone"
         )
     common.check_record(out, resume, overwrite)
-    for flag, path in (("--table", table), ("--plot", plot)):
-        common.check_new_file(flag, path, overwrite)
+    common.check_table(table, overwrite)
+    common.check_new_file("--plot", plot, overwrite)
     from dqkernels import text
     from dqkernels.bench import generate as library
 
     common.quiet_transformers()
     # The library refuses what it cannot measure with a ValueError, before it measures.
     with _model_by_its_name(), common.checking_input():
-        if table is not None:
-            library.check_name(table)
         place = str(text.check_device(device))
         dtype = None if dtype in (None, "auto") else text.check_dtype(dtype)
         _check_backends(None if backend == "auto" else backend, "--backend")
@@ -345,10 +347,7 @@ def generate(
             out=out,
             resume=resume,
         )
-    _finish(library, result, out, json_output)
-    if table is not None:
-        library.write_table(result, table)
-        common.say(f"wrote {table}")
+    _finish(library, result, out, json_output, table)
     if plot is not None and not any(row["status"] == "timed" for row in result["rows"]):
         common.say("nothing timed, no picture")
     elif plot is not None:
@@ -365,15 +364,17 @@ def cpu(
     bits: Widths = "8,4,2",
     seconds: Annotated[float, typer.Option("--seconds", help="For all of it, shared among the parts.")] = 600.0,
     out: common.Out = None,
+    table: common.Table = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     widths = common.choices("--bits", bits, (8, 4, 2))
     _check_seconds(seconds)
-    if resume and (out is None or overwrite):
-        raise common.WrongUsage("--resume goes on with the record in --out, which --overwrite would replace")
+    if resume and (out is None or (overwrite and table is None)):
+        raise common.WrongUsage("--resume goes on with the record in --out: --overwrite with it is for --table alone")
     common.check_record(out, resume, overwrite)
+    common.check_table(table, overwrite)
     from dqkernels.bench import cpu as library
 
     common.quiet_transformers()
@@ -386,7 +387,7 @@ def cpu(
             out=out,
             resume=resume,
         )
-    _finish(library, result, out, json_output)
+    _finish(library, result, out, json_output, table)
 
 
 def size(
@@ -398,6 +399,7 @@ def size(
         str, typer.Option("--bits", help="Weights-embeddings, comma-separated: each of 2, 4, 8.")
     ] = "8-8,4-4,2-2",
     out: common.Out = None,
+    table: common.Table = None,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
@@ -405,6 +407,7 @@ def size(
     if bad := [part for part in pairs if any(width not in (2, 4, 8) for width in part)]:
         raise common.WrongUsage(f"--bits must be pairs of 2, 4 or 8 such as 4-8, got {bad[0][0]}-{bad[0][1]}")
     common.check_new_file("--out", out, overwrite)
+    common.check_table(table, overwrite)
     from dqkernels.bench import size as library
 
     if shape not in library.SHAPES:
@@ -415,15 +418,23 @@ def size(
         raise common.WrongUsage(f"--layers must be at most the teacher's {teacher.layers}, got {layers}")
     common.quiet_transformers()
     result = library.run([library.Case(shape, *depth, *pair) for pair in pairs], teachers=[shape], out=out)
-    _finish(library, result, out, json_output)
+    _finish(library, result, out, json_output, table)
 
 
 def _prepared(
-    name: str, dtype: str | None, device: str, backends: str | None, seconds: float, out: str | None, overwrite: bool
+    name: str,
+    dtype: str | None,
+    device: str,
+    backends: str | None,
+    seconds: float,
+    out: str | None,
+    overwrite: bool,
+    table: str | None,
 ):
     """What the benchmarks of calls check alike; gives the library, the device and the dtype (None: its default)."""
     _check_seconds(seconds)
     common.check_new_file("--out", out, overwrite)
+    common.check_table(table, overwrite)
     from dqkernels import text
 
     library = importlib.import_module(f"dqkernels.bench.{name}")
@@ -434,13 +445,12 @@ def _prepared(
     return library, place, dtype
 
 
-def _finish(library, result: dict, out: str | None, json_output: bool) -> None:
+def _finish(library, result: dict, out: str | None, json_output: bool, table: str | None) -> None:
     if json_output:
         common.print_json(result)
     else:
         common.console().print(library.render(result))
-    if out is not None:
-        common.say(f"wrote {out}")
+    common.wrote(result, out, table)
 
 
 def _check_seconds(seconds: float) -> None:

@@ -81,6 +81,7 @@ def quality(
     ] = None,
     device: common.Device = "auto",
     out: common.Out = None,
+    table: common.Table = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the record in --out.")] = False,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
@@ -89,9 +90,10 @@ def quality(
     for flag, value, least in (("--pairs", pairs, 1), ("--seed", seed, 0), ("--batch_size", batch_size, 1)):
         if value is not None and value < least:
             raise common.WrongUsage(f"{flag} must be at least {least}, got {value}")
-    if resume and (out is None or overwrite):
-        raise common.WrongUsage("--resume goes on with the record in --out, and does not go with --overwrite")
+    if resume and (out is None or (overwrite and table is None)):
+        raise common.WrongUsage("--resume goes on with the record in --out: --overwrite with it is for --table alone")
     common.check_record(out, resume, overwrite)
+    common.check_table(table, overwrite)
     if validation_file is not None and test_file is not None:
         raise common.WrongUsage("give --validation_file or --test_file, not both")
     given = dataset_name is not None or validation_file is not None or test_file is not None
@@ -139,5 +141,4 @@ def quality(
         common.print_json(result)
     else:
         common.console().print(library.render(result))
-    if out is not None:
-        common.say(f"wrote {out}")
+    common.wrote(result, out, table)

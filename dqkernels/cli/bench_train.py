@@ -37,6 +37,7 @@ def train(
     fixed: Annotated[bool, typer.Option("--fixed", help="The fixed rule of each width, not learned steps.")] = False,
     seconds: Annotated[float, typer.Option("--seconds", help="About what the timing may take.")] = 60.0,
     out: common.Out = None,
+    table: common.Table = None,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
@@ -44,6 +45,7 @@ def train(
     if not 0 < seconds < 86400:
         raise common.WrongUsage(f"--seconds must be above 0, got {seconds:g}")
     common.check_new_file("--out", out, overwrite)
+    common.check_table(table, overwrite)
     from dqkernels import text
     from dqkernels.bench import train_step as library
 
@@ -60,5 +62,4 @@ def train(
             print(line)
         if result["environment"]["gpu"] is None:
             print("GPU: not run")
-    if out is not None:
-        common.say(f"wrote {out}")
+    common.wrote(result, out, table)

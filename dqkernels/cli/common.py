@@ -25,6 +25,7 @@ Dtype = Annotated[
 Device = Annotated[str, typer.Option("--device", help="auto (a GPU where there is one), cpu, cuda or cuda:N.")]
 #: Options of the verbs of `bench`.
 Out = Annotated[str | None, typer.Option("--out", help="File for the JSON record.")]
+Table = Annotated[str | None, typer.Option("--table", help="File for the rows, .csv or .md.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 
 
@@ -62,6 +63,27 @@ def check_record(out: str | None, resume: bool, overwrite: bool) -> None:
     if out is not None and Path(out).is_file() and not (resume or overwrite):
         raise WrongUsage(f"--out {out!r} is there already: give --resume to go on with it, --overwrite to replace it")
     check_new_file("--out", out, overwrite or resume)
+
+
+def check_table(path: str | None, overwrite: bool) -> None:
+    """`check_new_file` for the `--table` of a verb of `bench`, and its ending."""
+    if path is not None:
+        from dqkernels.bench import tables
+
+        with checking_input():
+            tables.check_name(path)
+    check_new_file("--table", path, overwrite)
+
+
+def wrote(result: dict, out: str | None, table: str | None) -> None:
+    """Writes the rows into `--table`, and says which files there are: the library has written the record."""
+    if out is not None:
+        say(f"wrote {out}")
+    if table is not None:
+        from dqkernels.bench import tables
+
+        tables.write_table(result, table)
+        say(f"wrote {table}")
 
 
 def numbers(flag: str, text: str, separator: str, count: int, form: str | None = None) -> tuple[int, ...]:

@@ -37,8 +37,11 @@ def compare(
         str | None, typer.Option("--against", help="The candidate that is the yardstick; default: torch's own.")
     ] = None,
     everything: Annotated[bool, typer.Option("--all", help="Show rows that did not move too.")] = False,
+    table: common.Table = None,
+    overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
+    common.check_table(table, overwrite)
     from dqkernels.bench import compare as library
 
     with common.checking_input():  # a file that is not there, no record, or of another kind
@@ -47,5 +50,6 @@ def compare(
         common.print_json(result)
     else:
         common.console().print(library.render(result, everything))
+    common.wrote(result, None, table)
     if result["losses"]:
         raise common.Failed(f"{result['losses']} of {len(result['rows'])} figures lost more than {threshold:.0%}")

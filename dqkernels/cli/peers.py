@@ -19,7 +19,13 @@ def register(group: typer.Typer) -> None:
     group.command("peers", help=_HELP, short_help="Other projects: which are here, how to install.")(peers)
 
 
-def peers(device: common.Device = "auto", json_output: common.Json = False) -> None:
+def peers(
+    device: common.Device = "auto",
+    table: common.Table = None,
+    overwrite: common.Overwrite = False,
+    json_output: common.Json = False,
+) -> None:
+    common.check_table(table, overwrite)
     from dqkernels import text
     from dqkernels.bench import peers as library
 
@@ -30,3 +36,4 @@ def peers(device: common.Device = "auto", json_output: common.Json = False) -> N
         common.print_json({"device": place.type, "peers": rows})
     else:
         common.console().print(library.render(rows, place))
+    common.wrote({"rows": rows}, None, table)

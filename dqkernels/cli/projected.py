@@ -39,12 +39,14 @@ def projected(
         str, typer.Option("--models", help="Shapes for whole decode steps, comma-separated.")
     ] = "bart-base,bart-large",
     out: common.Out = None,
+    table: common.Table = None,
     overwrite: common.Overwrite = False,
     json_output: common.Json = False,
 ) -> None:
     pairs = None if shapes is None else common.sizes("--shapes", shapes)
     rows = [common.numbers("--tokens", part, "x", 1)[0] for part in tokens.split(",")]
     common.check_new_file("--out", out, overwrite)
+    common.check_table(table, overwrite)
     from dqkernels.bench import projected as library
 
     with common.checking_input():
@@ -53,5 +55,4 @@ def projected(
         common.print_json(result)
     else:
         common.console().print(library.render(result))
-    if out is not None:
-        common.say(f"wrote {out}")
+    common.wrote(result, out, table)
