@@ -160,8 +160,7 @@ def choose(model, batch: dict[str, torch.Tensor], written: torch.Tensor) -> torc
 def count(
     written: Sequence[torch.Tensor], found: Sequence[torch.Tensor], chosen: Sequence[torch.Tensor], padding: int
 ) -> dict[str, Any]:
-    """What agrees, over batches of ids: `written` by what is held against, `found` by the model, `chosen` by it behind
-    `written`."""
+    """What agrees, over batches of ids: `written` by the other model, `found` by this, `chosen` behind `written`."""
     words = forced = free = texts = same_texts = 0
     for other, mine, behind in zip(written, found, chosen, strict=True):
         other = other[:, 1:]
