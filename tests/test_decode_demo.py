@@ -70,8 +70,8 @@ def test_strings_that_end_a_text(teacher, sources, options):
     assert any(map(str.endswith, ended, [tuple(ends["stop_strings"])] * len(ended))) and ended != free, ended
 
 
-#: Of greedy tokens, int8 attention on both sides. The goal is 0.99, and benchmarks/results/agreement.json says that it is missed
-#: (98.8 at 8 bits); this is what 800 tokens of whichever docstrings lie here tell from a mistake.
+#: Of greedy tokens, int8 attention on both sides. The goal is 0.99, and benchmarks/results/agreement.json says that it
+#: is missed (98.8 at 8 bits); this is what 800 tokens of whichever docstrings lie here tell from a mistake.
 AGREEMENT = 0.98
 
 

@@ -32,6 +32,7 @@ _NO_NAMES = {"t_j", "ONEDNN_PRIMITIVE_CACHE_CAPACITY"}
 #: Flags of other programs that pages call.
 _FOREIGN_FLAGS = {
     "-ffp-contract", "-fmad", "--fmad", "--no-deps", "--target", "--num_processes", "--multi_gpu", "--dist",
+    "--cpu",
 }  # fmt: skip
 _TREES = ("dqkernels", "csrc", "python", "benchmarks", "tests")
 
