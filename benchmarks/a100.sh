@@ -8,9 +8,10 @@ usage() {
   cat <<'TEXT'
 Usage: benchmarks/a100.sh [--out DIR] [--minutes N] [--any_gpu] [--dry_run]
 
-Builds for the A100 in this machine, runs the GPU lane and every benchmark, and leaves the records in DIR.
-About three hours. Run it again with the same DIR after a kill: what was finished is not repeated, the lane
-and the sweeps of bench generate go on in the middle. Another commit or card needs another DIR.
+Builds for the A100 in this machine, runs the GPU lane and every benchmark, and leaves the records in DIR with
+a page about them, DIR/report.html. About five hours. Run it again with the same DIR after a kill: what was
+finished is not repeated, the lane and the sweeps of bench generate go on in the middle. Another commit or
+card needs another DIR.
 
   --out DIR      folder for records, logs and marks [a100_out in the checkout]
   --minutes N    of the GPU lane [40]
@@ -19,7 +20,8 @@ and the sweeps of bench generate go on in the middle. Another commit or card nee
   -h, --help     this text
 
 PYTHON names the interpreter [python3]. Peers that are not installed are named in the records as not
-compared; for a full comparison first: pip install gemlite humming-kernels bitblas ctranslate2 bitsandbytes
+compared. For a full comparison, first (without the torch that they would bring; see dqkernels bench peers):
+  pip install --no-deps gemlite humming-kernels bitblas ctranslate2 bitsandbytes torchao
 TEXT
 }
 
@@ -69,7 +71,7 @@ fi
 
 # ---- steps: a mark in DIR/done says that one was finished --------------------------------------------------
 
-failed=()
+failed=() records=() ran=no
 step() { # step NAME COMMAND...: stdout and stderr go to DIR/NAME.log too
   local name=$1
   shift
@@ -83,6 +85,7 @@ step() { # step NAME COMMAND...: stdout and stderr go to DIR/NAME.log too
     return
   fi
   echo "== $name: $*"
+  ran=yes
   if "$@" 2>&1 | tee "$out/$name.log"; then
     touch "$out/done/$name"
   else
@@ -94,6 +97,7 @@ step() { # step NAME COMMAND...: stdout and stderr go to DIR/NAME.log too
 bench() { # bench NAME ARGUMENTS...: a record DIR/NAME-a100.json
   local name=$1
   shift
+  records+=("$out/$name-a100.json")
   step "$name" "$python" -m dqkernels bench "$@" --out "$out/$name-a100.json"
 }
 
@@ -108,6 +112,10 @@ step info "$python" -m dqkernels info
 step lane "$python" benchmarks/gpu_lane.py --minutes "$minutes" --out "$out/lane" --require_gpu
 bench gemm gemm --seconds 900 --overwrite
 bench linear linear --seconds 300 --overwrite
+bench gemm-bf16 gemm --dtype bfloat16 --group_sizes -1 --seconds 600 --overwrite
+bench gemm-grouped gemm --shapes 8192x8192,1024x1024,4096x1024,1024x4096 --tokens 1,16,64 --bits 4,2 \
+  --group_sizes 64,128,32 --seconds 600 --overwrite
+bench gemm-llama gemm --shapes llama-7b-linear --group_sizes -1,128 --seconds 600 --overwrite
 bench kernels kernels --seconds 300 --overwrite
 # In order of worth: the goals' model, its shallower forms, its memory, then the other shapes.
 bench generate generate bart-large --seconds 1800 --resume
@@ -115,10 +123,25 @@ bench generate-layers generate bart-large --sweep layers --bits 4,2 --seconds 90
 bench generate-memory generate bart-large --sweep memory --bits 4 --seconds 900 --resume
 bench generate-base generate bart-base --seconds 900 --resume
 bench generate-mbart generate mbart-large --bits 4 --batch_size 1,16 --num_beams 1,4 --seconds 900 --resume
+# T5 has no biases and its own attention bias: another path through the decode loop.
+bench generate-t5 generate t5-base --seconds 900 --resume
 bench train-step train --device cuda --seconds 300 --overwrite
+# What the bits cost and how large the files are: the same on every card, and quick.
+bench quality quality --device cuda --pairs 1258 --resume
+bench size size --overwrite
+bench size-large size --shape bart-large --overwrite
 # Last, so that every figure above is by rule: a table for this card, to be used and contributed.
 step tune "$python" -m dqkernels tune bart-large --out "$out/tiles-a100.json"
-# Not measured, and never in one table with what is: what the datasheet of this card allows.
+# The page is drawn again where anything above was, of the records that there are.
+if [ "$dry_run" = no ]; then
+  [ "$ran" = no ] || rm -f "$out/done/report"
+  there=()
+  for file in "${records[@]}"; do [ ! -e "$file" ] || there+=("$file"); done
+  records=("${there[@]}")
+fi
+[ ${#records[@]} -eq 0 ] || step report "$python" -m dqkernels plot --html "$out/report.html" "${records[@]}"
+# Not measured, and never in one table or page with what is: what the datasheet of this card allows.
+records=()
 bench projected projected --card "$card" --overwrite
 
 [ "$dry_run" = no ] || exit 0

@@ -16,6 +16,8 @@ import documents
 import pytest
 from test_docs import parse
 
+from dqkernels.bench import peers
+
 SCRIPT = documents.ROOT / "benchmarks" / "a100.sh"
 _PYTHON = """#!/usr/bin/env bash
 if [ "$1" = -c ]; then echo "$GPU"; exit 0; fi
@@ -83,16 +85,38 @@ def test_a_command_that_does_not_parse_is_noticed():
 
 def test_it_runs_what_the_a100_rows_need():
     text = [" ".join(words) for words in planned()]
-    for needed in ("gpu_lane.py", "bench gemm", "bench linear", "bench kernels", "bench generate", "bench train"):
+    for needed in (
+        "gpu_lane.py", "bench gemm", "bench linear", "bench kernels", "bench generate bart-large", "bench train",
+        "bench size", "bench quality", "bench generate t5-base", "bench gemm --dtype bfloat16", "--group_sizes 64,128",
+        "--shapes llama-7b-linear", "plot --html",
+    ):  # fmt: skip
         assert any(needed in line for line in text), needed
-    records = [word for words in planned() for word in words if word.endswith(".json")]
+    text = [line for line in text if "plot --html" not in line]
+    records = [word for line in text for word in line.split() if word.endswith(".json")]
     assert len(records) == len(set(records)) and all("-a100" in name for name in records)
+
+
+def test_the_page_is_of_every_measured_record():
+    """And of no projection: its figures never stand beside measured ones."""
+    (report,) = [words for words in planned() if "plot" in words]
+    written = {words[words.index("--out") + 1] for words in planned() if "bench" in words}
+    shown = [word for word in report if word.endswith(".json")]
+    assert len(shown) == len(set(shown)) and set(shown) == {name for name in written if "projected" not in name}
+    assert any("projected" in name for name in written)
+
+
+def test_the_hint_about_peers_brings_no_second_torch():
+    text = run("--help").stdout
+    (hint,) = [line.strip() for line in text.splitlines() if "pip install" in line]
+    assert hint.startswith("pip install --no-deps ")
+    known = {word for peer in peers.PEERS.values() for word in peer.install.split() if "cuda" in peer.devices}
+    assert set(hint.split()[3:]) == known - {"pip", "install", "--no-deps", "part", "of", "torch"}
 
 
 def test_a_record_of_a_run_that_was_killed_is_in_nobodys_way():
     """A verb of `bench` refuses a file that is there unless it may go on with it or replace it."""
     benches = [words for words in planned() if "bench" in words]
-    assert len(benches) >= 9
+    assert len(benches) >= 16
     assert not [" ".join(words) for words in benches if not {"--resume", "--overwrite"} & set(words)]
 
 
@@ -130,9 +154,14 @@ def test_a_failure_does_not_stop_the_others_and_a_second_run_repeats_it_alone(ma
     first, calls = machine(gpu, fails="kernels")
     assert first.returncode == 1 and "failed: kernels" in first.stderr
     assert len(calls) == len(planned())
+    assert [line for line in calls if "plot" in line] and not any(
+        "kernels-a100" in line for line in calls if "plot" in line
+    )
     again, calls = machine(gpu)
-    assert again.returncode == 0 and len(calls) == 1 and "bench kernels" in calls[0]
+    assert again.returncode == 0 and len(calls) == 2 and "bench kernels" in calls[0]
     assert "gemm: finished earlier" in again.stdout
+    assert "plot --html" in calls[1] and "kernels-a100.json" in calls[1], "the page is drawn again with it"
+    assert machine(gpu)[1] == [], "and not without"
     commit = [line.split() for line in again.stdout.splitlines() if line.startswith("  cp ")]
     assert {Path(source).name: target for _, source, target in commit}["gemm-a100.json"] == (
         "benchmarks/results/gemm-a100.json"
