@@ -116,7 +116,18 @@ def check_fork(core):
     return 1
 
 
-CHECKS = (check_guard_pages, check_embedding_guard_pages, check_threads, check_fork)
+def check_multiply_loop(core):
+    """The loop of bench cpu, on registers full of ones: its sum is the number of products, of whole blocks."""
+    if core.multiply_instruction() is None:
+        return 1  # scalar, AMX and Arm have none
+    block = core.multiply_bytes(1, 1)
+    assert block in (32 * 1024 * 12, 64 * 1024 * 12)
+    for products, threads in itertools.product((block, 3 * block - 1, 3 * block), (1, 2, 3)):
+        assert core.multiply_bytes(products, threads) == -(-products // block) * block
+    return 9
+
+
+CHECKS = (check_guard_pages, check_embedding_guard_pages, check_threads, check_fork, check_multiply_loop)
 
 if __name__ == "__main__":
     the_core = load(sys.argv[1])

@@ -39,6 +39,11 @@ struct Loop {
     for (const Word word : words) sum += word;                                    \
     return sum;
 
+#if defined(DQK_AVX512_MODEL)  // tests/sim/avx512_model.h: no register holds a vector of 512 bits
+#define DQK_HELD "+m"
+#else
+#define DQK_HELD "+v"
+#endif
 #define DQK_MADD(sum, u, x) _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, x))
 
 // clang-format off
@@ -49,7 +54,7 @@ __attribute__((target("avx2,avxvnni"))) int64_t block_avx_vnni() {
     DQK_MULTIPLY_BLOCK(__m256i, int32_t, "+x", _mm256_set1_epi8(1), _mm256_setzero_si256(), _mm256_dpbusd_avx_epi32)
 }
 __attribute__((target("avx512f,avx512bw,avx512vnni"))) int64_t block_avx512_vnni() {
-    DQK_MULTIPLY_BLOCK(__m512i, int32_t, "+v", _mm512_set1_epi8(1), _mm512_setzero_si512(), _mm512_dpbusd_epi32)
+    DQK_MULTIPLY_BLOCK(__m512i, int32_t, DQK_HELD, _mm512_set1_epi8(1), _mm512_setzero_si512(), _mm512_dpbusd_epi32)
 }
 // clang-format on
 #endif

@@ -30,6 +30,7 @@ MODELS = {
     "gemm_avx512_vnni.cpp": "avx512_names.h",
     "attention_x86.cpp": "avx512_names.h",
     "quantize_x86.cpp": "avx512_names.h",
+    "multiply_bytes.cpp": "avx512_names.h",
     "gemm_amx.cpp": "amx_model.h",
 }
 TILES = """
