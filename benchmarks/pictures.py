@@ -17,7 +17,12 @@ from dqkernels.bench import picture_draw, plot, record
 HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parent / "docs" / "images"
 #: Records, and which of their pictures pages show.
-SHOWN = {"generate-zen3": ("latency",), "dq_docstrings": ("score",), "demo": ("score",)}
+SHOWN = {
+    "generate-zen3": ("latency", "memory"),
+    "gemm-h200": ("latency", "floor"),
+    "dq_docstrings": ("score",),
+    "demo": ("score",),
+}
 
 
 def wanted() -> list[tuple[Path, plot.Loaded, plot.Picture, str]]:
