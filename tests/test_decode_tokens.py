@@ -41,7 +41,8 @@ class Prefers(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         assert input_ids.shape[0] == scores.shape[0] and input_ids.dtype == torch.int64
-        wanted = (input_ids * torch.arange(1, input_ids.shape[1] + 1)).sum(1) % VOCAB
+        places = torch.arange(1, input_ids.shape[1] + 1, device=input_ids.device)
+        wanted = (input_ids * places).sum(1) % VOCAB
         scores[torch.arange(len(wanted)), wanted] += 3.0
         return scores
 

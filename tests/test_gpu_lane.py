@@ -241,6 +241,14 @@ def a_pytest(tests: int, failures: int = 0, skipped: int = 0, **row) -> dict:
         ([a_pytest(0), {"stage": "bench linear", "outcome": "passed"}], "GPU: not run"),
         ([a_pytest(7, skipped=2)], "GPU: 5 tests passed, 0 failed, 2 skipped"),
         (
+            [a_pytest(4, 1, 1, stage="gpu tokens", outcome="failed"), a_pytest(7, skipped=2)],
+            "GPU: 7 tests passed, 1 failed, 3 skipped; failed: gpu tokens",
+        ),
+        (
+            [a_pytest(4, stage="gpu tokens"), {"stage": "gpu tests", "outcome": "unreached"}],
+            "GPU: 4 tests passed, 0 failed, 0 skipped; unreached: gpu tests",
+        ),
+        (
             [
                 a_pytest(7, 1, outcome="failed"),
                 {"stage": "sanitizer memcheck", "outcome": "absent"},
@@ -321,6 +329,20 @@ def test_the_hosts_instruction_sets_are_a_stage(tmp_path, monkeypatch, code, out
         assert row["cpu_isas"][0] == "avx2" and row["runs"] == 7 * len(row["cpu_isas"])
     assert commands[0][0][1:] == [str(gpu_lane.CPU_CHECKS), "--seconds", "55"]
     assert next(stage for stage in gpu_lane.stages() if stage.name == "cpu checks").most_s == 60
+
+
+def test_tokens_come_before_the_many_tests_and_once(tmp_path, monkeypatch):
+    """Whole models are what users get; the tests of kernels behind them may use up the time."""
+    lane, _ = a_lane(tmp_path)
+    found = {}
+    for stage in gpu_lane.stages():
+        if stage.name in ("gpu tokens", "gpu tests"):
+            commands = answer(monkeypatch, lane, 5, "")
+            assert stage.run(lane, 30)["outcome"] == "absent"
+            found[stage.name] = commands[0][0][-3:]
+    assert list(found) == ["gpu tokens", "gpu tests"] and (SCRIPT.parent.parent / gpu_lane.TOKENS).is_file()
+    assert found["gpu tokens"] == ["-m", "gpu", gpu_lane.TOKENS]
+    assert found["gpu tests"] == ["gpu", "tests", f"--ignore={gpu_lane.TOKENS}"]
 
 
 def test_the_grid_of_ops_is_a_stage_of_its_own(tmp_path, monkeypatch):
@@ -475,7 +497,7 @@ def test_tiles_are_measured_as_far_as_time_reaches(tmp_path, monkeypatch):
 
 
 def test_worth_comes_first_and_every_stage_can_be_reached():
-    assert NAMES[:3] == ["build", "cpu checks", "gpu tests"] and NAMES[-1] == "device-independent tests"
+    assert NAMES[:4] == ["build", "cpu checks", "gpu tokens", "gpu tests"] and NAMES[-1] == "device-independent tests"
     benches = [name.removeprefix("bench ") for name in NAMES if name.startswith("bench ")]
     assert benches[:3] == ["generate", "generate_memory", "gemm"], "what users get comes first"
     assert benches[3:] == ["linear", "kernels", "train_step", "generate_layers"]
