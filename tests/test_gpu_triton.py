@@ -174,6 +174,14 @@ def test_second_device(backend):
     triton_checks.assert_same(y, backend.qlinear(x.cuda(), *cuda(weight), **facts).cpu(), "cuda:1")
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", triton_checks_attention.LONG, ids=lambda s: f"{s[2]}x{s[3]}")
+def test_attention_over_long_texts(backend, shape, dtype):
+    """Prefill of up to 4,096 tokens, as the contract has it."""
+    rows, _ = triton_checks_attention.assert_long(shape, "cuda", dtype)
+    assert rows == shape[0] * shape[1] * shape[2]
+
+
 def test_attention_in_a_graph_on_a_side_stream_and_again(backend):
     """Captured once and replayed on new inputs, 250 repeats, and a slow producer on another stream."""
     q, k, v = triton_checks_attention.qkv(1, 4, 12, 100, 300, 64, "cuda", torch.float16)

@@ -105,6 +105,37 @@ def attention_grid(device):
     assert rows > 1000 and flips < rows / 50, f"{flips} possible flips in {rows} rows: the bound proves little"
 
 
+#: Lengths of whole documents, and one beyond a power of two; as many queries, and few. Few heads: the oracle is numpy.
+#: (batch, heads, queries, keys, head_dim, causal, mask, bias)
+LONG = (
+    (1, 1, 512, 512, 64, True, "none", "none"), (2, 2, 640, 1024, 64, False, "keys", "none"),
+    (1, 2, 1025, 1025, 40, True, "keys", "heads"), (1, 1, 5, 4096, 128, False, "pairs", "heads"),
+    (1, 1, 1024, 4096, 64, True, "none", "none"), (1, 2, 700, 4096, 64, False, "keys", "none"),
+    (1, 1, 4095, 4095, 32, True, "keys", "keys"),
+)  # fmt: skip
+
+
+def assert_long(shape, device, dtype, mode="per_token"):
+    """A case of LONG against the oracle; (rows, possible flips)."""
+    batch, heads, queries, keys, head_dim, causal, mask, bias = shape
+    g = torch.Generator().manual_seed(keys)
+    masks = mask_of(mask, g, batch, heads, queries, keys, device), bias_of(bias, g, heads, queries, keys, device)
+    got, found = assert_attention(
+        *qkv(keys, batch, heads, queries, keys, head_dim, device, dtype), *masks, causal, None, mode
+    )
+    assert got.any() and found[1] <= 1 + found[0] / 4, f"{found}: the bound proves little"
+    return found
+
+
+@check
+def attention_long(device):
+    """4,096 keys, for few queries (test_gpu_triton.py has as many queries): sums of many shares, to the very last."""
+    assert_long((1, 1, 3, 4096, 64, False, "keys", "none"), device, torch.float16)
+    q, k, v = qkv(9, 1, 1, 1, 4096, 16, device)
+    k[:, :, -1] = 8 * q[:, :, 0]
+    assert (attend(q, k, v) != attend(q, k[:, :, :-1], v[:, :, :-1])).any(), "the last key has its share"
+
+
 @check
 def attention_every_tile(device):
     """Each tile of the tables gives the same bits."""
