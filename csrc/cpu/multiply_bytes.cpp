@@ -9,11 +9,6 @@
 namespace dqk {
 namespace {
 
-// A block: kSteps times kSums multiply-adds that do not wait for each other, on registers full of ones, so
-// that their sum is the number of products. Sums of 16 bits hold a block: 1024 steps of 2.
-constexpr int64_t kSteps = 1024;
-constexpr int kSums = 12;
-
 struct Loop {
     const char* instruction;
     int64_t products;    // of a block
@@ -21,6 +16,11 @@ struct Loop {
 };
 
 #if defined(__x86_64__)
+// A block: kSteps times kSums multiply-adds that do not wait for each other, on registers full of ones, so
+// that their sum is the number of products. Sums of 16 bits hold a block: 1024 steps of 2.
+constexpr int64_t kSteps = 1024;
+constexpr int kSums = 12;
+
 // The empty assembly says that x may be another now: no product is taken for the one before, and none is left
 // out.
 #define DQK_MULTIPLY_BLOCK(Vector, Word, kConstraint, kOnes, kZero, kMultiplyAdd) \

@@ -1,7 +1,8 @@
 """The CPU GEMM built for Arm and run in an emulator: `dotprod` and `scalar` against the numpy oracle, bit by bit.
 
 Needs ziglang (pip) for the compiler and qemu-aarch64-static (Debian: qemu-user-static) for the machine; skipped by name
-without either. The build has every source of the GEMM, so it also says that all of them compile for Arm.
+without either. The build has every source of the GEMM, so it also says that all of them compile for Arm;
+test_cpu_step_arm.py has the others.
 """
 
 import importlib.util
@@ -24,25 +25,29 @@ SOURCES = ("gemm", "gemm_dotprod", "gemm_amx", "gemm_scalar", "gemm_avx2", "gemm
 KERNELS = {"scalar": 1, "dotprod": 2}
 
 
-@pytest.fixture(scope="module")
-def program(tmp_path_factory):
+def arm_program(folder: Path, host: str, sources) -> Program:
+    """tests/sim/`host` with csrc/cpu's `sources`, built for Arm, in the emulator; skips without either."""
     emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
     if emulator is None:
         pytest.skip("no qemu-aarch64-static on the PATH")
     if importlib.util.find_spec("ziglang") is None:
         pytest.skip("ziglang is not installed")
-    folder = tmp_path_factory.mktemp("arm")
     command = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-linux-musl", "-static", "-std=c++17", "-O2",
                "-DDQK_SIM", "-ffp-contract=off", "-Wall", "-Wextra", "-Werror",
-               *(f"-I{ROOT / folder}" for folder in ("csrc/include", "csrc", "tests/sim")),
-               str(ROOT / "tests/sim/gemm_host.cpp"), *(str(ROOT / f"csrc/cpu/{name}.cpp") for name in SOURCES),
+               *(f"-I{ROOT / name}" for name in ("csrc/include", "csrc", "tests/sim")),
+               str(ROOT / "tests/sim" / host), *(str(ROOT / f"csrc/cpu/{name}.cpp") for name in sources),
                "-o", str(folder / "program")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     wrapper = folder / "emulated"
     wrapper.write_text(f'#!/bin/sh\nexec "{emulator}" -cpu max "{folder / "program"}"\n')
     wrapper.chmod(0o755)
-    running = Program(wrapper)
+    return Program(wrapper)
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory):
+    running = arm_program(tmp_path_factory.mktemp("arm"), "gemm_host.cpp", SOURCES)
     yield running
     running.close()
 
