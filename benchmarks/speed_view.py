@@ -1,4 +1,5 @@
 """What pages say of `benchmarks/results/generate-zen3.json`: whole models on a CPU, and where a peer leads. Rendered.
+And of `linear-zen3.json`: one layer, against every peer that installs.
 
 python benchmarks/speed_view.py             # every block, on stdout
 python benchmarks/speed_view.py --write     # into README.md and docs/
@@ -22,6 +23,7 @@ from dqkernels.bench.generate_cells import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "generate-zen3.json"
+LAYERS = ROOT / "benchmarks" / "results" / "linear-zen3.json"
 _BLOCK = re.compile(r"(<!-- speed: ([a-z]+) -->)(.*?)(<!-- end of speed -->)", re.S)
 FLOAT, PEER = "torch fp32", "ctranslate2 int8"
 #: What is compared, the smaller the better: the field, words for it, its unit, and what a value is divided by.
@@ -34,10 +36,15 @@ METRICS = (
 Rows = list[dict]
 
 
+def spelled(candidate: str) -> str:
+    """A peer as it writes itself; torchao is no PyTorch."""
+    return re.sub(r"^torch\b", "PyTorch", candidate.replace("ctranslate2", "CTranslate2"))
+
+
 def name_of(row: dict) -> str:
     """`W4A8`, `CTranslate2 int8`, `PyTorch fp32`; an embedding of other bits is said."""
     if row["family"] not in ("ours", "plain"):
-        return row["candidate"].replace("ctranslate2", "CTranslate2").replace("torch", "PyTorch", 1)
+        return spelled(row["candidate"])
     name = f"W{row['weight_bits']}A8"
     if row["embedding_bits"] != row["weight_bits"]:
         name += f", head {row['embedding_bits']}"
@@ -265,6 +272,30 @@ def printed(result: dict) -> str:
     return "```\n" + "\n".join(lines).rstrip() + "\n```"
 
 
+def layers(result: dict) -> str:
+    """One layer from memory: how many times as fast as the float one everybody is, by shape; and who leads us."""
+    shapes: dict[str, dict[str, float]] = {}
+    for row in timed(result["rows"]):
+        if row["cache"] == "cold":
+            name = f"{row['tokens']} x {row['out_features']} x {row['in_features']}"
+            shapes.setdefault(name, {})[row["candidate"]] = row["speedup_ratio"]
+    names = list(dict.fromkeys(name for found in shapes.values() for name in found))
+    mine = {name: name.removeprefix("dqkernels ").split()[0] + "A8" for name in names if name.startswith("dqkernels")}
+    lines = [_line(["", *shapes]), "|---" * (len(shapes) + 1) + "|"]
+    for name in names:
+        title = f"**{mine[name]}**" if name in mine else spelled(name)
+        lines.append(_line([title, *(f"{found[name]:.2f}" if name in found else "-" for found in shapes.values())]))
+    words = []
+    for name, title in mine.items():
+        rivals = [one for one in names if one not in mine]
+        wins = {one: sum(found.get(one, 0) > found[name] for found in shapes.values()) for one in rivals}
+        ahead_ = [f"{spelled(one)} ({count})" for one, count in wins.items() if count]
+        words.append(f"{title}: {', '.join(ahead_) or 'nobody'}")
+    before = f"On {machine(result)}, {load(result)}; cold: weights out of memory, the input's quantizing inside."
+    after = f"Ahead of ours, and in how many of the {len(shapes)} shapes: {'; '.join(words)}."
+    return "\n".join([*_wrapped(before), "", *lines, "", *_wrapped(after)])
+
+
 #: Blocks by name. Those of one line stand within a line of their page.
 BLOCKS: dict[str, Callable[[dict], str]] = {
     "readme": readme,
@@ -272,6 +303,7 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "bits": bits,
     "command": lambda result: f"`{command(result)}`",
     "printed": printed,
+    "layers": lambda result: layers(record.read(LAYERS)),
 }
 #: Where each stands.
 PAGES = {
@@ -280,6 +312,7 @@ PAGES = {
     "bits": "docs/quantize.md",
     "command": "docs/benchmark.md",
     "printed": "docs/cli.md",
+    "layers": "docs/measured.md",
 }
 
 

@@ -87,7 +87,7 @@ def run(
             rows.append(row)
             tell(line(row))
     made = record.new(
-        "quality",
+        "agreement",
         settings={
             "model": "docstring_teacher", "packed": [demo.STUDENT] if student else [], "seed": seed, "device": "cpu",
             "float_dtype": "float32", "max_new_tokens": _TOKENS, "max_source_length": _SOURCE, **counts,

@@ -253,7 +253,9 @@ def _time(row: dict) -> _Time | None:
 def _by_key(rows: list[dict], which: str) -> dict[Key, dict]:
     found: dict[Key, dict] = {}
     for row in rows:
-        key = tuple((k, v) for k, v in sorted(row.items()) if _asks(k, v))
+        # The sizes of an op of `bench kernels` are a list.
+        asked = {k: "x".join(map(str, v)) if isinstance(v, list) and k == "shape" else v for k, v in row.items()}
+        key = tuple((k, v) for k, v in sorted(asked.items()) if _asks(k, v))
         if key in found:
             raise CompareError(
                 f"{which} record has two rows of {_label(key, set(dict(key)))}: nobody knows which to take"

@@ -240,7 +240,8 @@ def render(result: dict):
     ]
     environment = result["environment"]
     with_host = shared.has_host(result["rows"])
-    padding = (0, 1, 0, 0) if with_host else (0, 1)  # columns are dear
+    long_names = any(len(row.get("candidate") or "") > 20 for row in result["rows"])
+    padding = (0, 1, 0, 0) if with_host or long_names else (0, 1)  # columns are dear
     title = f"nn.Linear on {protocol.machine_words(environment)}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, title=title)
     for name, justify in (
