@@ -6,7 +6,7 @@ Builds the extension in place for this card, runs the GPU tests, the sanitizers 
 benchmarks. Each stage is a process with a time limit of its own. Results stand in DIR/gpu_lane.json after
 every stage, output in DIR/gpu_lane.log; run again with the same DIR to go on where time ran out. The last
 line of stdout is the summary; a lane that ran no GPU test ends with `GPU: not run`. Needs Python and torch;
-whatever else is missing is named.
+whatever else is missing is named. One file, long as it is: it runs where nothing of the package imports yet.
 """
 
 from __future__ import annotations

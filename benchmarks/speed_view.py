@@ -197,7 +197,7 @@ def encoder(result: dict) -> str:
         if row["family"] == "ours" and row.get("first_token_ms")
     ]
     if not rates:
-        return f"The encoder was not compared with {PEER.replace('ctranslate2', 'CTranslate2')}."
+        return f"The encoder was not compared with {spelled(PEER)}."
     verdict = "slower than" if max(rates) < 1 else "faster than" if min(rates) > 1 else "level with"
     rate = f"{min(rates):.2f} to {max(rates):.2f}"
     return f"The encoder (first token) is {verdict} CTranslate2's int8: {rate} times its speed."

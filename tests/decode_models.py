@@ -82,3 +82,19 @@ def alike(model: nn.Module, inputs: dict | None = None, lively: bool = True, **o
         assert len(set(ours.flatten().tolist())) > 4, ours
         assert len({tuple(row) for row in ours.tolist()}) > 1, ours
     return ours
+
+
+#: What `generate` gives when it is asked for everything.
+RETURNED = ("sequences", "sequences_scores", "scores", "logits", "beam_indices")
+
+
+def assert_same_returned(ours, theirs) -> None:
+    """Every field of two outputs of `generate`: the same kind, types and values."""
+    assert type(ours) is type(theirs)
+    for name in RETURNED:
+        mine, wanted = getattr(ours, name, None), getattr(theirs, name, None)
+        assert type(mine) is type(wanted), name
+        if isinstance(wanted, tuple):
+            assert len(mine) == len(wanted) and all(map(torch.equal, mine, wanted)), name
+        elif wanted is not None:
+            assert torch.equal(mine, wanted) and mine.dtype == wanted.dtype, name

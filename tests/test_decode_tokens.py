@@ -7,7 +7,7 @@ import tiny_models
 import torch
 import transformers
 from attention_models import peaked
-from decode_models import ALL, CONFIG, FAMILIES, SOURCES, VOCAB, alike, both, build, given, lively
+from decode_models import ALL, CONFIG, FAMILIES, SOURCES, VOCAB, alike, assert_same_returned, both, build, given, lively
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from dqkernels import DQConfig, decode, quantize_
@@ -180,22 +180,12 @@ def test_short_forms_are_the_long_ones():
     assert not stopping.Stop(StoppingCriteriaList([length])).pads
 
 
-FIELDS = ("sequences", "sequences_scores", "scores", "logits", "beam_indices")
-
-
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_everything_that_is_returned(family, kind):
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     theirs, ours = both(lively(family), **asked, **KINDS[kind])
-    assert type(ours) is type(theirs)
-    for name in FIELDS:
-        mine, wanted = getattr(ours, name, None), getattr(theirs, name, None)
-        assert type(mine) is type(wanted), name
-        if isinstance(wanted, tuple):
-            assert len(mine) == len(wanted) and all(map(torch.equal, mine, wanted)), name
-        elif wanted is not None:
-            assert torch.equal(mine, wanted) and mine.dtype == wanted.dtype, name
+    assert_same_returned(ours, theirs)
     assert ours.sequences is not None and ours.logits
     if "num_beams" in KINDS[kind]:
         lengths = {int((row >= 0).sum()) for row in ours.beam_indices}

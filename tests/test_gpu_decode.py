@@ -10,8 +10,8 @@ import functools
 
 import pytest
 import torch
-from decode_models import CONFIG, SOURCES, alike, both, build
-from test_decode_tokens import CONFIGS, FIELDS, INPUTS, KINDS, PROCESSED, Heard, Sums
+from decode_models import CONFIG, SOURCES, alike, assert_same_returned, both, build
+from test_decode_tokens import CONFIGS, INPUTS, KINDS, PROCESSED, Heard, Sums
 from transformers import StoppingCriteriaList
 
 from dqkernels import decode, models
@@ -63,13 +63,7 @@ def test_tokens_of_half(family, kind, device):
     model = lively(family, device, HALF)
     asked = {"return_dict_in_generate": True, "output_scores": True, "output_logits": True}
     theirs, ours = both(model, to(device, INPUTS["padded"]), **asked, **KINDS[kind])
-    for name in FIELDS:
-        mine, wanted = getattr(ours, name, None), getattr(theirs, name, None)
-        assert type(mine) is type(wanted), name
-        if isinstance(wanted, tuple):
-            assert len(mine) == len(wanted) and all(map(torch.equal, mine, wanted)), name
-        elif wanted is not None:
-            assert torch.equal(mine, wanted), name
+    assert_same_returned(ours, theirs)
     served_by_graphs(model)
 
 

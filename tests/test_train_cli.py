@@ -9,8 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
-import transformers
 
 import dqkernels
 from dqkernels.cli import main
@@ -25,15 +25,7 @@ TEACHER = Path(docstrings.__file__).parent / "docstring_teacher"
 def teacher(tmp_path_factory):
     """A random BART of two layers each with the demo's tokenizer: learns nothing, costs nothing."""
     folder = tmp_path_factory.mktemp("teacher")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TEACHER)
-    config = transformers.BartConfig(
-        vocab_size=len(tokenizer), d_model=16, encoder_layers=2, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=24, decoder_ffn_dim=24, max_position_embeddings=64,
-        bos_token_id=0, pad_token_id=1, eos_token_id=2, decoder_start_token_id=2, forced_eos_token_id=2,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    tiny_models.save_bart(folder)
     return folder
 
 

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import tiny_models
 import torch
 import transformers
 from test_train_resume import environment
@@ -22,7 +23,6 @@ from dqkernels.train import load_trained
 pytest.importorskip("accelerate")
 psutil = pytest.importorskip("psutil")  # accelerate needs it
 
-TOKENIZER = Path(docstrings.__file__).parent / "docstring_teacher"
 #: Rows of one step of all processes; and of the data, whose last evaluation step is not full.
 BATCH, TRAIN, DEV = 4, 20, 7
 
@@ -31,16 +31,10 @@ BATCH, TRAIN, DEV = 4, 20, 7
 def made(tmp_path_factory):
     """A random teacher that writes another text for each source, pairs of docstrings, and two stages."""
     folder = tmp_path_factory.mktemp("made")
-    tokenizer = transformers.AutoTokenizer.from_pretrained(TOKENIZER)
-    config = transformers.BartConfig(
-        vocab_size=len(tokenizer), d_model=16, encoder_layers=1, decoder_layers=2, encoder_attention_heads=2,
-        decoder_attention_heads=2, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32, dropout=0.0,
-        attention_dropout=0.0, init_std=1.0, tie_word_embeddings=True, bos_token_id=0, pad_token_id=1, eos_token_id=2,
-        decoder_start_token_id=2, forced_eos_token_id=2,
+    tiny_models.save_bart(
+        folder / "teacher", encoder_layers=1, encoder_ffn_dim=16, decoder_ffn_dim=16, max_position_embeddings=32,
+        dropout=0.0, attention_dropout=0.0, init_std=1.0, tie_word_embeddings=True,
     )  # fmt: skip
-    torch.manual_seed(0)
-    transformers.BartForConditionalGeneration(config).save_pretrained(folder / "teacher")
-    tokenizer.save_pretrained(folder / "teacher")
     found = docstrings.mine(packages={"argparse", "asyncio", "ast", "collections", "email", "logging", "typing"})
     for name, part in (("train", found[:TRAIN]), ("dev", found[TRAIN : TRAIN + DEV])):
         lines = [json.dumps({"source": pair.body, "target": pair.head}) + "\n" for pair in part]

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import transformers
 from torch import nn
+
+from dqkernels.data import docstrings
 
 VOCAB = 100  # not a multiple of 16: the packed table has padding rows
 _SEQ2SEQ = {
@@ -116,3 +120,16 @@ def logits(model: nn.Module) -> torch.Tensor:
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids[:, :4]
     return model(**inputs).logits
+
+
+def save_bart(folder: Path, **changes) -> None:
+    """A folder with a random BART that costs nothing and the demo's tokenizer; changes: of its config."""
+    tokenizer = transformers.AutoTokenizer.from_pretrained(Path(docstrings.__file__).parent / "docstring_teacher")
+    sizes = {"encoder_layers": 2, "decoder_layers": 2, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    sizes |= {"d_model": 16, "encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_position_embeddings": 64}
+    tokens = {"bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
+    tokens |= {"decoder_start_token_id": 2, "forced_eos_token_id": 2}
+    config = transformers.BartConfig(vocab_size=len(tokenizer), **{**sizes, **tokens, **changes})
+    torch.manual_seed(0)
+    transformers.BartForConditionalGeneration(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

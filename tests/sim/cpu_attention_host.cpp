@@ -2,6 +2,7 @@
 // with the instruction set of DQKERNELS_CPU. Tensors are contiguous; the seed: threads less one.
 #include "dqk/api.h"
 #include "protocol.h"
+#include "quantize_request.h"
 
 namespace dqk {
 namespace {
@@ -86,21 +87,11 @@ Status write(const sim::Request& request) {
     return cache_write(args);
 }
 
-// As quantize_host.cpp.
+// quantize_request.h, and a buffer: act_scale, in place of the scalar where it is there.
 Status quantize(const sim::Request& request) {
-    QuantizeRows args = {};
-    args.rows = request.integer(0);
-    args.k = request.integer(1);
-    args.row_stride = request.integer(2);
-    args.dtype = static_cast<DType>(request.integer(3));
-    args.mode = static_cast<ActMode>(request.integer(4));
-    args.clip = static_cast<float>(request.real(5));
+    QuantizeRows args = sim::quantize_request(request);
     const auto* scale = request.pointer<const float>(4);
-    args.act_scale = scale == nullptr ? static_cast<float>(request.real(6)) : *scale;
-    args.x = request.pointer<const void>(0);
-    args.q = request.pointer<int8_t>(1);
-    args.scale = request.pointer<float>(2);
-    args.row_sum = request.pointer<int32_t>(3);
+    if (scale != nullptr) args.act_scale = *scale;
     return quantize_rows(args);
 }
 
