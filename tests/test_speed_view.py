@@ -184,7 +184,9 @@ def test_one_layer_against_every_peer():
     made = json.loads(view.LAYERS.read_text(encoding="utf-8"))
     text = view.layers(made)
     assert "W4A8: nobody; W2A8: nobody." in text.replace("\n", " ")
-    assert re.search(r"W8A8: [^;]*PyTorch dynamic int8 \(6\)", text.replace("\n", " "))
+    assert "W8A8: onnxruntime int8 dynamic (3), onnxruntime int4 (3), PyTorch dynamic int8 (6);" in text.replace(
+        "\n", " "
+    )
     for peer in ("onnxruntime int4", "openvino int8 weights", "torchao int8 weights", "bitsandbytes nf4"):
         assert f"| {peer} | " in text
     cold = {row["candidate"]: row for row in view.timed(made["rows"]) if row["cache"] == "cold" and row["tokens"] == 16}
@@ -194,3 +196,11 @@ def test_one_layer_against_every_peer():
         if row["candidate"] == "dqkernels W4 cpu":
             row["speedup_ratio"] /= 9
     assert "W4A8: nobody" not in view.layers(slower).replace("\n", " ")
+
+
+def test_what_was_proven_follows_the_record():
+    made = copy.deepcopy(RESULT)
+    assert view.proof(made) in view.cells(made).replace("\n", " ")
+    ours = [row for row in made["rows"] if row["family"] == "ours"]
+    ours[0]["logits_error"], ours[1]["equal_tokens_fraction"] = 0.125, 0.984
+    assert "by up to 0.12 of their norm" in view.proof(made) and "98.4% and more were those" in view.proof(made)
