@@ -3,8 +3,8 @@
 Docstrings: the body is the source, its first sentence the target, the teacher is the shipped demo model. Rows that
 begin with `en-ro` translate program messages, with a teacher trained here (dq_docstrings_tasks.py). Each row is a
 recipe, each run a seed of it. A run writes one JSON into `--runs`, and what is there is not run again, so that the
-table grows over several calls; rows that were not reached are listed as `not run`. At the end (and with --collect
-alone) all runs become `benchmarks/results/dq_docstrings.json`.
+table grows over several calls; a run that was killed goes on from its last checkpoint; rows that were not reached are
+listed as `not run`. At the end (and with --collect alone) all runs become `benchmarks/results/dq_docstrings.json`.
 
     python benchmarks/dq_docstrings.py --list
     python benchmarks/dq_docstrings.py --minutes 60
@@ -22,8 +22,9 @@ import os
 import shutil
 import statistics
 import sys
-import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -36,7 +37,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 HERE = Path(__file__).resolve().parent
 RUNS = HERE / "results" / "dq_docstrings"
 RESULT = HERE / "results" / "dq_docstrings.json"
-TEACHERS = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqkernels" / "evidence"
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dqkernels" / "evidence"
 VERSION = 1
 
 
@@ -155,7 +156,11 @@ def parse() -> argparse.Namespace:
     add("--runs", default=str(RUNS), help="folder of one JSON per run")
     add("--out", default=str(RESULT), help="file of all runs")
     add("--keep", default=None, metavar="DIR", help="also keep the packed model of every run there, with its record")
-    add("--teachers", default=str(TEACHERS), metavar="DIR", help="where the en-ro teacher is kept once it is trained")
+    add("--teachers", default=str(CACHE), metavar="DIR", help="where the en-ro teacher is kept once it is trained")
+    add(
+        "--unfinished", default=str(CACHE / "unfinished"), metavar="DIR", help="of checkpoints, until their run is done"
+    )
+    add("--save_steps", type=int, default=100, help="steps from checkpoint to checkpoint (default 100)")
     add(
         "--rescore", default=None, metavar="DIR", help="only score the models kept there (--keep) on the pairs of today"
     )
@@ -193,19 +198,34 @@ class Evidence:
             row = next(row for row in ROWS if row.name == "en-ro teacher")
             print(f"{row.name}: training it in {task.folder}", flush=True)
             task.folder.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=task.folder.parent) as temporary:
+            with unfinished(self.args, row, 0) as folder:
                 set_seed(0)  # the embeddings it starts with are drawn
-                student, facts = fit(self.args, task, row, 0, Path(temporary), None, task.start())
-                done = Path(temporary, "teacher")
+                student, facts = fit(self.args, task, row, 0, folder, None, task.start())
+                done = folder / "teacher"
                 student.eval().half().save_pretrained(done)
                 task.tokenizer.save_pretrained(done)
                 (done / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-                done.rename(task.folder)
+                shutil.move(done, task.folder)
             del task.tokenizer  # from the folder from now on, as every later call has it
         return task
 
     def task(self, row: Row) -> tasks.Task:
         return self.catalogues if row.task == "en-ro" else self.docstrings
+
+
+@contextmanager
+def unfinished(args, row: Row, seed: int) -> Iterator[Path]:
+    """The folder of a run's checkpoints and model, removed once what is made of it is written.
+
+    Its name holds the sources' hash and the sizes: what other code or another length began is not gone on with.
+    """
+    from dqkernels.bench import record
+
+    sources = record.environment()["source_sha256"][:12]
+    folder = Path(args.unfinished) / f"{slug(row)}-s{seed}-{args.steps}x{args.batch}-{sources}"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def train(evidence: Evidence, row: Row, seed: int, folder: Path):
@@ -249,22 +269,26 @@ def train(evidence: Evidence, row: Row, seed: int, folder: Path):
 
 
 def fit(args, task: tasks.Task, row: Row, seed: int, folder: Path, teacher, student):
-    """The steps of one row on `student`, in the stages of `row.data`; returns it with what the record says of them."""
+    """The steps of one row on `student`, in the stages of `row.data`; returns it with what the record says of them.
+
+    Goes on from the newest checkpoint in `folder`; `train_seconds` counts what led to it, and not what a kill lost.
+    """
     import dataclasses
 
     import torch
     from transformers import Seq2SeqTrainingArguments
 
     from dqkernels.data import prepare
-    from dqkernels.train import PRESETS, DistillationTrainer
+    from dqkernels.train import PRESETS, DistillationTrainer, checkpoints
 
     preset = PRESETS[row.preset]
     kd = dataclasses.replace(preset.kd, **row.kd)
     rate = row.learning_rate or preset.arguments["learning_rate"]
     kinds = row.data.split(",")
     facts: dict[str, Any] = {"kd": str(kd), "learning_rate": rate, "losses": []}
-    started = time.monotonic()
+    clock = tasks.stopwatch()
     for number, kind in enumerate(kinds):
+        stage = folder / f"stage-{number}"
         settings = {name: value for name, value in preset.arguments.items() if name != "num_train_epochs"}
         settings |= {
             "learning_rate": rate,
@@ -273,7 +297,9 @@ def fit(args, task: tasks.Task, row: Row, seed: int, folder: Path, teacher, stud
             "gradient_accumulation_steps": 1,
             "seed": seed,
             "use_cpu": not torch.cuda.is_available(),
-            "save_strategy": "no",
+            "save_strategy": "steps",
+            "save_steps": args.save_steps,
+            "save_total_limit": 1,
             "logging_steps": 25,
             "report_to": "none",
             "disable_tqdm": True,
@@ -284,30 +310,29 @@ def fit(args, task: tasks.Task, row: Row, seed: int, folder: Path, teacher, stud
             model=student,
             teacher=teacher if kd.needs_teacher else None,
             kd=kd,
-            args=Seq2SeqTrainingArguments(output_dir=str(folder / f"stage-{number}"), **settings),
+            args=Seq2SeqTrainingArguments(output_dir=str(stage), **settings),
             train_dataset=task.rows(kind),
             data_collator=prepare.collator(task.tokenizer, model=student, pad_to_multiple_of=8),
             processing_class=task.tokenizer,
+            callbacks=[clock],
         )
-        trainer.train()
+        last, _ = checkpoints.newest(stage) if stage.is_dir() else (None, {})
+        trainer.train(resume_from_checkpoint=str(last) if last else None)
         facts["losses"] += [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
-    facts["train_seconds"] = round(time.monotonic() - started, 1)
+    facts["train_seconds"] = round(clock.seconds(), 1)
     return student, facts
 
 
-def run(evidence: Evidence, row: Row, seed: int) -> dict[str, Any]:
+def run(evidence: Evidence, row: Row, seed: int, folder: Path) -> dict[str, Any]:
     """One run as it stands in the result file."""
     from dqkernels.bench import record
 
     task = evidence.task(row)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary)
-        model, facts = train(evidence, row, seed, folder)
-        size = sum(path.stat().st_size for path in folder.glob("model/*.safetensors"))
-        kept = None
-        if evidence.args.keep:
-            kept = Path(evidence.args.keep) / f"{slug(row)}-s{seed}"
-            shutil.copytree(folder / "model", kept, dirs_exist_ok=True)
+    model, facts = train(evidence, row, seed, folder)
+    size = sum(path.stat().st_size for path in folder.glob("model/*.safetensors"))
+    kept = Path(evidence.args.keep) / f"{slug(row)}-s{seed}" if evidence.args.keep else None
+    if kept is not None:
+        shutil.copytree(folder / "model", kept, dirs_exist_ok=True)
     scores = scored(task, model)
     trained = row.preset != "float"
     found = {
@@ -377,7 +402,7 @@ def write(path: Path, found: dict[str, Any]) -> None:
 
     text = (json.dumps(found, indent=1) + "\n").encode()
     try:
-        schemas.check(found, "evidence" if "runs" in found else "evidence run")
+        schemas.check(json.loads(text), "evidence" if "runs" in found else "evidence run")  # as it is read: lists
     except schemas.RecordError as error:
         atomic_write(path.with_suffix(".refused"), text)
         raise SystemExit(f"{path.name} does not keep its schema, see {path.stem}.refused: {error}") from None
@@ -461,8 +486,9 @@ def main() -> int:
             break
         evidence = evidence or Evidence(args)
         begun = time.monotonic()
-        found = run(evidence, row, seed)
-        write(path, found)
+        with unfinished(args, row, seed) as working:
+            found = run(evidence, row, seed, working)
+            write(path, found)
         took, name = time.monotonic() - begun, evidence.task(row).score_name
         print(f"{row.name:20} seed {seed}  {name} {found[name]:.2f}  {found['bytes']} bytes  {took:.0f} s", flush=True)
     write(Path(args.out), collect(args))

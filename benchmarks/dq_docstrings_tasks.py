@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import tempfile
+import time
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -100,6 +101,29 @@ class Task:
     def by_pair(self, texts: list[str], references: list[str]) -> str:
         """A score of every pair, in the order of `test`: two models are compared pair by pair, which no draw blurs."""
         raise NotImplementedError
+
+
+def stopwatch():
+    """A callback whose `seconds()` are those of training, of the steps before a kill and a resume too."""
+    from transformers.trainer_callback import ExportableState, TrainerCallback
+
+    class Stopwatch(TrainerCallback, ExportableState):
+        def __init__(self):
+            self.before, self.started = 0.0, None
+
+        def seconds(self) -> float:
+            return self.before + (0.0 if self.started is None else time.monotonic() - self.started)
+
+        def state(self) -> dict[str, Any]:  # into every checkpoint, and from the one that is gone on with
+            return {"args": {}, "attributes": {"before": self.seconds()}}
+
+        def on_train_begin(self, args, state, control, **kwargs):
+            self.started = time.monotonic()
+
+        def on_train_end(self, args, state, control, **kwargs):
+            self.before, self.started = self.seconds(), None
+
+    return Stopwatch()
 
 
 class Docstrings(Task):

@@ -133,6 +133,10 @@ def test_a_run_of_hours_that_is_refused_is_not_lost(evidence, tmp_path, name):
     path = tmp_path / Path(name).name
     evidence.write(path, data_of(name))
     assert json.loads(path.read_text()) == data_of(name)
+    run = data_of(RUN)
+    run["recipe"]["layers"] = tuple(run["recipe"]["layers"])  # as a run has them before it is written
+    evidence.write(tmp_path / "run.json", run)
+    assert json.loads((tmp_path / "run.json").read_text()) == data_of(RUN)
     bad = {**data_of(name), "cost": 5}
     with pytest.raises(SystemExit, match=r"does not keep its schema, see [\w-]+\.refused: .*cost"):
         evidence.write(path, bad)
