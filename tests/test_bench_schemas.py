@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -116,29 +115,3 @@ def test_the_demo_writes_nothing_else(tmp_path):
     assert list(tmp_path.iterdir()) == []
     demo.write(tmp_path, data_of(DEMO))
     assert json.loads((tmp_path / "demo.json").read_text()) == data_of(DEMO)
-
-
-@pytest.fixture
-def evidence(monkeypatch):
-    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
-    spec = importlib.util.spec_from_file_location("dq_docstrings_under_test", ROOT / "benchmarks" / "dq_docstrings.py")
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.mark.parametrize("name", [ALL, RUN])
-def test_a_run_of_hours_that_is_refused_is_not_lost(evidence, tmp_path, name):
-    path = tmp_path / Path(name).name
-    evidence.write(path, data_of(name))
-    assert json.loads(path.read_text()) == data_of(name)
-    run = data_of(RUN)
-    run["recipe"]["layers"] = tuple(run["recipe"]["layers"])  # as a run has them before it is written
-    evidence.write(tmp_path / "run.json", run)
-    assert json.loads((tmp_path / "run.json").read_text()) == data_of(RUN)
-    bad = {**data_of(name), "cost": 5}
-    with pytest.raises(SystemExit, match=r"does not keep its schema, see [\w-]+\.refused: .*cost"):
-        evidence.write(path, bad)
-    assert json.loads(path.read_text()) == data_of(name), "what was there stays"
-    assert json.loads(path.with_suffix(".refused").read_text()) == bad
