@@ -450,7 +450,7 @@ def test_share_of_the_copy_is_bytes_over_bytes_in_the_same_cache():
     assert "copy_fraction" not in made["slow", "cold"] and "copy_fraction" not in made["ours", "warm"]
 
 
-# ----------------------------------------------------------------------------- rotation, host time
+# ----------------------------------------------------------------------------- rotation, outside a graph
 
 
 def test_cold_calls_read_and_write_memory_of_their_own():
@@ -494,17 +494,19 @@ def test_what_is_held_bounds_the_copies(monkeypatch):
     assert len(case.calls(slow, cold=True)) == kernel_cases._SLOW_COPIES
 
 
-def test_host_time_leaves_the_device_out(monkeypatch):
+def test_host_time_leaves_the_device_out_and_eager_time_does_not(monkeypatch):
     log: list[str] = []
     clock = iter(range(100))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("wait"))
     monkeypatch.setattr(protocol.time, "perf_counter", lambda: log.append("clock") or float(next(clock)))
-    took = protocol.host_sampler(lambda: log.append("call"), torch.device("cuda"), 4)()
-    assert log == ["wait", "clock", *["call"] * 4, "clock", "wait"] and took == 1 / 4
+    sampler = protocol.EagerSampler(lambda: log.append("call"), torch.device("cuda"), 4)
+    took = sampler.sample()
+    assert log == ["wait", "clock", *["call"] * 4, "clock", "wait", "clock"] and took == 1 / 4
+    assert sampler.whole == [2 / 4]
 
 
-def test_host_time_is_null_on_a_cpu_and_one_call_at_a_time_for_eager(monkeypatch):
-    assert protocol.host_us({"a": lambda: None}, CPU, 1.0) == {}
+def test_nothing_is_outside_a_graph_on_a_cpu_and_eager_ops_are_timed_one_by_one(monkeypatch):
+    assert protocol.outside_graphs({"a": lambda: None}, CPU, 1.0) == {}
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     counts = {"quick": 0, "slow": 0}
 
@@ -512,33 +514,53 @@ def test_host_time_is_null_on_a_cpu_and_one_call_at_a_time_for_eager(monkeypatch
         counts[name] += 1
 
     calls = {name: lambda name=name: call(name) for name in counts}
-    found = protocol.host_us(calls, torch.device("cuda"), 1000.0, alone={"slow"})
-    assert set(found) == {"quick", "slow"} and all(us > 0 for us in found.values())
-    assert counts["quick"] == protocol.HOST_CALLS * counts["slow"]
-    monkeypatch.setattr(protocol, "host_sampler", lambda call, device, count: lambda: 2.5e-6)
-    assert protocol.host_us(calls, torch.device("cuda"), 1000.0) == {"quick": 2.5, "slow": 2.5}
+    found = protocol.outside_graphs(calls, torch.device("cuda"), 1000.0, alone={"slow"})
+    assert set(found) == {"quick", "slow"}
+    assert all(one["eager_us"] >= one["host_us"] > 0 for one in found.values())
+    assert counts["quick"] == protocol.EAGER_CALLS * counts["slow"]
 
 
-def test_every_row_of_a_candidate_gets_its_host_time(monkeypatch):
-    monkeypatch.setattr(protocol, "host_us", lambda calls, device, seconds, alone: dict.fromkeys(calls, 4.5))
+def test_samples_that_warm_up_are_left_out_of_eager_times(monkeypatch):
+    class Sampler(protocol.EagerSampler):
+        def sample(self):
+            self.whole.append(3e-6 if len(self.whole) >= 2 else 1.0)
+            return 2.5e-6
+
+    monkeypatch.setattr(protocol, "EagerSampler", Sampler)
+    found = protocol.outside_graphs({"a": lambda: None}, torch.device("cuda"), 1000.0)
+    assert found == {"a": {"host_us": 2.5, "eager_us": 3.0}}
+
+
+def both(calls, device, seconds, alone):
+    return {name: {"host_us": 4.5, "eager_us": 6.5} for name in calls}
+
+
+def test_every_row_of_a_candidate_gets_its_times_outside_a_graph(monkeypatch):
+    monkeypatch.setattr(protocol, "outside_graphs", both)
     made = kernels.run(TINY[:1], device="cpu", seconds=1000, probe=False)
     timed = [row for row in made["rows"] if row["status"] == "timed"]
-    assert timed and all(row["host_us"] == 4.5 for row in timed)
-    assert " host" in text_of(made) and "of the caller's thread" in " ".join(text_of(made).split())
+    assert timed and all((row["host_us"], row["eager_us"]) == (4.5, 6.5) for row in timed)
+    text = " ".join(text_of(made).split())
+    assert " eager " in text and "the device waited for" in text and "of the caller's thread" not in text
+    for row in timed:  # as records had it before
+        del row["eager_us"]
+    text = " ".join(text_of(made).split())
+    assert " host " in text and "of the caller's thread" in text and "the device waited for" not in text
     made = linear.run([(1, 16, 128)], bits=(2,), dtype="float32", device="cpu", seconds=1000, probe=False)
     timed = [row for row in made["rows"] if row["status"] == "timed"]
-    assert timed and all(row["host_us"] == 4.5 for row in timed)
+    assert timed and all((row["host_us"], row["eager_us"]) == (4.5, 6.5) for row in timed)
     for row in timed:  # the widest that a GPU gives
-        row.update(tokens=4096, out_features=11008, in_features=4096, median_us=98765.4, host_us=98765.4)
+        row.update(tokens=4096, out_features=11008, in_features=4096, median_us=98765.4, eager_us=98765.4)
         row["candidate"] = row["candidate"].replace("eager", "triton").replace("dynamic int8", "_int_mm")
-    assert " host" in text_of(made)
+    assert " eager" in text_of(made)
 
 
-def test_linear_rows_have_no_host_time_on_a_cpu():
+def test_linear_rows_have_no_time_outside_a_graph_on_a_cpu():
     made = linear.run([(1, 16, 128)], bits=(2,), dtype="float32", device="cpu", seconds=1000, probe=False)
     timed = [row for row in made["rows"] if row["status"] == "timed"]
-    assert timed and all(row["host_us"] is None for row in timed)
-    assert made["protocol"]["host"] is None and " host" not in text_of(made)
+    assert timed and all(row["host_us"] is None and row["eager_us"] is None for row in timed)
+    assert made["protocol"]["host"] is None and made["protocol"]["eager"] is None
+    assert "the device waited for" not in " ".join(text_of(made).split())
 
 
 # ---------------------------------------------------------------------------- record, table, shell
@@ -555,7 +577,7 @@ def test_the_record_keeps_the_schema():
 def test_the_widest_table_of_a_gpu_fits():
     made = kernels.run(TINY[:1], device="cpu", seconds=1000, probe=False)
     line = next(row for row in made["rows"] if row.get("candidate") == COPY)
-    figures = {"median_us": 98765.4, "host_us": 98765.4, "speedup_ratio": 12.34, "floor_fraction": 0.99}
+    figures = {"median_us": 98765.4, "eager_us": 98765.4, "speedup_ratio": 12.34, "floor_fraction": 0.99}
     made["rows"] = [
         {**line, **figures, "op": op, "shape": list(shape), "variant": variant, "cache": cache, "candidate": name}
         for op, shape, variant in kernels.default_groups(torch.device("cuda"))
@@ -594,11 +616,11 @@ def test_command_line(tmp_path, capsys):
 
 @pytest.mark.gpu
 def test_every_op_on_a_gpu():
-    """Proven on the card, captured in a graph, with a host time: what `bench kernels` of the lane relies on."""
+    """Proven on the card, captured in a graph, with times outside it: what `bench kernels` of the lane relies on."""
     made = kernels.run(TINY, device="cuda", seconds=1000)
     found = [row for row in made["rows"] if "cache" in row]
     assert not [row for row in found if row["status"] != "timed"]
-    assert all(row["host_us"] > 0 for row in found)
+    assert all(row["eager_us"] >= row["host_us"] > 0 for row in found)
     if backends.available("triton", "cuda")[0]:
         ours = [row for row in found if row["backend"] == "triton"]
         assert {row["op"] for row in ours} == set(kernels.OPS)

@@ -299,8 +299,8 @@ def render(result: dict):
     from rich.table import Table
 
     described, floor = result["protocol"], result["protocol"]["floor"]
-    with_host = shared.has_host(result["rows"])
-    columns = ("cold us", "p10-p90", "floor us", "share", "warm us", "share", "x", *(["host"] if with_host else []))
+    heads, keys, outside_words = shared.outside_graphs(result["rows"])
+    columns = ("cold us", "p10-p90", "floor us", "share", "warm us", "share", "x", *heads)
     title = f"Decode GEMM, x {result['settings']['dtype']}, on {protocol.machine_words(result['environment'])}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title=title)  # the box parts the columns
     for name in ("MxNxK", *columns):
@@ -308,8 +308,8 @@ def render(result: dict):
     for label, found in _by_cell(result["rows"]).items():
         table.add_row(label)
         for index, (name, lines) in enumerate(found.items()):
-            cells = _cells(lines[0], lines[-1])
-            table.add_row(f" {_name(name)}", *cells[: len(columns)], end_section=index == len(found) - 1)
+            cells = _cells(lines[0], lines[-1], keys)
+            table.add_row(f" {_name(name)}", *cells, end_section=index == len(found) - 1)
     device = floor["device"]
     words = [
         "Median microseconds a call, quantizing included; x: torch's own over it, cold.",
@@ -318,7 +318,7 @@ def render(result: dict):
         if device is None
         else f"floor: bytes over bandwidth or operations over peak, the {device}'s ({floor['source']}).",
         "share: of the floor in the time; a cache can beat the floor of memory.",
-        *([shared.HOST_WORDS] if with_host else []),
+        *outside_words,
         *([warning] if (warning := protocol.busy_words(described)) is not None else []),
         *_ungraphed(result["rows"]),
         *_short(result["rows"]),
@@ -355,14 +355,15 @@ def _by_cell(lines: Iterable[dict]) -> dict[str, dict[str, list[dict]]]:
     return found
 
 
-def _cells(cold: dict, warm: dict) -> list[str]:
+def _cells(cold: dict, warm: dict, outside: Sequence[str]) -> list[str]:
+    """A row's cells: the times in a graph, and those of the keys `outside` it."""
     if cold["status"] != "timed":
         return ["", cold["status"]]
     spread = "-".join(shared.microseconds(cold[name]) for name in ("p10_us", "p90_us"))
     floor = "unknown" if cold["floor_us"] is None else f"{cold['floor_us']:.3g}"
     shares = shared.percent(cold), shared.percent(warm)
     times = [shared.cell(cold), spread, floor, shares[0], shared.cell(warm), shares[1]]
-    return [*times, shared.ratio(cold), shared.microseconds(cold["host_us"])]
+    return [*times, shared.ratio(cold), *(shared.microseconds(cold.get(key)) for key in outside)]
 
 
 def _name(candidate: str) -> str:

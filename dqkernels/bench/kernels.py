@@ -254,7 +254,7 @@ def render(result: dict):
     from rich.table import Table
 
     described, floor = result["protocol"], result["protocol"]["floor"]
-    with_host = shared.has_host(result["rows"])
+    heads, keys, outside_words = shared.outside_graphs(result["rows"])
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -264,7 +264,7 @@ def render(result: dict):
     peers = {
         re.sub("^torch ", "", row["candidate"]) for row in result["rows"] if row.get("candidate", "")[:6] == "torch "
     }
-    columns = ("cold", "warm", "x", "floor", "copy", *(["host"] if with_host else []))
+    columns = ("cold", "warm", "x", "floor", "copy", *heads)
     for name in ("op", "candidate", *columns):
         table.add_column(name, justify="right" if name in columns else "left", no_wrap=True)
     for label, found in shared.grouped(result["rows"], _label).items():
@@ -275,7 +275,7 @@ def render(result: dict):
                 one, warm = found[names[index]]["cold"], found[names[index]]["warm"]
                 cells += [re.sub("^(dqkernels|torch) ", "", names[index]), shared.cell(one), shared.cell(warm)]
                 cells += [shared.ratio(one), shared.percent(one), shared.percent(one, "copy_fraction")]
-                cells += [shared.microseconds(warm["host_us"])] if with_host else []
+                cells += [shared.microseconds(warm.get(key)) for key in keys]
             table.add_row(*cells, end_section=index == max(len(names), len(words)) - 1)
     lines = [
         "Median microseconds a call; x: that of the group's first over this one's, cold.",
@@ -285,7 +285,7 @@ def render(result: dict):
         if floor["device"] is None
         else f"floor: share reached of the {floor['device']}'s limit, cold ({floor['source']}).",
         "copy: share of the bytes a second that torch's copy_ moves here, cold.",
-        *([shared.HOST_WORDS] if with_host else []),
+        *outside_words,
     ]
     cold = [line for line in result["rows"] if line.get("cache") == "cold"]
     if any((line.get(key) or 0) > 1 for line in cold for key in ("floor_fraction", "copy_fraction")):

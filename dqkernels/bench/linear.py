@@ -239,9 +239,9 @@ def render(result: dict):
         else f"floor: share reached of the {floor['device']}'s limit, cold ({floor['source']}).",
     ]
     environment = result["environment"]
-    with_host = shared.has_host(result["rows"])
+    heads, keys, outside_words = shared.outside_graphs(result["rows"])
     long_names = any(len(row.get("candidate") or "") > 20 for row in result["rows"])
-    padding = (0, 1, 0, 0) if with_host or long_names else (0, 1)  # columns are dear
+    padding = (0, 1, 0, 0) if heads or long_names else (0, 1)  # columns are dear
     title = f"nn.Linear on {protocol.machine_words(environment)}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=padding, title=title)
     for name, justify in (
@@ -251,15 +251,13 @@ def render(result: dict):
         ("warm us", "right"),
         ("x", "right"),
         ("floor", "right"),
+        *((head, "right") for head in heads),
     ):
         table.add_column(name, justify=justify, no_wrap=True)
-    if with_host:
-        table.add_column("host", justify="right", no_wrap=True)
-        words.insert(2, shared.HOST_WORDS)
+    words[2:2] = outside_words
     for label, found in shared.grouped(result["rows"], _label).items():
         for index, (name, caches) in enumerate(found.items()):
             cold, warm = caches["cold"], caches["warm"]
-            host = [shared.microseconds(warm["host_us"])] if with_host else []
             table.add_row(
                 "" if index else label,
                 # In the table `W4A8 triton`.
@@ -268,7 +266,7 @@ def render(result: dict):
                 shared.cell(warm),
                 shared.ratio(cold),
                 shared.percent(cold),
-                *host,
+                *(shared.microseconds(warm.get(key)) for key in keys),
                 end_section=index == len(found) - 1,
             )
     if any((line.get("floor_fraction") or 0) > 1 for line in result["rows"] if line.get("cache") == "cold"):

@@ -44,9 +44,9 @@ THROTTLE_REASONS = {
     0x80: "hw_power_brake_slowdown",
     0x100: "display_clock_setting",
 }
-#: Calls of one host sample: a GPU queues about a thousand launches before it makes the caller wait.
-HOST_CALLS = 10
-_HOST_ROUNDS = 20
+#: Calls of one sample outside a graph: a GPU queues about a thousand launches before it makes the caller wait.
+EAGER_CALLS = 10
+_EAGER_ROUNDS = 20
 
 
 @dataclass(frozen=True)
@@ -246,34 +246,45 @@ def _graph_sampler(calls: Sequence[CALL]) -> tuple[Callable[[], float], str]:
     return sample, timer
 
 
-def host_sampler(call: CALL, device: torch.device, count: int = HOST_CALLS) -> Callable[[], float]:
-    """Host seconds of one call: `count` back to back with an idle GPU before them, which is never waited for."""
+class EagerSampler:
+    """`count` calls back to back, outside a graph, with an idle GPU before them.
 
-    def sample() -> float:
-        torch.cuda.synchronize(device)
+    Attributes:
+        whole: seconds of a call with the device waited for behind the last one, a figure per sample.
+    """
+
+    def __init__(self, call: CALL, device: torch.device, count: int = EAGER_CALLS):
+        self.call, self.device, self.count, self.whole = call, device, count, []
+
+    def sample(self) -> float:
+        """Host seconds of a call: the device is not waited for."""
+        torch.cuda.synchronize(self.device)
         start = time.perf_counter()
-        for _ in range(count):
-            call()
+        for _ in range(self.count):
+            self.call()
         took = time.perf_counter() - start
-        torch.cuda.synchronize(device)
-        return took / count
+        torch.cuda.synchronize(self.device)
+        self.whole.append((time.perf_counter() - start) / self.count)
+        return took / self.count
 
-    return sample
 
-
-def host_us(
+def outside_graphs(
     calls: Mapping[str, CALL], device: torch.device, seconds: float, alone: Collection[str] = ()
-) -> dict[str, float]:
-    """Median host microseconds of a call by name, its first calls thrown away.
+) -> dict[str, dict[str, float]]:
+    """Medians of a call by name, its first calls thrown away: `host_us` of the caller's thread, `eager_us` of both.
 
-    Empty on a CPU, where the host is the device. `alone`: calls that are so many launches that ten could fill the
-    queue; each is timed by itself.
+    Empty on a CPU, where every call is eager and the host is the device. `alone`: calls that are so many launches that
+    ten could fill the queue; each is timed by itself.
     """
     if device.type != "cuda":
         return {}
-    samplers = {name: host_sampler(call, device, 1 if name in alone else HOST_CALLS) for name, call in calls.items()}
-    found = interleave(samplers, seconds=seconds, max_rounds=_HOST_ROUNDS)
-    return {name: _short(stats.median * 1e6) for name, stats in found.stats.items()}
+    samplers = {name: EagerSampler(call, device, 1 if name in alone else EAGER_CALLS) for name, call in calls.items()}
+    timed = interleave({name: one.sample for name, one in samplers.items()}, seconds=seconds, max_rounds=_EAGER_ROUNDS)
+    found = {}
+    for name, stats in timed.stats.items():
+        eager = Stats.of(samplers[name].whole[-stats.n :])  # what warmed up stands before
+        found[name] = {"host_us": _short(stats.median * 1e6), "eager_us": _short(eager.median * 1e6)}
+    return found
 
 
 def wall_sampler(call: CALL, device: torch.device) -> Sampler:
@@ -359,7 +370,8 @@ def describe(
         "cache_bytes": cache_bytes(device),
         "cold": f"weight copies in rotation: {rotation}",
         "warm": "one copy of the weights, over and over",
-        "host": f"{HOST_CALLS} calls in a row (of eager 1), the GPU idle before and not waited for" if gpu else None,
+        "host": f"{EAGER_CALLS} calls in a row (of eager 1), the GPU idle before and not waited for" if gpu else None,
+        "eager": "those calls, no graph, with the GPU waited for behind the last" if gpu else None,
         "before": before,
         "after": state(device),
     }

@@ -121,6 +121,7 @@ def verdict(reason: str | None, otherwise: str = "refused") -> dict:
     """The fields that every candidate's row has before it is timed; `otherwise` is its status if there is a reason."""
     return {
         "host_us": None,
+        "eager_us": None,
         "status": "timed" if reason is None else otherwise,
         "reason": None if reason is None else record.scrub(reason),
     }
@@ -142,7 +143,7 @@ def fill(
     Args:
         rows: by candidate and cache; changed in place.
         samplers: by cache, then by candidate.
-        calls: by candidate, for its host time.
+        calls: by candidate, for its time outside a graph.
         base: the candidate that `speedup_ratio` refers to.
         device: where they run.
         start: when the share began, by `perf_counter`.
@@ -155,9 +156,9 @@ def fill(
         return max(start + seconds - time.perf_counter(), seconds / 3)
 
     slow = {name for (name, _), row in rows.items() if row["backend"] in registry.SLOW}
-    host = protocol.host_us(calls, device, left() / 6, alone=slow)
+    outside = protocol.outside_graphs(calls, device, left() / 6, alone=slow)
     for (name, _), row in rows.items():
-        row["host_us"] = host.get(name)
+        row.update(outside.get(name, {}))
     for caches_left, cache in zip((2, 1), CACHES, strict=True):
         chosen = samplers[cache]
         outcome = protocol.interleave(
@@ -199,12 +200,19 @@ def notes(lines: Iterable[dict], label: Callable[[dict], str]) -> list[str]:
     return [f"{what}: {', '.join(names)}" + (f": {why}" if why else "") for (what, why), names in found.items()]
 
 
-def has_host(lines: Iterable[dict]) -> bool:
-    """Whether any row has a host time, so that the table needs the column."""
-    return any(line.get("host_us") is not None for line in lines)
+#: Columns of what was timed outside a graph, the telling one first: head, key, and words below the table.
+_OUTSIDE = (
+    ("eager", "eager_us", "eager: microseconds a call without a graph, ten in a row, the device waited for."),
+    ("host", "host_us", "host: microseconds of the caller's thread, from the second call on."),
+)
 
 
-HOST_WORDS = "host: microseconds of the caller's thread, from the second call on."
+def outside_graphs(lines: Sequence[dict]) -> tuple[list[str], list[str], list[str]]:
+    """Heads, keys and words of the column that a table needs of a GPU's rows: `eager`, of older records `host`."""
+    for head, key, words in _OUTSIDE:
+        if any(line.get(key) is not None for line in lines):
+            return [head], [key], [words]
+    return [], [], []
 
 
 def cell(line: dict) -> str:
