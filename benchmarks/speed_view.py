@@ -32,6 +32,7 @@ METRICS = (
     ("first_token_ms", "first token", "ms", 1),
     ("weights_bytes", "weights", "MB", 1e6),
     ("peak_bytes", "peak", "MB", 1e6),
+    ("process_growth_bytes", "process", "MB", 1e6),
 )
 Rows = list[dict]
 
@@ -108,24 +109,31 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _row(row: dict, rows: Rows, spread: bool) -> list[str]:
+def _row(row: dict, rows: Rows, heads: list[str], spread: bool) -> list[str]:
     name = name_of(row)
     time = figure(row, "latency_ms_per_token")
     if spread:
         time += f" ({figure(row, 'p20_ms_per_token')} to {figure(row, 'p80_ms_per_token')})"
-    memory = [figure(row, key, divisor) for key, _, unit, divisor in METRICS if unit == "MB"]
+    shown = [key for key, what, unit, _ in METRICS if unit == "MB" and f"{what}, {unit}" in heads]
     return [
         f"**{name}**" if row["family"] == "ours" else name,
         time,
         times(row, of(rows, FLOAT)),
         times(row, of(rows, PEER)),
         figure(row, "first_token_ms"),
-        *memory,
+        *(figure(row, key, 1e6) for key in shown),
         ahead(row, rows),
     ]
 
 
-_HEADS = ("x of fp32", "x of CTranslate2 int8", "first token, ms", "weights, MB", "peak, MB", "ahead of it")
+def _heads(cells: dict[Cell, Rows]) -> list[str]:
+    """Of the columns behind the time: a kind of memory that no row says stands in no table."""
+    memory = [
+        f"{what}, {unit}"
+        for key, what, unit, _ in METRICS
+        if unit == "MB" and any(row.get(key) is not None for rows in cells.values() for row in rows)
+    ]
+    return ["x of fp32", "x of CTranslate2 int8", "first token, ms", *memory, "ahead of it"]
 
 
 def small(result: dict) -> dict[Cell, Rows]:
@@ -141,11 +149,12 @@ def readme(result: dict) -> str:
     """One table of one text, and in words what stands where we lose."""
     cells = small(result)
     first = next(iter(cells))
-    lines = [_line(["", "", "ms/token", *_HEADS]), "|---" * 3 + "|---" * len(_HEADS) + "|"]
+    heads = _heads(cells)
+    lines = [_line(["", "", "ms/token", *heads]), "|---" * 3 + "|---" * len(heads) + "|"]
     for cell, rows in cells.items():
         for index, row in enumerate(rows):
             search = f"{search_of(cell)}, n = {row['samples']}" if index == 0 else ""
-            lines.append(_line([search, *_row(row, rows, spread=False)]))
+            lines.append(_line([search, *_row(row, rows, heads, spread=False)]))
     model = result["settings"]["model"].replace("bart", "BART")
     texts = "one text" if first.batch_size == 1 else f"{first.batch_size} texts"
     before = (
@@ -155,7 +164,7 @@ def readme(result: dict) -> str:
     )
     after = (
         "A token's time is that of a whole call over its new tokens. `ahead of it`: what the best of the others does "
-        "better, by the medians alone; `-` is not known and not compared. More: "
+        f"better, by the medians alone; `-` is not known and not compared.{process(heads)} More: "
         "[docs/measured.md](docs/measured.md#whole-models-on-a-cpu)."
     )
     return "\n".join([*_wrapped(before), "", *lines, "", *_wrapped(after)])
@@ -163,6 +172,12 @@ def readme(result: dict) -> str:
 
 def _wrapped(text: str) -> list[str]:
     return textwrap.wrap(text, 120, break_long_words=False, break_on_hyphens=False)
+
+
+def process(heads: list[str]) -> str:
+    """What the column of that name holds, where it stands."""
+    words_ = " `process`: the most that a process of its own held during a call, beyond its imports."
+    return words_ if "process, MB" in heads else ""
 
 
 def load(result: dict) -> str:
@@ -209,11 +224,13 @@ def cells(result: dict) -> str:
         f"On {machine(result)}, {load(result)}; {result['settings']['weights']} weights. Candidates took turns; the "
         "ratios are of one set of rounds. First token: a call with one new token, nearly all of it encoder. `ahead of "
         "it`: what the best of the others does better, by the medians alone; `-` is not known and not compared."
+        f"{process(_heads(cells_of(result)))}"
     )
     parts = ["\n".join(_wrapped(said))]
+    heads = _heads(cells_of(result))
     for cell, rows in cells_of(result).items():
-        table = [_line(["", "ms per token (p20 to p80)", *_HEADS]), "|---" * (2 + len(_HEADS)) + "|"]
-        table += [_line(_row(row, rows, spread=True)) for row in rows]
+        table = [_line(["", "ms per token (p20 to p80)", *heads]), "|---" * (2 + len(heads)) + "|"]
+        table += [_line(_row(row, rows, heads, spread=True)) for row in rows]
         table += ["", *ratio_words(rows)]
         parts += [f"{cell_words(cell, rows[0]['samples'])}, layers {cell.layers}:", "\n".join(table)]
     return "\n\n".join([*parts, encoder(result), "\n".join(_wrapped(proof(result)))])

@@ -18,8 +18,8 @@ import torch
 
 from dqkernels.bench import generate_candidates as ours
 from dqkernels.bench import generate_cells as cells_
+from dqkernels.bench import generate_process, memory, protocol, record
 from dqkernels.bench import generate_proofs as proofs
-from dqkernels.bench import memory, protocol, record
 from dqkernels.bench import rows as shared
 from dqkernels.bench.candidates import short
 from dqkernels.bench.generate_cells import Cell
@@ -53,6 +53,7 @@ def run(
     device: str | torch.device | None = None,
     backend: str = "auto",
     attention: str = "int8",
+    process_memory: bool = False,
     seconds: float = 300,
     out: str | None = None,
     resume: bool = False,
@@ -73,6 +74,7 @@ def run(
         device: default the GPU if there is one.
         backend: of ours: the one to force, or `auto`.
         attention: of ours, as in `DQConfig`; our own loop needs int8.
+        process_memory: also what a process of its own takes with each candidate, some ten seconds each for bart-base.
         seconds: for all of it, building and proving included; cells that it does not reach say so. The first cell is
             measured in any case.
         out: file for the record, written after every cell, or None.
@@ -110,6 +112,7 @@ def run(
             "device": device.type,
             "backend": backend,
             "attention": attention,
+            "process_memory": process_memory,
         },
         protocol=described,
         rows=[],
@@ -120,7 +123,7 @@ def run(
     todo = book.todo()
     if old is not None:
         _go_on(described, old["protocol"], measures=bool(todo))
-    _measure_all(book, todo, options, sweep, seconds)
+    _measure_all(book, todo, options, sweep, seconds, process_memory)
     if todo:
         described["after"] = protocol.state(device)
     book.write()
@@ -176,7 +179,7 @@ def not_run(reason: str) -> dict:
     return {"status": "not run", "reason": reason}
 
 
-def _measure_all(book: Book, todo: list[Cell], options: Options, sweep: str, seconds: float) -> None:
+def _measure_all(book: Book, todo: list[Cell], options: Options, sweep: str, seconds: float, process: bool) -> None:
     from tqdm import tqdm
 
     deadline = time.perf_counter() + seconds
@@ -196,7 +199,8 @@ def _measure_all(book: Book, todo: list[Cell], options: Options, sweep: str, sec
                 print(f"bench generate: {index + 1} of {len(todo)}: {cell}", file=sys.stderr, flush=True)
             work = Work(
                 cell, lineup, deadline, seconds, len(todo) - index, cells_.ROUNDS[sweep],
-                lambda words, cell=cell: bar.set_postfix_str(f"{cell}: {words}", refresh=True), must=index == 0,
+                lambda words, cell=cell: bar.set_postfix_str(f"{cell}: {words}", refresh=True), process,
+                must=index == 0,
             )  # fmt: skip
             book.add(cell, measure(work))
             book.absent.update(lineup.absent)
@@ -286,6 +290,7 @@ def _protocol_words(device: torch.device) -> dict:
         "cache": "keys, values and their scales at the end of a call; null where nobody says",
         "peak": f"the weights, and {memory.HOW[device.type]}; of the first call of the cell, its caches "
         "included (ctranslate2: null, its memory is its own and outlives a proof)",
+        "process": generate_process.HOW[device.type],
     }
 
 
@@ -303,6 +308,7 @@ class Work:
         cells_left: this one and those behind it.
         max_rounds: samples of a candidate at most.
         say: told what is being done.
+        process: whether each candidate's work is also done in a process of its own, for its memory.
         must: the run's first cell, which ignores the deadline.
     """
 
@@ -313,6 +319,7 @@ class Work:
     cells_left: int
     max_rounds: int
     say: Callable[[str], None]
+    process: bool = False
     must: bool = False
     tokens: dict[str, torch.Tensor] = field(default_factory=dict)
     call_s: dict[str, float] = field(default_factory=dict)
@@ -344,6 +351,9 @@ def measure(work: Work) -> list[dict]:
             used.append(one)
             row = rows[name] = {**cell.row(), **_identity(one)}
             row.update(_prepare(one, work, inputs))
+            if row["status"] == "timed" and work.process:
+                work.say(f"{name}, memory of a process")
+                row.update(generate_process.of_candidate(lineup.options, name, one.family, cell))
             if row["status"] == "timed":
                 calls[name, "all"] = one.bind(inputs, cell.new_tokens, cell.num_beams)
                 if cell.new_tokens > 1:

@@ -105,6 +105,15 @@ class Source:
 
         return AutoModelForSeq2SeqLM.from_pretrained(self.folder, dtype=torch.float32, local_files_only=True).eval()
 
+    def model_class(self) -> type:
+        """The class of transformers that `build` makes, imported; builds nothing."""
+        if self.shape is not None:
+            return self.shape.model_class()
+        from transformers import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING, AutoConfig
+
+        config = AutoConfig.from_pretrained(self.folder, local_files_only=True)
+        return MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING[type(config)]
+
 
 @torch.no_grad()
 def _lively(model: nn.Module) -> nn.Module:

@@ -72,20 +72,23 @@ def _times(result: dict, groups: dict[Cell, list[dict]], head: str):
 
 def _memory(result: dict, groups: dict[Cell, list[dict]], head: str):
     gpu = result["settings"]["device"] == "cuda"
-    columns = ("candidate", "weights", "cache", "peak", "x", *(["reserved"] if gpu else []))
+    timed = [line for lines in groups.values() for line in lines]
+    known = {"process": "process_growth_bytes", "device": "device_bytes"}
+    more = {head: key for head, key in known.items() if any(line.get(key) is not None for line in timed)}
+    if gpu and "device" not in more:  # which has it in it
+        more = {"reserved": "peak_reserved_bytes", **more}
+    columns = ("candidate", "weights", "cache", "peak", "x", *more)
     table = _table(f"Memory in MB, {head}", columns)
     for cell, lines in groups.items():
         # What did not run says nothing about memory, but for its weights.
-        lines = [line for line in lines if line.get("peak_bytes") is not None]
+        lines = [line for line in lines if any(line.get(key) is not None for key in ("peak_bytes", *more.values()))]
         if lines:
             table.add_row(_cell_words(cell))
         for line in lines:
             ratio = line.get("peak_ratio")
             cells = [f" {_name(line)}", *(_mb(line.get(f"{key}_bytes")) for key in ("weights", "cache", "peak"))]
             cells.append("" if ratio is None else f"{ratio:.2f}")
-            table.add_row(
-                *cells, *([_mb(line.get("peak_reserved_bytes"))] if gpu else []), end_section=line is lines[-1]
-            )
+            table.add_row(*cells, *(_mb(line.get(key)) for key in more.values()), end_section=line is lines[-1])
     how = (
         "most that torch's allocator held during the first call, other candidates left out"
         if gpu
@@ -95,9 +98,22 @@ def _memory(result: dict, groups: dict[Cell, list[dict]], head: str):
         "MB: 10^6 bytes. cache: keys and values at the end of a call.",
         f"peak: {how}.",
         f"x: of the peak of torch {result['settings']['dtype']}, this share.",
+        *(["process: most that one of its own held during a call, beyond its imports."] if "process" in more else []),
+        *(["device: what the card had in use behind it, all in."] if "device" in more else []),
+        *_without_process(timed),
     ]
     table.caption, table.caption_justify = "\n".join(words), "left"
     return table
+
+
+def _without_process(lines: list[dict]) -> list[str]:
+    """A sentence for each reason why a process's memory is not known."""
+    found: dict[str, list[str]] = {}
+    for line in lines:
+        if line.get("process_reason") is not None:
+            names = found.setdefault(line["process_reason"], [])
+            names += [name for name in [line["candidate"]] if name not in names]
+    return [f"no process memory: {', '.join(names)}: {why}" for why, names in found.items()]
 
 
 def _cell_words(cell: Cell) -> str:

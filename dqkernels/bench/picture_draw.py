@@ -55,6 +55,7 @@ _HUES = {
     "torch int8": "purple", "ctranslate2": "red", "bitsandbytes": "orange", "gemlite": "orange", "humming": "red",
     "bitblas": "purple", "torchao": "orange", "onnx": "orange", "floor": "text",
     "part weights": "blue", "part keys and values": "orange", "part peak": "grey",
+    "part process": "purple",
     "recipe teacher": "text", "recipe ptq": "grey", "recipe quant-only": "red", "recipe dq-paper": "blue",
     "recipe dq-": "green", "recipe distill-only": "purple",
 }  # fmt: skip

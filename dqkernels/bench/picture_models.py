@@ -170,7 +170,10 @@ def _memory(cells: dict[Cell, list[Row]], model: str, machine: str) -> Picture |
     if not known:
         return None
     largest = max(known, key=lambda cell: max(row.maybe("peak_bytes", 0) or 0 for row in known[cell]))
-    panels, parts = [], (("weights_bytes", "weights"), ("cache_bytes", "keys and values"), ("peak_bytes", "peak"))
+    parts = [("weights_bytes", "weights"), ("cache_bytes", "keys and values"), ("peak_bytes", "peak")]
+    process = any(row.maybe("process_growth_bytes", 0) is not None for rows in known.values() for row in rows)
+    parts += [("process_growth_bytes", "process")] if process else []
+    panels = []
     for cell in dict.fromkeys((next(iter(known)), largest)):
         series = []
         for key, word in parts:
@@ -187,7 +190,8 @@ def _memory(cells: dict[Cell, list[Row]], model: str, machine: str) -> Picture |
         else "the weights, and how far the process grew during a call"
     )
     caption = [f"Peak: {how}. What has no bar does not say."]
-    alt = f"Memory of {model} on {machine}: weights, keys and values, peak, by candidate."
+    caption += ["Process: what one of its own held at most during a call, beyond its imports."] if process else []
+    alt = f"Memory of {model} on {machine}: {listed([word for _, word in parts], len(parts))}, by candidate."
     return Picture("memory", f"Memory of {model} on {machine}", tuple(panels), 1, tuple(caption), alt)
 
 

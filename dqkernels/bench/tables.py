@@ -35,6 +35,7 @@ _COLUMNS = (
     ("weights_bytes", "weights MB", 1e6),
     ("cache_bytes", "cache MB", 1e6),
     ("peak_bytes", "peak MB", 1e6),
+    ("process_growth_bytes", "process MB", 1e6),
 )
 SUFFIXES = (".csv", ".md")
 

@@ -294,6 +294,9 @@ def generate(
     attention: Annotated[
         str, typer.Option("--attention", help="Of ours: int8, which our own loop needs, float or auto.")
     ] = "int8",
+    process_memory: Annotated[
+        bool, typer.Option("--process_memory", help="Also a process of its own for each, and what it takes in all.")
+    ] = False,
     seconds: Annotated[
         float, typer.Option("--seconds", help="For all of it; the first cell is always measured.")
     ] = 300.0,
@@ -343,6 +346,7 @@ def generate(
             device=place,
             backend=backend,
             attention=attention,
+            process_memory=process_memory,
             seconds=seconds,
             out=out,
             resume=resume,

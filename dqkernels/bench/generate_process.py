@@ -1,0 +1,110 @@
+"""What a whole process takes while one candidate of `bench generate` works: a fresh process for each.
+
+Within one process candidates cannot be told apart, and what a library holds outside torch's allocator (CTranslate2, the
+compiled core, CUDA's own context) is seen by nobody but the system. The model is built in the process like in the
+benchmark; what building took is given back before the call, and does not count.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib
+import json
+import os
+import pickle
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dqkernels.bench import memory, peers, record
+from dqkernels.bench.generate_cells import Cell
+from dqkernels.bench.generate_lineup import Lineup, Options
+
+_PROGRAM = "from dqkernels.bench import generate_process; generate_process.child()"
+_TIMEOUT_S = 900
+#: In words, for records.
+HOW = {
+    "cpu": "VmHWM of a process of its own during one call, and what of it the model, its caches and buffers added to "
+    "VmRSS after the imports; libraries count, what building the model took does not",
+    "cuda": "VmHWM as on a CPU; device: what the card had in use behind the call more than before the process",
+}
+
+
+def of_candidate(options: Options, name: str, family: str, cell: Cell) -> dict[str, Any]:
+    """Fields of a row: `process_bytes` in all, `process_growth_bytes` beyond the imports, of a GPU `device_bytes`.
+
+    They are None where the process failed or the system does not say, and `process_reason` says so.
+    """
+    keys = ("process_bytes", "process_growth_bytes", *(("device_bytes",) if options.device.type == "cuda" else ()))
+    before = _in_use(options.device)
+    given = pickle.dumps((options, name, family, cell, torch.get_num_threads()))
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", _PROGRAM],
+            input=given,
+            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
+            capture_output=True,
+            timeout=_TIMEOUT_S,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return {**dict.fromkeys(keys), "process_reason": f"took more than {_TIMEOUT_S} s"}
+    if done.returncode:
+        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no words"])[-1]
+        return {**dict.fromkeys(keys), "process_reason": record.scrub(f"exit code {done.returncode}: {last}")}
+    found = json.loads(done.stdout.splitlines()[-1])
+    if found["most"] is None or found["imported"] is None:
+        return {**dict.fromkeys(keys), "process_reason": "this system does not say what a process takes"}
+    row = {"process_bytes": found["most"], "process_growth_bytes": max(0, found["most"] - found["imported"])}
+    if options.device.type == "cuda":
+        row["device_bytes"] = None if before is None or found["device"] is None else max(0, found["device"] - before)
+    return row
+
+
+def child() -> None:
+    """The process itself: builds the candidate, lets go of everything else, runs one call; prints JSON."""
+    options, name, family, cell, threads = pickle.loads(sys.stdin.buffer.read())
+    _import(options, family)
+    torch.set_num_threads(threads)
+    imported = memory.status("VmRSS")
+    call = _call(options, name, cell)
+    gc.collect()
+    _, growth = memory.during(call, torch.device("cpu"))
+    most = None if growth.allocated is None else memory.status("VmHWM")
+    print(json.dumps({"imported": imported, "most": most, "device": _in_use(options.device)}))
+
+
+def _call(options: Options, name: str, cell: Cell):
+    """The call of one candidate, and nothing else that its lineup made."""
+    lineup = Lineup(options, cell.layers)
+    one = next((get() for known, get in lineup.candidates() if known == name), None)
+    if one is None:
+        raise RuntimeError(f"candidate {lineup.absent.get(name, 'is not in the lineup')}: {name}")
+    return one.bind(lineup.inputs(cell), cell.new_tokens, cell.num_beams)
+
+
+def _import(options: Options, family: str) -> None:
+    """What a program that serves such a model imports, so that it does not count as growth."""
+    import transformers.generation  # noqa: F401
+
+    import dqkernels.hf  # noqa: F401
+    from dqkernels.kernels import native
+
+    native.native()
+    options.source.model_class()
+    if family in peers.PEERS and (module := peers.PEERS[family].module) is not None:
+        importlib.import_module(module)
+
+
+def _in_use(device: torch.device) -> int | None:
+    """Bytes of the card that anybody holds; None of a CPU."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    free, total = torch.cuda.mem_get_info(device)
+    return total - free
