@@ -120,7 +120,7 @@ bench kernels kernels --seconds 300 --overwrite
 # In order of worth: the goals' model, its shallower forms, its memory, then the other shapes.
 bench generate generate bart-large --seconds 1800 --resume
 bench generate-layers generate bart-large --sweep layers --bits 4,2 --seconds 900 --resume
-bench generate-memory generate bart-large --sweep memory --bits 4 --seconds 900 --resume
+bench generate-memory generate bart-large --sweep memory --bits 4 --process_memory --seconds 1200 --resume
 bench generate-base generate bart-base --seconds 900 --resume
 bench generate-mbart generate mbart-large --bits 4 --batch_size 1,16 --num_beams 1,4 --seconds 900 --resume
 # T5 has no biases and its own attention bias: another path through the decode loop.
