@@ -82,6 +82,9 @@ const AttentionFunctions& avx2_attention_functions();
 const AttentionFunctions& avx_vnni_attention_functions();
 const AttentionFunctions& avx512_vnni_attention_functions();
 #endif
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
+const AttentionFunctions& dotprod_attention_functions();
+#endif
 
 // Those of `isa`.
 const AttentionFunctions& attention_functions(Isa isa);

@@ -111,6 +111,9 @@ const AttentionFunctions& attention_functions(Isa isa) {
     if (isa == Isa::avx_vnni) return avx_vnni_attention_functions();
     if (isa == Isa::avx2) return avx2_attention_functions();
 #endif
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
+    if (isa == Isa::dotprod) return dotprod_attention_functions();
+#endif
     (void)isa;
     return scalar_attention_functions();
 }

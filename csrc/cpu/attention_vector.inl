@@ -41,10 +41,6 @@ DQK_TARGET inline void store(int32_t* p, __m256i v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
 }
 
-// Keys ahead of the loops over rows in a cache, which is larger than what stays near between two steps, and
-// whose heads are too short for the hardware to run ahead of.
-constexpr int64_t kKeysAhead = 16;
-
 DQK_TARGET void dots_rows(const int8_t* q, const KeyRows& keys, int64_t first, int64_t count,
                           int64_t head_dim, int32_t* out) {
     const int64_t whole = head_dim / 32 * 32;

@@ -31,7 +31,9 @@ struct Support {
 Support detect() {
     Support found;
     for (bool& has : found.has) has = true;
+#if !defined(DQK_NEON_MODEL)
     found[Isa::dotprod] = false;
+#endif
     return found;
 }
 

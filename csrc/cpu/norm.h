@@ -26,6 +26,9 @@ const RowLoops& scalar_row_loops();
 #if defined(__x86_64__)
 const RowLoops& avx2_row_loops();  // needs AVX2 and F16C
 #endif
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
+const RowLoops& neon_row_loops();
+#endif
 
 // Those of `isa`.
 const RowLoops& row_loops(Isa isa);

@@ -57,6 +57,9 @@ const RowLoops& scalar_row_loops() {
 }
 
 const RowLoops& row_loops(Isa isa) {
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
+    if (isa == Isa::dotprod) return neon_row_loops();
+#endif
 #if defined(__x86_64__)
     if (isa != Isa::scalar) return avx2_row_loops();
 #endif

@@ -40,6 +40,9 @@ RowFunctions row_functions(DType dtype, Isa isa) {
     if (isa == Isa::avx512_vnni || isa == Isa::amx_int8) return avx512_row_functions(dtype);
     if (isa == Isa::avx2 || isa == Isa::avx_vnni) return avx2_row_functions(dtype);
 #endif
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
+    if (isa == Isa::dotprod) return neon_row_functions(dtype);
+#endif
     (void)isa;
     return scalar_row_functions(dtype);
 }

@@ -28,5 +28,8 @@ RowFunctions scalar_row_functions(DType dtype);
 RowFunctions avx2_row_functions(DType dtype);    // needs AVX2 and F16C
 RowFunctions avx512_row_functions(DType dtype);  // needs AVX-512 F, BW, DQ, VL
 #endif
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
+RowFunctions neon_row_functions(DType dtype);
+#endif
 
 }  // namespace dqk

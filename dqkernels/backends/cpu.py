@@ -17,8 +17,7 @@ def available(device_type: str) -> tuple[bool, str]:
         return False, native.why_absent()
     core = native.native()
     isa, kernel = core.cpu_isa(), core.cpu_gemm_kernel()
-    note = " (its GEMM; the rest is scalar)" if isa == "dotprod" else ""
-    return True, f"compiled core, {isa}" + (note if kernel == isa else f" (its GEMM: {kernel})")
+    return True, f"compiled core, {isa}" + ("" if kernel == isa else f" (its GEMM: {kernel})")
 
 
 _GROUP_SIZES = (-1, 32, 64, 128)

@@ -20,15 +20,14 @@ import test_cpu_gemm_sim as cases  # noqa: E402
 from harness import Program, run_cases  # noqa: E402
 
 SOURCES = ("gemm", "gemm_dotprod", "gemm_amx", "gemm_scalar", "gemm_avx2", "gemm_avx_vnni", "gemm_avx512_vnni",
-           "embedding", "threads", "quantize", "quantize_x86", "isa")  # fmt: skip
+           "embedding", "threads", "quantize", "quantize_neon", "quantize_x86", "isa")  # fmt: skip
 #: In the order of kEntries (csrc/cpu/gemm.cpp) on Arm, from 1 on.
 KERNELS = {"scalar": 1, "dotprod": 2}
 
 
 def arm_program(folder: Path, host: str, sources) -> Program:
     """tests/sim/`host` with csrc/cpu's `sources`, built for Arm, in the emulator; skips without either."""
-    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
-    if emulator is None:
+    if (shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")) is None:
         pytest.skip("no qemu-aarch64-static on the PATH")
     if importlib.util.find_spec("ziglang") is None:
         pytest.skip("ziglang is not installed")
@@ -39,8 +38,14 @@ def arm_program(folder: Path, host: str, sources) -> Program:
                "-o", str(folder / "program")]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
-    wrapper = folder / "emulated"
-    wrapper.write_text(f'#!/bin/sh\nexec "{emulator}" -cpu max "{folder / "program"}"\n')
+    return emulated(folder, "max")
+
+
+def emulated(folder: Path, cpu: str) -> Program:
+    """The program of `arm_program` in `folder`, on an emulated `cpu`."""
+    wrapper = folder / f"on-{cpu}"
+    emulator = shutil.which("qemu-aarch64-static") or shutil.which("qemu-aarch64")
+    wrapper.write_text(f'#!/bin/sh\nexec "{emulator}" -cpu {cpu} "{folder / "program"}"\n')
     wrapper.chmod(0o755)
     return Program(wrapper)
 

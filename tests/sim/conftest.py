@@ -13,19 +13,19 @@ HERE = Path(__file__).resolve().parent
 @pytest.fixture(scope="session")
 def sim_program():
     """`sim_program(source, ...)`: the running Program of those sources (names in this folder, or paths from csrc's
-    parent such as "csrc/cuda/quantize.cu"), with variables of its environment by name; skips where nothing can be
-    simulated."""
+    parent such as "csrc/cuda/quantize.cu"), compiled with `flags` too, with variables of its environment by name; skips
+    where nothing can be simulated."""
     programs: dict[tuple, harness.Program] = {}
 
-    def program(*sources: str, **environment: str) -> harness.Program:
+    def program(*sources: str, flags: tuple[str, ...] = (), **environment: str) -> harness.Program:
         reason = harness.missing()
         if reason is not None:
             pytest.skip(reason)
-        key = (*sources, *sorted(environment.items()))
+        key = (*sources, flags, *sorted(environment.items()))
         if key not in programs:
             paths = [harness.ROOT / name if name.startswith("csrc/") else HERE / name for name in sources]
             try:
-                programs[key] = harness.Program(harness.build(paths), environment)
+                programs[key] = harness.Program(harness.build(paths, flags), environment)
             except harness.BuildError as error:
                 pytest.fail(f"the program on the simulator does not compile:\n{error}", pytrace=False)
         return programs[key]

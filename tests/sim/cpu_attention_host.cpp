@@ -1,5 +1,9 @@
-// The CPU's attention, what fills its caches, and its quantizer of rows, called as the binding calls them,
-// with the instruction set of DQKERNELS_CPU. Tensors are contiguous; the seed: threads less one.
+// The CPU's attention, what fills its caches, its quantizer of rows, LayerNorm and GELU, called as the
+// binding calls them, with the instruction set of DQKERNELS_CPU. Tensors are contiguous; the seed: threads
+// less one.
+#include "cpu/attention.h"
+#include "cpu/norm.h"
+#include "cpu/quantize_row.h"
 #include "dqk/api.h"
 #include "protocol.h"
 #include "quantize_request.h"
@@ -95,6 +99,52 @@ Status quantize(const sim::Request& request) {
     return quantize_rows(args);
 }
 
+// What norm and gelu begin with. scalars: dtype, rows, k, mode, clip, act_scale.
+QuantizeRows codes_of(const sim::Request& request) {
+    QuantizeRows codes = {};
+    codes.dtype = static_cast<DType>(request.integer(0));
+    codes.rows = request.integer(1);
+    codes.k = codes.row_stride = request.integer(2);
+    codes.mode = static_cast<ActMode>(request.integer(3));
+    codes.clip = static_cast<float>(request.real(4));
+    codes.act_scale = static_cast<float>(request.real(5));
+    return codes;
+}
+
+// scalars: then residual's dtype, weight's, bias's, eps. buffers: x, residual or absent, weight, bias or
+// absent, y, q, scale, row_sum.
+Status norm(const sim::Request& request) {
+    NormQuantize args = {};
+    args.codes = codes_of(request);
+    args.row_stride = args.residual_stride = args.codes.k;
+    args.residual_dtype = static_cast<DType>(request.integer(6));
+    args.weight_dtype = static_cast<DType>(request.integer(7));
+    args.bias_dtype = static_cast<DType>(request.integer(8));
+    args.eps = request.real(9);
+    args.threads = static_cast<int32_t>(request.seed) + 1;
+    args.x = request.pointer<const void>(0);
+    args.residual = request.pointer<const void>(1);
+    args.weight = request.pointer<const void>(2);
+    args.bias = request.pointer<const void>(3);
+    args.y = request.pointer<void>(4);
+    args.codes.q = request.pointer<int8_t>(5);
+    args.codes.scale = request.pointer<float>(6);
+    args.codes.row_sum = request.pointer<int32_t>(7);
+    return norm_quantize(args);
+}
+
+// buffers: x, q, scale, row_sum.
+Status gelu(const sim::Request& request) {
+    GeluQuantize args = {};
+    args.codes = codes_of(request);
+    args.threads = static_cast<int32_t>(request.seed) + 1;
+    args.codes.x = request.pointer<const void>(0);
+    args.codes.q = request.pointer<int8_t>(1);
+    args.codes.scale = request.pointer<float>(2);
+    args.codes.row_sum = request.pointer<int32_t>(3);
+    return gelu_quantize(args);
+}
+
 // buffers: the name of the instruction set in use, 16 bytes.
 Status name(const sim::Request& request) {
     Isa isa = Isa::scalar;
@@ -103,10 +153,24 @@ Status name(const sim::Request& request) {
     return status;
 }
 
+// buffers: 3 bytes, 1 where the instruction set in use has attention, a quantizer of rows, norms of its own.
+Status loops(const sim::Request& request) {
+    Isa isa = Isa::scalar;
+    const Status status = active_isa(&isa);
+    auto* own = request.pointer<uint8_t>(0);
+    own[0] = &attention_functions(isa) != &scalar_attention_functions();
+    own[1] = row_functions(DType::float32, isa).codes != scalar_row_functions(DType::float32).codes;
+    own[2] = &row_loops(isa) != &scalar_row_loops();
+    return status;
+}
+
 Status run(const sim::Request& request) {
+    if (request.function == "loops") return loops(request);
     if (request.function == "name") return name(request);
     if (request.function == "prefill") return prefill(request);
     if (request.function == "decode") return decode(request);
+    if (request.function == "norm") return norm(request);
+    if (request.function == "gelu") return gelu(request);
     return request.function == "write" ? write(request) : quantize(request);
 }
 

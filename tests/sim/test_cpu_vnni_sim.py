@@ -37,6 +37,7 @@ def programs(sim_program):
         pytest.skip(reason)
     sources = ("cpu_attention_host.cpp", "isa_model.cpp", "attention_x86_model.cpp", "quantize_x86_model.cpp")
     others = ("attention", "attention_decode", "attention_scalar", "cache_write", "quantize", "threads")
+    others += ("norm", "norm_scalar", "norm_x86")
     sources += tuple(f"csrc/cpu/{name}.cpp" for name in others)
     return {isa: sim_program(*sources, DQKERNELS_CPU=isa) for isa in ("scalar", *SETS)}
 
