@@ -34,7 +34,7 @@ constexpr Entry kEntries[] = {
     {"avx512_vnni", avx512_vnni_gemm, Isa::avx512_vnni},
     {"amx_int8", amx_int8_gemm, Isa::amx_int8},
 #endif
-#if defined(__aarch64__)
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
     {"dotprod", dotprod_gemm, Isa::dotprod},
 #endif
 #if defined(DQK_SIM) && defined(__x86_64__)  // of tests/sim/gemm_*_model.cpp

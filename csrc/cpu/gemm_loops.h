@@ -109,7 +109,7 @@ const GemmKernel& avx_vnni_gemm();
 const GemmKernel& avx512_vnni_gemm();
 const GemmKernel& amx_int8_gemm();
 #endif
-#if defined(__aarch64__)
+#if defined(__aarch64__) || defined(DQK_NEON_MODEL)
 const GemmKernel& dotprod_gemm();
 #endif
 #if defined(DQK_SIM)

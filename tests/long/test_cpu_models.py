@@ -1,9 +1,10 @@
-"""Every check program of the compiled core with AVX-VNNI, AVX512-VNNI and AMX, on a machine with AVX2 only.
+"""Every check program of the compiled core with AVX-VNNI, AVX512-VNNI, AMX and Arm's dot product, where there is AVX2.
 
 The core is built anew from a copy of the tree (some minutes on two cores) in which the sources of those sets stand on
-models of their instructions (tests/sim/avx512_model.h, amx_model.h): each begins with one line that includes the model,
-and isa.cpp says that the processor has them all. It is loaded into this Python, and the programs of tests/cpu_checks.py
-run with each set: guard pages, oracles, threads, the grid of promise P1, and the same bits from all.
+models of their instructions (tests/sim/avx512_model.h, amx_model.h, neon_model.h): each begins with one line that
+includes the model (those for Arm by themselves, with DQK_NEON_MODEL), and isa.cpp says that the processor has them all.
+It is loaded into this Python, and the programs of tests/cpu_checks.py run with each set: guard pages, oracles, threads,
+the grid of promise P1, and the same bits from all.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ pybind11 = pytest.importorskip("pybind11")
 pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present")
 
 ROOT = Path(__file__).resolve().parents[2]
-SETS = ("avx_vnni", "avx512_vnni", "amx_int8")
+SETS = ("avx_vnni", "avx512_vnni", "amx_int8", "dotprod")
 #: The sources with a target beyond AVX2, and the model of its instructions.
 MODELS = {
     "gemm_avx_vnni.cpp": "avx512_names.h",
@@ -62,7 +63,7 @@ def tree(tmp_path_factory):
         path = tree / "csrc" / "cpu" / name
         text = f'#include "{tree / "tests" / "sim" / model}"\n{path.read_text(encoding="utf-8")}'
         path.write_text(text + (TILES if name == "gemm_amx.cpp" else ""), encoding="utf-8")
-    flags = "-O2 -DDQK_EVERY_ISA"
+    flags = f"-O2 -DDQK_EVERY_ISA -DDQK_NEON_MODEL= -I{tree / 'tests' / 'sim'}"
     configure = ["cmake", "-S", str(tree), "-B", str(tree / "build"), "-DCMAKE_BUILD_TYPE=Debug", "-DDQK_CUDA=OFF"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
     build = ["cmake", "--build", str(tree / "build"), "--parallel", str(len(os.sched_getaffinity(0)))]
@@ -81,4 +82,4 @@ def test_every_program_passes_with_every_set_and_the_same_bits(tree):
     done = subprocess.run(command, cwd=tree, env=env, capture_output=True, text=True, timeout=3100)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-3000:]
     found = json.loads(done.stdout.splitlines()[-1])
-    assert found["cpu_isas"] == ["scalar", *SETS] and found["runs"] == 28
+    assert found["cpu_isas"] == ["scalar", *SETS] and found["runs"] == 35
