@@ -527,6 +527,7 @@ def test_samples_that_warm_up_are_left_out_of_eager_times(monkeypatch):
             return 2.5e-6
 
     monkeypatch.setattr(protocol, "EagerSampler", Sampler)
+    monkeypatch.setattr(protocol, "_EAGER_ROUNDS", 1)
     found = protocol.outside_graphs({"a": lambda: None}, torch.device("cuda"), 1000.0)
     assert found == {"a": {"host_us": 2.5, "eager_us": 3.0}}
 
