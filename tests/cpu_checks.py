@@ -23,6 +23,7 @@ PROGRAMS = {
     "cpu_attention_checks_decode.py": False,
     "cpu_grid_checks.py": False,
     "native_gemm_checks.py": True,
+    "native_thread_checks.py": True,
     "cpu_norm_checks.py": False,
     "cpu_token_checks.py": False,
     "cpu_beam_checks.py": False,

@@ -10,6 +10,8 @@ import threading
 import time
 from pathlib import Path
 
+import native_thread_checks
+import programs
 import pytest
 import torch
 
@@ -75,6 +77,18 @@ def test_one_pool_with_torch():
 
 def test_one_thread_is_one_thread():
     assert threads_after(1, "large", "attention", "one row", "torch") == [0] * 4
+
+
+def test_threads_and_callers_change_no_byte():
+    """Every kernel that shares its work, over the core's own pool, and by several callers at once."""
+    digests = set()
+    for isa in sorted({"scalar", native.native().cpu_isas()[-1]}):
+        done = programs.run(native_thread_checks, isa, native.native().__file__)
+        assert done.returncode == 0, done.stderr[-3000:]
+        report = json.loads(done.stdout)
+        assert report["isa"] == isa and all(report[name] for name in native_thread_checks.CASES)
+        digests.add(report["digest"])
+    assert len(digests) == 1
 
 
 def test_python_goes_on_during_a_call():
