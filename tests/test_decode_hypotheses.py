@@ -176,6 +176,24 @@ def test_processors_in_place(what):
     assert ("RepetitionPenaltyLogitsProcessor" in text) == (what == "outside") and "NoRepeat" not in text
 
 
+def test_minimal_lengths_are_taken_together():
+    """Each with its own ends of sequence, and as long as it speaks up."""
+    from transformers.generation import logits_process
+
+    from dqkernels.decode.processing import Processing
+
+    lengths = logits_process.MinLengthLogitsProcessor(5, [2]), logits_process.MinLengthLogitsProcessor(3, [1, 2])
+    new = logits_process.MinNewTokensLengthLogitsProcessor(1, 6, [4, 90])
+    asked = logits_process.LogitsProcessorList([*lengths, new])
+    process, found = Processing(asked), []
+    for length in range(1, 9):
+        ids, scores = torch.zeros(2, length, dtype=torch.int64), torch.randn(2, 9)
+        want = asked(ids, scores.clone())
+        assert torch.equal(process(length, lambda ids=ids: ids, scores), want)
+        found.append(int(want.isneginf().sum()))
+    assert found == [6, 6, 4, 4, 2, 2, 0, 0]
+
+
 def test_what_a_processor_keeps_is_its_own():
     """Those in place write nothing that a user's processor was given, or gave."""
     from transformers.generation.logits_process import LogitsProcessorList, MinLengthLogitsProcessor

@@ -3,6 +3,7 @@
 #include <limits>
 
 #include "cpu/buffer.h"
+#include "cpu/norm.h"
 #include "cpu/threads.h"
 #include "cpu/top_k.h"
 #include "dqk/api.h"
@@ -17,28 +18,6 @@ constexpr int64_t kAlone =
     1 << 17;                   // scores that one thread looks through in the time that others need to wake up
 constexpr float kLow = -1e9F;  // what lowers a score out of reach, as transformers has it
 constexpr int64_t kMaxIndex = std::numeric_limits<int32_t>::max();
-
-// The largest of x[0..count), a NaN above all.
-float largest_of(const float* x, int64_t count) {
-    constexpr int kWide = 16;
-    float most[kWide];
-    uint32_t nan[kWide] = {};
-    std::fill(most, most + kWide, -std::numeric_limits<float>::infinity());
-    int64_t i = 0;
-    for (; i + kWide <= count; i += kWide)
-        for (int j = 0; j < kWide; ++j) {
-            const float v = x[i + j];
-            most[j] = v > most[j] ? v : most[j];
-            nan[j] |= v != v ? 1U : 0U;
-        }
-    for (; i < count; ++i) {
-        most[0] = x[i] > most[0] ? x[i] : most[0];
-        nan[0] |= x[i] != x[i] ? 1U : 0U;
-    }
-    uint32_t any = 0;
-    for (const uint32_t one : nan) any |= one;
-    return any != 0 ? std::numeric_limits<float>::quiet_NaN() : *std::max_element(most, most + kWide);
-}
 
 // One source of `beam_candidates`. largest: of each block of each of its rows.
 void choose(const BeamCandidates& args, int64_t source, const float* largest, Scored* all) {
@@ -246,7 +225,11 @@ Status beam_candidates(const BeamCandidates& args) {
         return Status::size_overflow;
     if (args.kept > whole) return Status::bad_size;
     if (args.sources == 0) return Status::ok;
+    Isa isa = Isa::scalar;
+    const Status chosen = active_isa(&isa);
+    if (chosen != Status::ok) return chosen;
 
+    const RowLoops& loops = row_loops(isa);
     const bool by_blocks = takes_partial_sort(args.kept, whole);
     const int64_t rows = args.sources * args.beams, places = by_blocks ? args.kept + 1 : whole + 1;
     blocks = by_blocks ? ceil_div(args.n, kBlock) : 0;
@@ -265,7 +248,7 @@ Status beam_candidates(const BeamCandidates& args) {
             for (int64_t block = first; block < std::min(blocks, first + kTogether); ++block) {
                 const int64_t start = block * kBlock;
                 largest[row * blocks + block] =
-                    largest_of(args.scores + row * args.n + start, std::min(kBlock, args.n - start));
+                    loops.largest(args.scores + row * args.n + start, std::min(kBlock, args.n - start));
             }
         });
     }

@@ -1,5 +1,5 @@
-// What one instruction set offers LayerNorm and GELU: loops over one row of floats. Everything else is in
-// norm.cpp, once.
+// What one instruction set offers LayerNorm, GELU and logits: loops over one row of floats. Everything else
+// is in norm.cpp, once.
 //
 // Every instruction set gives the same bits. The two sums of a norm are the only float sums of the core; they
 // are kept in double, in 8 lanes (element i in lane i mod 8) that are added in one order.
@@ -19,6 +19,7 @@ struct RowLoops {
     // out = (x - mean) / sqrt(variance + eps) * weight (+ bias), the quotient rounded once; out may be x.
     void (*norm)(const float* x, int64_t k, const float* weight, const float* bias, double eps, float* out);
     void (*gelu)(const float* x, int64_t k, float* out);  // out apart from x
+    float (*largest)(const float* x, int64_t k);          // a NaN above all
 };
 
 const RowLoops& scalar_row_loops();

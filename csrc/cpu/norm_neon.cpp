@@ -1,8 +1,8 @@
 // The loops of norm.h for Arm: the operations and the order of the scalar ones, so the bits are too. They
 // were run over modelled instructions (tests/sim/neon_model.h) and in an emulator, never on an Arm processor.
 //
-// The sum of two rows and GELU are those of norm_scalar.cpp: every 64-bit Arm has the vectors that a compiler
-// makes of them.
+// The sum of two rows, GELU and the largest of a row are those of norm_scalar.cpp: every 64-bit Arm has the
+// vectors that a compiler makes of them.
 #if defined(__aarch64__) || defined(DQK_NEON_MODEL)
 #include "cpu/neon.h"
 //
@@ -89,6 +89,7 @@ const RowLoops& neon_row_loops() {
         scalar_row_loops().add,
         norm,
         scalar_row_loops().gelu,
+        scalar_row_loops().largest,
     };
     return kLoops;
 }

@@ -1,5 +1,7 @@
 // The loops of norm.h in plain C++, and the choice of faster ones.
+#include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cpu/gelu.h"
 #include "cpu/norm.h"
@@ -43,6 +45,26 @@ void gelu_row(const float* x, int64_t k, float* __restrict out) {
     for (int64_t i = 0; i < k; ++i) out[i] = gelu(x[i]);
 }
 
+float largest(const float* x, int64_t k) {
+    constexpr int kWide = 16;
+    float most[kWide];
+    uint32_t nan[kWide] = {}, any = 0;
+    std::fill(most, most + kWide, -std::numeric_limits<float>::infinity());
+    int64_t i = 0;
+    for (; i + kWide <= k; i += kWide)
+        for (int j = 0; j < kWide; ++j) {
+            const float v = x[i + j];
+            most[j] = v > most[j] ? v : most[j];
+            nan[j] |= v != v ? 1U : 0U;
+        }
+    for (; i < k; ++i) {
+        most[0] = x[i] > most[0] ? x[i] : most[0];
+        nan[0] |= x[i] != x[i] ? 1U : 0U;
+    }
+    for (const uint32_t one : nan) any |= one;
+    return any != 0 ? std::numeric_limits<float>::quiet_NaN() : *std::max_element(most, most + kWide);
+}
+
 }  // namespace
 
 const RowLoops& scalar_row_loops() {
@@ -52,6 +74,7 @@ const RowLoops& scalar_row_loops() {
         add,
         norm,
         gelu_row,
+        largest,
     };
     return kLoops;
 }

@@ -8,7 +8,9 @@
 #include <immintrin.h>
 #pragma GCC diagnostic pop
 
+#include <algorithm>
 #include <cstring>
+#include <limits>
 
 #include "cpu/gelu.h"
 #include "cpu/norm.h"
@@ -122,6 +124,32 @@ DQK_AVX2 void gelu_row(const float* x, int64_t k, float* __restrict out) {
     for (int64_t i = 0; i < k; ++i) out[i] = gelu(x[i]);
 }
 
+DQK_AVX2 float largest(const float* x, int64_t k) {
+    constexpr int kWide = 4;
+    __m256 most[kWide], nan[kWide];
+    for (int j = 0; j < kWide; ++j) {
+        most[j] = _mm256_set1_ps(-std::numeric_limits<float>::infinity());
+        nan[j] = _mm256_setzero_ps();
+    }
+    int64_t i = 0;
+    for (; i + 8 * kWide <= k; i += 8 * kWide)
+        for (int j = 0; j < kWide; ++j) {
+            const __m256 v = _mm256_loadu_ps(x + i + 8 * j);
+            most[j] = _mm256_max_ps(v, most[j]);  // of a NaN and a number the latter
+            nan[j] = _mm256_or_ps(nan[j], _mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+        }
+    alignas(32) float lane[8];
+    _mm256_store_ps(lane, _mm256_max_ps(_mm256_max_ps(most[0], most[1]), _mm256_max_ps(most[2], most[3])));
+    bool has_nan =
+        _mm256_movemask_ps(_mm256_or_ps(_mm256_or_ps(nan[0], nan[1]), _mm256_or_ps(nan[2], nan[3]))) != 0;
+    float found = *std::max_element(lane, lane + 8);
+    for (; i < k; ++i) {
+        found = x[i] > found ? x[i] : found;
+        has_nan = has_nan || x[i] != x[i];
+    }
+    return has_nan ? std::numeric_limits<float>::quiet_NaN() : found;
+}
+
 }  // namespace
 
 const RowLoops& avx2_row_loops() {
@@ -131,6 +159,7 @@ const RowLoops& avx2_row_loops() {
         add,
         norm,
         gelu_row,
+        largest,
     };
     return kLoops;
 }

@@ -1,9 +1,10 @@
 // What a decode step does before its first layer and behind its head: positions, logits, the largest of them.
 #include <algorithm>
-#include <limits>
 
+#include "cpu/buffer.h"
 #include "cpu/norm.h"
 #include "cpu/threads.h"
+#include "cpu/top_k.h"
 #include "dqk/api.h"
 #include "dqk/element.h"
 #include "dqk/shape.h"
@@ -12,6 +13,7 @@ namespace dqk {
 namespace {
 
 constexpr int64_t kChunk = 1024;  // floats on the stack
+constexpr int64_t kTogether = 8;  // chunks of a task, some 2 us
 constexpr int64_t kAlone =
     1 << 17;  // logits that one thread finishes in the time that others need to wake up
 
@@ -55,36 +57,15 @@ class Chunk {
     DType dtype_;
 };
 
-// As torch.argmax has it. A block's maximum first: where the largest lies within it is asked of one block.
-int64_t place_of_largest(const float* x, int64_t n) {
-    constexpr int kWide = 16;
-    float best = -std::numeric_limits<float>::infinity();
-    int64_t block = 0;
-    bool has_nan = false;
-    for (int64_t start = 0; start < n && !has_nan; start += kChunk) {
-        const int64_t end = std::min(n, start + kChunk);
-        float most[kWide];
-        uint32_t nan[kWide] = {};
-        std::fill(most, most + kWide, best);
-        int64_t i = start;
-        for (; i + kWide <= end; i += kWide)
-            for (int j = 0; j < kWide; ++j) {
-                const float v = x[i + j];
-                most[j] = v > most[j] ? v : most[j];
-                nan[j] |= v != v ? 1U : 0U;
-            }
-        for (; i < end; ++i) {
-            most[0] = x[i] > most[0] ? x[i] : most[0];
-            nan[0] |= x[i] != x[i] ? 1U : 0U;
-        }
-        const float largest = *std::max_element(most, most + kWide);
-        for (const uint32_t one : nan) has_nan |= one != 0;
-        if (largest > best || has_nan) block = start;
-        best = largest;
-    }
-    for (int64_t i = block; i < n; ++i)
-        if (has_nan ? x[i] != x[i] : x[i] == best) return i;
-    return 0;  // an empty row, which is refused before
+// As torch.argmax has it: the first of the largest, a NaN above all. most: the largest of each chunk of x.
+int64_t place_of_largest(const float* x, int64_t n, const float* most) {
+    int64_t chunk = 0;
+    for (int64_t c = 1; c < ceil_div(n, kChunk); ++c)
+        if (is_larger(most[c], most[chunk])) chunk = c;
+    const float best = most[chunk];
+    int64_t i = chunk * kChunk;
+    while (best != best ? x[i] == x[i] : x[i] != best) ++i;
+    return i;
 }
 
 }  // namespace
@@ -131,22 +112,31 @@ Status finish_logits(const FinishLogits& args) {
 
     const RowLoops& loops = row_loops(isa);
     const Chunk chunk(loops, args.dtype), of_bias(loops, args.bias_dtype);
-    const bool moves = args.x != args.y || args.bias != nullptr;
+    const bool moves = args.x != args.y || args.bias != nullptr, finds = args.best != nullptr;
+    if (!moves && !finds) return Status::ok;
+    const int64_t chunks = ceil_div(args.n, kChunk), tasks = ceil_div(chunks, kTogether);
+    Buffer memory(finds ? Buffer::bytes_of<float>(args.rows * chunks) : 0);
+    if (memory.empty()) return Status::no_memory;
+    auto* most = memory.take<float>(0);
     const int32_t threads = args.rows * args.n > kAlone ? args.threads : 1;
-    parallel_for(args.rows, threads, [&](int64_t m) {
+    parallel_for(args.rows * tasks, threads, [&](int64_t task) {
+        const int64_t m = task / tasks, from = task % tasks * kTogether;
         float* y = args.y + m * args.n;
-        for (int64_t first = 0; moves && first < args.n; first += kChunk) {
-            const int64_t count = std::min(kChunk, args.n - first);
+        for (int64_t c = from; c < std::min(chunks, from + kTogether); ++c) {
+            const int64_t first = c * kChunk, count = std::min(kChunk, args.n - first);
             float x[kChunk], bias[kChunk], sum[kChunk];
-            chunk.load(args.x, m * args.n + first, count, args.bias == nullptr ? y + first : x);
-            if (args.bias == nullptr) continue;
-            of_bias.load(args.bias, first, count, bias);
-            loops.add(x, bias, count, sum);
-            if (args.rounded) chunk.round(sum, count);
-            std::copy(sum, sum + count, y + first);
+            if (moves) chunk.load(args.x, m * args.n + first, count, args.bias == nullptr ? y + first : x);
+            if (args.bias != nullptr) {
+                of_bias.load(args.bias, first, count, bias);
+                loops.add(x, bias, count, sum);
+                if (args.rounded) chunk.round(sum, count);
+                std::copy(sum, sum + count, y + first);
+            }
+            if (finds) most[m * chunks + c] = loops.largest(y + first, count);
         }
-        if (args.best != nullptr) args.best[m] = place_of_largest(y, args.n);
     });
+    for (int64_t m = 0; finds && m < args.rows; ++m)
+        args.best[m] = place_of_largest(args.y + m * args.n, args.n, most + m * chunks);
     return Status::ok;
 }
 

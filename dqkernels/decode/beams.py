@@ -57,7 +57,9 @@ def search(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config
     while True:
         if keeps_logits:
             raw += (logits.clone(),)
-        scores = process(length, rows, torch.log_softmax(logits, dim=-1))
+        # In place: fresh memory would be twice as much for the caches of a CPU.
+        place = logits if logits.device.type == "cpu" else None
+        scores = process(length, rows, torch.log_softmax(logits, dim=-1, out=place))
         if keeps_scores:
             step_scores += (scores.clone(),)
         if hypotheses is None:

@@ -132,6 +132,12 @@ def embed(tape: Tape, decoder: nn.Module, caches: Caches) -> torch.Tensor:
     return cpu_norm.layernorm_quantize(x, None, *given, into=tape)[0]
 
 
+def adds_early(head: nn.Module, bias: torch.Tensor | None, dtype: torch.dtype) -> bool:
+    """Whether the head's own epilogue may add this bias, in the same bits: where nothing is rounded before the sum, and
+    the epilogue has no other."""
+    return bias is not None and head.bias is None and dtype == torch.float32
+
+
 def finish(tape: Tape, logits: torch.Tensor, bias: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
     """Writes down what stands behind the head: fp32 [rows, vocabulary] of [rows, 1, vocabulary], and int64 [rows]."""
     # As torch: a sum of one 16-bit type is rounded to it, that of two types is taken in fp32.

@@ -151,8 +151,10 @@ class Layers:
             self.tape.next_layer()
         self.out = x
         if native_ends.why_not_head(decoder, head, prepared.logits_bias) is None:
-            logits = self._project(x, (head,), getattr(decoder, "layer_norm", None))[1][0]
-            self.logits, self.best = native_ends.finish(self.tape, logits, prepared.logits_bias)
+            bias, norm = prepared.logits_bias, getattr(decoder, "layer_norm", None)
+            early = bias if native_ends.adds_early(head, bias, x.dtype) else None
+            logits = self._project(x, (head,), norm, bias=early)[1][0]
+            self.logits, self.best = native_ends.finish(self.tape, logits, bias if early is None else None)
         del self.caches, self.ancestors  # which hold this
 
     @property
@@ -180,9 +182,11 @@ class Layers:
             x = cpu_norm.layernorm_quantize(x, None, *given, into=self.tape)[0]
         return x
 
-    def _project(self, x: torch.Tensor, linears, norm: nn.Module | None, activation: str = "none"):
-        """As `steps.project`."""
+    def _project(self, x: torch.Tensor, linears, norm: nn.Module | None, activation: str = "none", bias=None):
+        """As `steps.project`. bias: in place of that of the linears."""
         parts = [checked(each, x, activation, None) for each in linears]
+        if bias is not None:
+            parts = [part._replace(bias=bias) for part in parts]
         mode, clip, scale = input_of(linears[0])
         options = {**format_of(linears[0]), "activation": activation, "out_dtype": x.dtype, "into": self.tape}
         if norm is None:

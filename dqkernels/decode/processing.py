@@ -32,9 +32,14 @@ class Processing:
     def __init__(self, processors: Any):
         # A list of the user's, or one member that asks for more: its own errors, and whatever it does.
         self._whole: Any = None if is_plain(processors) else processors
-        self._members = [
-            (each, None if self._whole is not None else _short(each), is_known(each)) for each in processors
-        ]
+        self._members: list[tuple[Any, Short | None, bool]] = []
+        for each in processors:
+            short = None if self._whole is not None else _short(each)
+            before = self._members[-1][1] if self._members else None
+            if isinstance(short, _NoEnd) and isinstance(before, _NoEnd):
+                before.members += short.members
+            else:
+                self._members.append((each, short, is_known(each)))
         self.outside = tuple(dict.fromkeys(type(each).__name__ for each, short, _ in self._members if short is None))
 
     def __call__(self, length: int, rows: Callable[[], torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
@@ -76,16 +81,17 @@ def _force(each: Any, wanted: Any) -> Short:
     return run
 
 
-def _no_end(each: Any) -> Short:
-    speaks, ends = SPEAKS[type(each).__name__], each.eos_token_id.reshape(-1).tolist()
+class _NoEnd:
+    """Minimal lengths, one after the other: the ends of sequence that each of them takes away are taken at once."""
 
-    def run(length, rows, scores):
-        if speaks(each, length):
-            for token in ends:
-                if 0 <= token < scores.shape[1]:
-                    scores[:, token] = -math.inf
+    def __init__(self, each: Any):
+        self.members = [(SPEAKS[type(each).__name__], each, each.eos_token_id.reshape(-1).tolist())]
 
-    return run
+    def __call__(self, length: int, rows: Any, scores: torch.Tensor) -> None:
+        taken = {token for speaks, each, ends in self.members if speaks(each, length) for token in ends}
+        for token in taken:
+            if 0 <= token < scores.shape[1]:
+                scores.numpy()[:, token] = -math.inf  # half the time of torch's
 
 
 def _no_repeat(each: Any) -> Short | None:
@@ -97,7 +103,7 @@ def _no_repeat(each: Any) -> Short | None:
 _SHORT: dict[str, Callable[[Any], Short | None]] = {
     "ForcedBOSTokenLogitsProcessor": lambda each: _force(each, each.bos_token_id),
     "ForcedEOSTokenLogitsProcessor": lambda each: _force(each, each.eos_token_id),
-    "MinLengthLogitsProcessor": _no_end,
-    "MinNewTokensLengthLogitsProcessor": _no_end,
+    "MinLengthLogitsProcessor": _NoEnd,
+    "MinNewTokensLengthLogitsProcessor": _NoEnd,
     "NoRepeatNGramLogitsProcessor": _no_repeat,
 }

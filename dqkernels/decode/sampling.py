@@ -66,27 +66,40 @@ def sample(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config
 def _greedy(step: Step, ids, process, unheard, stop: Stop, pad, streamer) -> torch.Tensor:
     """The same for a step that finds the largest logit itself, and where nobody asks for more than tokens: with as
     little between two steps as possible. `unheard`: of `stopping.silent`."""
+    # Behind a step nothing of torch's lies in the processor's caches: there one call of it takes 20 to 80 us.
     length, running = ids.shape[1], [True] * ids.shape[0]
     ends = {token for each in stop.ends for token in each.reshape(-1).tolist()}
-    written = [ids]
+    padding = None if pad is None else int(pad)
+    written: list[list[int]] = []  # of each step, behind `ids`
+
+    def so_far() -> torch.Tensor:
+        nonlocal ids
+        if written:
+            ids = torch.cat([ids, torch.tensor(written, dtype=torch.int64).t()], dim=1)
+            written.clear()
+        return ids
+
     logits = step.prefill(ids)
     while True:
-        tokens = torch.argmax(logits, dim=-1) if step.best is None else step.best.clone()
-        if not unheard(length) and not unheard(length, tokens.tolist()):
-            tokens = torch.argmax(process(torch.cat(written, dim=1), logits.clone()), dim=-1)
+        tokens = torch.argmax(logits, dim=-1) if step.best is None else step.best
+        chosen = tokens.tolist()
+        if not unheard(length, chosen):
+            tokens = torch.argmax(process(so_far(), logits.clone()), dim=-1)
+            chosen = tokens.tolist()
         if stop.pads and not all(running):
-            tokens = torch.where(torch.tensor(running), tokens, pad)
-        written.append(tokens.unsqueeze(1))
+            chosen = [token if going else padding for token, going in zip(chosen, running, strict=True)]
+            tokens = torch.tensor(chosen, dtype=torch.int64)
+        written.append(chosen)
         length += 1
         if streamer is not None:
-            streamer.put(tokens.cpu())
+            streamer.put(tokens.clone())  # the next step writes over them
         if stop.most is not None and length >= stop.most:
             break
         if ends:
-            running = [going and token not in ends for going, token in zip(running, tokens.tolist(), strict=True)]
+            running = [going and token not in ends for going, token in zip(running, chosen, strict=True)]
             if not any(running):
                 break
         logits = step.step(tokens, length - 1, keep=False)
     if streamer is not None:
         streamer.end()
-    return torch.cat(written, dim=1)
+    return so_far()
