@@ -23,8 +23,6 @@ import shutil
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -198,34 +196,21 @@ class Evidence:
             row = next(row for row in ROWS if row.name == "en-ro teacher")
             print(f"{row.name}: training it in {task.folder}", flush=True)
             task.folder.parent.mkdir(parents=True, exist_ok=True)
-            with unfinished(self.args, row, 0) as folder:
+            with tasks.unfinished(self.args, slug(row), 0, row, task.data_sha256) as folder:
                 set_seed(0)  # the embeddings it starts with are drawn
                 student, facts = fit(self.args, task, row, 0, folder, None, task.start())
                 done = folder / "teacher"
                 student.eval().half().save_pretrained(done)
                 task.tokenizer.save_pretrained(done)
                 (done / "training.json").write_text(json.dumps(facts, indent=1) + "\n")
-                shutil.move(done, task.folder)
+                fresh = task.folder.with_name(f".{task.folder.name}-{os.getpid()}")
+                shutil.copytree(done, fresh)  # the cache may lie on another disk: whole there, then renamed
+                fresh.rename(task.folder)
             del task.tokenizer  # from the folder from now on, as every later call has it
         return task
 
     def task(self, row: Row) -> tasks.Task:
         return self.catalogues if row.task == "en-ro" else self.docstrings
-
-
-@contextmanager
-def unfinished(args, row: Row, seed: int) -> Iterator[Path]:
-    """The folder of a run's checkpoints and model, removed once what is made of it is written.
-
-    Its name holds the sources' hash and the sizes: what other code or another length began is not gone on with.
-    """
-    from dqkernels.bench import record
-
-    sources = record.environment()["source_sha256"][:12]
-    folder = Path(args.unfinished) / f"{slug(row)}-s{seed}-{args.steps}x{args.batch}-{sources}"
-    folder.mkdir(parents=True, exist_ok=True)
-    yield folder
-    shutil.rmtree(folder)
 
 
 def train(evidence: Evidence, row: Row, seed: int, folder: Path):
@@ -486,7 +471,8 @@ def main() -> int:
             break
         evidence = evidence or Evidence(args)
         begun = time.monotonic()
-        with unfinished(args, row, seed) as working:
+        data = evidence.task(row).data_sha256
+        with tasks.unfinished(args, slug(row), seed, row, data) as working:
             found = run(evidence, row, seed, working)
             write(path, found)
         took, name = time.monotonic() - begun, evidence.task(row).score_name

@@ -9,8 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
 import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -101,6 +104,30 @@ class Task:
     def by_pair(self, texts: list[str], references: list[str]) -> str:
         """A score of every pair, in the order of `test`: two models are compared pair by pair, which no draw blurs."""
         raise NotImplementedError
+
+
+@contextmanager
+def unfinished(args, name: str, seed: int, recipe: object, data: str) -> Iterator[Path]:
+    """The folder of a run's checkpoints and model, removed once what is made of it is written.
+
+    Its name holds a hash of all that shapes the numbers: the package's sources, these two scripts, the recipe, the
+    pairs, steps and batch. What another one began is not gone on with, and lies there until somebody removes it.
+
+    Args:
+        args: with `unfinished`, `steps` and `batch`.
+        name, seed: of the run.
+        recipe: its row.
+        data: of the pairs, `Task.data_sha256`.
+    """
+    from dqkernels.bench import record
+
+    scripts = [Path(__file__), Path(__file__).with_name("dq_docstrings.py")]
+    shape = (record.environment()["source_sha256"], *(path.read_text() for path in scripts), recipe, data)
+    digest = hashlib.sha256(repr((*shape, args.steps, args.batch)).encode()).hexdigest()[:12]
+    folder = Path(args.unfinished) / f"{name}-s{seed}-{digest}"
+    folder.mkdir(parents=True, exist_ok=True)
+    yield folder
+    shutil.rmtree(folder)
 
 
 def stopwatch():

@@ -36,9 +36,11 @@ def test_a_process_that_fails_says_why(monkeypatch):
     assert found["process_bytes"] is found["process_growth_bytes"] is None
     assert found["process_reason"] == "exit code 1: RuntimeError: candidate is not in the lineup: dqkernels 4-4-8"
     monkeypatch.setattr(generate_process, "_PROGRAM", "import time; time.sleep(60)")
-    monkeypatch.setattr(generate_process, "_TIMEOUT_S", 0.2)
-    assert generate_process.of_candidate(options(), "x", "ours", CELL)["process_reason"] == "took more than 0.2 s"
-    monkeypatch.setattr(generate_process, "_TIMEOUT_S", 60)
+    monkeypatch.setattr(generate_process, "_LEAST_S", 0.2)
+    late = generate_process.of_candidate(options(), "x", "ours", CELL, seconds=-5.0)
+    assert late["process_reason"] == "took more than 0.2 s"
+    monkeypatch.setattr(generate_process, "_PROGRAM", "print('so long')")
+    assert generate_process.of_candidate(options(), "x", "ours", CELL)["process_reason"] == "ended without a word"
     program = """print('{"imported": null, "most": null, "device": null}')"""
     monkeypatch.setattr(generate_process, "_PROGRAM", program)
     reason = generate_process.of_candidate(options(), "x", "ours", CELL)["process_reason"]
@@ -48,7 +50,7 @@ def test_a_process_that_fails_says_why(monkeypatch):
 def test_rows_and_the_table_have_it_where_it_is_asked_for(monkeypatch):
     asked = []
 
-    def fake(options, name, family, cell):
+    def fake(options, name, family, cell, seconds):
         asked.append((name, family, cell))
         if family == "plain":
             return {"process_bytes": None, "process_growth_bytes": None, "process_reason": "out of luck"}

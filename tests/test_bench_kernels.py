@@ -529,7 +529,8 @@ def test_samples_that_warm_up_are_left_out_of_eager_times(monkeypatch):
     monkeypatch.setattr(protocol, "EagerSampler", Sampler)
     monkeypatch.setattr(protocol, "_EAGER_ROUNDS", 1)
     found = protocol.outside_graphs({"a": lambda: None}, torch.device("cuda"), 1000.0)
-    assert found == {"a": {"host_us": 2.5, "eager_us": 3.0}}
+    spread = {"eager_us": 3.0, "eager_p20_us": 3.0, "eager_p80_us": 3.0, "eager_samples": 1}
+    assert found == {"a": {"host_us": 2.5, **spread}}
 
 
 def both(calls, device, seconds, alone):
@@ -540,16 +541,18 @@ def test_every_row_of_a_candidate_gets_its_times_outside_a_graph(monkeypatch):
     monkeypatch.setattr(protocol, "outside_graphs", both)
     made = kernels.run(TINY[:1], device="cpu", seconds=1000, probe=False)
     timed = [row for row in made["rows"] if row["status"] == "timed"]
-    assert timed and all((row["host_us"], row["eager_us"]) == (4.5, 6.5) for row in timed)
+    assert timed and all(row["host_us"] == 4.5 for row in timed)
+    assert {(row["cache"], row["eager_us"]) for row in timed} == {("cold", None), ("warm", 6.5)}
     text = " ".join(text_of(made).split())
     assert " eager " in text and "the device waited for" in text and "of the caller's thread" not in text
     for row in timed:  # as records had it before
-        del row["eager_us"]
+        row.pop("eager_us")
     text = " ".join(text_of(made).split())
     assert " host " in text and "of the caller's thread" in text and "the device waited for" not in text
     made = linear.run([(1, 16, 128)], bits=(2,), dtype="float32", device="cpu", seconds=1000, probe=False)
     timed = [row for row in made["rows"] if row["status"] == "timed"]
-    assert timed and all((row["host_us"], row["eager_us"]) == (4.5, 6.5) for row in timed)
+    assert timed and all(row["host_us"] == 4.5 for row in timed)
+    assert {(row["cache"], row["eager_us"]) for row in timed} == {("cold", None), ("warm", 6.5)}
     for row in timed:  # the widest that a GPU gives
         row.update(tokens=4096, out_features=11008, in_features=4096, median_us=98765.4, eager_us=98765.4)
         row["candidate"] = row["candidate"].replace("eager", "triton").replace("dynamic int8", "_int_mm")
@@ -621,7 +624,8 @@ def test_every_op_on_a_gpu():
     made = kernels.run(TINY, device="cuda", seconds=1000)
     found = [row for row in made["rows"] if "cache" in row]
     assert not [row for row in found if row["status"] != "timed"]
-    assert all(row["eager_us"] >= row["host_us"] > 0 for row in found)
+    assert all(row["host_us"] > 0 for row in found)
+    assert all(row["eager_us"] >= row["host_us"] for row in found if row["cache"] == "warm")
     if backends.available("triton", "cuda")[0]:
         ours = [row for row in found if row["backend"] == "triton"]
         assert {row["op"] for row in ours} == set(kernels.OPS)

@@ -189,7 +189,9 @@ def test_minimal_lengths_are_taken_together():
     for length in range(1, 9):
         ids, scores = torch.zeros(2, length, dtype=torch.int64), torch.randn(2, 9)
         want = asked(ids, scores.clone())
+        double = scores.double()  # no step of our own takes those: each processor is called
         assert torch.equal(process(length, lambda ids=ids: ids, scores), want)
+        assert torch.equal(process(length, lambda ids=ids: ids, double), asked(ids, double.clone()))
         found.append(int(want.isneginf().sum()))
     assert found == [6, 6, 4, 4, 2, 2, 0, 0]
 
@@ -205,6 +207,9 @@ def test_what_a_processor_keeps_is_its_own():
     assert process.outside == ("Keeps",)
     scores = process(3, lambda: torch.zeros(2, 3, dtype=torch.int64), torch.zeros(2, 5))
     assert scores[:, 2].isneginf().all() and all(torch.equal(*pair) for pair in keeps.kept)
+    keeps = Keeps()
+    alike(build("bart"), num_beams=2, logits_processor=[keeps])
+    assert len(keeps.kept) > 8 and all(torch.equal(*pair) for pair in keeps.kept), "nor does a later step"
 
     class Mine(MinLengthLogitsProcessor):
         """Of the same name's sake not known."""

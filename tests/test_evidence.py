@@ -68,20 +68,25 @@ def test_other_code_or_another_length_starts_over(evidence, tmp_path, monkeypatc
     row = evidence.Row("dq 2", "", "float", 16)
     names = set()
     for changes in ({}, {"steps": 12}, {"batch": 4}):
-        with (
-            pytest.raises(KeyboardInterrupt),
-            evidence.unfinished(SimpleNamespace(**vars(args) | changes), row, 0) as at,
-        ):
+        one = SimpleNamespace(**vars(args) | changes)
+        with pytest.raises(KeyboardInterrupt), evidence.tasks.unfinished(one, "dq_2", 0, row, "data") as at:
             names.add(at.name)
             raise KeyboardInterrupt
+    for recipe, data in ((evidence.Row("dq 2", "", "float", 16, rules={"head": "float"}), "data"), (row, "others")):
+        with evidence.tasks.unfinished(args, "dq_2", 0, recipe, data) as at:
+            assert at.name not in names
     from dqkernels.bench import record
 
     there = record.environment()
-    monkeypatch.setattr(record, "environment", lambda: {**there, "source_sha256": "0" * 64})
-    with evidence.unfinished(args, row, 0) as at:
-        (at / "model").mkdir()
-    assert at.name not in names and not at.exists(), "done: its folder is gone"
+    with monkeypatch.context() as patch:
+        patch.setattr(record, "environment", lambda: {**there, "source_sha256": "0" * 64})
+        with evidence.tasks.unfinished(args, "dq_2", 0, row, "data") as at:
+            assert at.name not in names
+            (at / "model").mkdir()
+        assert not at.exists(), "done: its folder is gone"
     assert {path.name for path in tmp_path.iterdir()} == names and len(names) == 3, "what was interrupted is there"
+    with evidence.tasks.unfinished(args, "dq_2", 0, row, "data") as at:
+        assert at.name in names, "and the same run goes on in it"
 
 
 def data_of(name: str) -> dict:

@@ -363,7 +363,7 @@ def _cells(cold: dict, warm: dict, outside: Sequence[str]) -> list[str]:
     floor = "unknown" if cold["floor_us"] is None else f"{cold['floor_us']:.3g}"
     shares = shared.percent(cold), shared.percent(warm)
     times = [shared.cell(cold), spread, floor, shares[0], shared.cell(warm), shares[1]]
-    return [*times, shared.ratio(cold), *(shared.microseconds(cold.get(key)) for key in outside)]
+    return [*times, shared.ratio(cold), *(shared.microseconds(warm.get(key)) for key in outside)]
 
 
 def _name(candidate: str) -> str:

@@ -74,7 +74,7 @@ def run(
         device: default the GPU if there is one.
         backend: of ours: the one to force, or `auto`.
         attention: of ours, as in `DQConfig`; our own loop needs int8.
-        process_memory: also what a process of its own takes with each candidate, some ten seconds each for bart-base.
+        process_memory: also what a process of its own takes with each candidate, whose model is made anew there.
         seconds: for all of it, building and proving included; cells that it does not reach say so. The first cell is
             measured in any case.
         out: file for the record, written after every cell, or None.
@@ -353,7 +353,8 @@ def measure(work: Work) -> list[dict]:
             row.update(_prepare(one, work, inputs))
             if row["status"] == "timed" and work.process:
                 work.say(f"{name}, memory of a process")
-                row.update(generate_process.of_candidate(lineup.options, name, one.family, cell))
+                left = work.deadline - time.perf_counter()
+                row.update(generate_process.of_candidate(lineup.options, name, one.family, cell, left))
             if row["status"] == "timed":
                 calls[name, "all"] = one.bind(inputs, cell.new_tokens, cell.num_beams)
                 if cell.new_tokens > 1:

@@ -24,7 +24,8 @@ from dqkernels.bench.generate_cells import Cell
 from dqkernels.bench.generate_lineup import Lineup, Options
 
 _PROGRAM = "from dqkernels.bench import generate_process; generate_process.child()"
-_TIMEOUT_S = 900
+#: At most so many seconds for a process, and at least so many where the time that was asked for is nearly over.
+_TIMEOUT_S, _LEAST_S = 900.0, 60.0
 #: In words, for records.
 HOW = {
     "cpu": "VmHWM of a process of its own during one call, and what of it the model, its caches and buffers added to "
@@ -33,31 +34,36 @@ HOW = {
 }
 
 
-def of_candidate(options: Options, name: str, family: str, cell: Cell) -> dict[str, Any]:
+def of_candidate(options: Options, name: str, family: str, cell: Cell, seconds: float = _TIMEOUT_S) -> dict[str, Any]:
     """Fields of a row: `process_bytes` in all, `process_growth_bytes` beyond the imports, of a GPU `device_bytes`.
 
-    They are None where the process failed or the system does not say, and `process_reason` says so.
+    They are None where the process failed or the system does not say, and `process_reason` says so. seconds: what is
+    left of the time that was asked for, behind which the process is stopped.
     """
     keys = ("process_bytes", "process_growth_bytes", *(("device_bytes",) if options.device.type == "cuda" else ()))
     before = _in_use(options.device)
     given = pickle.dumps((options, name, family, cell, torch.get_num_threads()))
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    limit = max(_LEAST_S, min(_TIMEOUT_S, seconds))
     try:
         done = subprocess.run(
             [sys.executable, "-c", _PROGRAM],
             input=given,
             env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
-            timeout=_TIMEOUT_S,
+            timeout=limit,
             check=False,
         )
     except subprocess.TimeoutExpired:
-        return {**dict.fromkeys(keys), "process_reason": f"took more than {_TIMEOUT_S} s"}
+        return {**dict.fromkeys(keys), "process_reason": f"took more than {limit:g} s"}
     if done.returncode:
         last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no words"])[-1]
         return {**dict.fromkeys(keys), "process_reason": record.scrub(f"exit code {done.returncode}: {last}")}
-    found = json.loads(done.stdout.splitlines()[-1])
+    try:
+        found = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):  # a library ended the process in its own way
+        return {**dict.fromkeys(keys), "process_reason": "ended without a word"}
     if found["most"] is None or found["imported"] is None:
         return {**dict.fromkeys(keys), "process_reason": "this system does not say what a process takes"}
     row = {"process_bytes": found["most"], "process_growth_bytes": max(0, found["most"] - found["imported"])}

@@ -271,7 +271,8 @@ class EagerSampler:
 def outside_graphs(
     calls: Mapping[str, CALL], device: torch.device, seconds: float, alone: Collection[str] = ()
 ) -> dict[str, dict[str, float]]:
-    """Medians of a call by name, its first calls thrown away: `host_us` of the caller's thread, `eager_us` of both.
+    """What a row holds of a call by name, its first calls thrown away: the median `host_us` of the caller's thread, and
+    `eager_us` of both with its spread.
 
     Empty on a CPU, where every call is eager and the host is the device. `alone`: calls that are so many launches that
     ten could fill the queue; each is timed by itself.
@@ -284,6 +285,8 @@ def outside_graphs(
     for name, stats in timed.stats.items():
         eager = Stats.of(samplers[name].whole[-stats.n :])  # what warmed up stands before
         found[name] = {"host_us": _short(stats.median * 1e6), "eager_us": _short(eager.median * 1e6)}
+        found[name] |= {f"eager_{key}_us": _short(getattr(eager, key) * 1e6) for key in ("p20", "p80")}
+        found[name]["eager_samples"] = eager.n
     return found
 
 
@@ -371,7 +374,7 @@ def describe(
         "cold": f"weight copies in rotation: {rotation}",
         "warm": "one copy of the weights, over and over",
         "host": f"{EAGER_CALLS} calls in a row (of eager 1), the GPU idle before and not waited for" if gpu else None,
-        "eager": "those calls, no graph, with the GPU waited for behind the last" if gpu else None,
+        "eager": "those calls, no graph, one copy of the weights, the GPU waited for behind the last" if gpu else None,
         "before": before,
         "after": state(device),
     }

@@ -157,8 +157,9 @@ def fill(
 
     slow = {name for (name, _), row in rows.items() if row["backend"] in registry.SLOW}
     outside = protocol.outside_graphs(calls, device, left() / 6, alone=slow)
-    for (name, _), row in rows.items():
-        row.update(outside.get(name, {}))
+    for (name, cache), row in rows.items():
+        found = outside.get(name, {})
+        row.update(found if cache == "warm" else {key: found[key] for key in ("host_us",) if key in found})
     for caches_left, cache in zip((2, 1), CACHES, strict=True):
         chosen = samplers[cache]
         outcome = protocol.interleave(
@@ -202,7 +203,7 @@ def notes(lines: Iterable[dict], label: Callable[[dict], str]) -> list[str]:
 
 #: Columns of what was timed outside a graph, the telling one first: head, key, and words below the table.
 _OUTSIDE = (
-    ("eager", "eager_us", "eager: microseconds a call without a graph, ten in a row, the device waited for."),
+    ("eager", "eager_us", "eager: microseconds a call without a graph, warm, the device waited for."),
     ("host", "host_us", "host: microseconds of the caller's thread, from the second call on."),
 )
 

@@ -57,8 +57,9 @@ def search(step: Step, ids: torch.Tensor, processors: Any, criteria: Any, config
     while True:
         if keeps_logits:
             raw += (logits.clone(),)
-        # In place: fresh memory would be twice as much for the caches of a CPU.
-        place = logits if logits.device.type == "cpu" else None
+        # In place, where nobody is given what the next step writes over: fresh memory would be twice as much for the
+        # caches of a CPU.
+        place = logits if logits.device.type == "cpu" and not process.hands_out else None
         scores = process(length, rows, torch.log_softmax(logits, dim=-1, out=place))
         if keeps_scores:
             step_scores += (scores.clone(),)

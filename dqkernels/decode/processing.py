@@ -27,20 +27,25 @@ class Processing:
 
     Attributes:
         outside: names of the classes that are called themselves.
+        hands_out: whether somebody else is called with the scores, who may keep what it was given.
     """
 
     def __init__(self, processors: Any):
         # A list of the user's, or one member that asks for more: its own errors, and whatever it does.
         self._whole: Any = None if is_plain(processors) else processors
-        self._members: list[tuple[Any, Short | None, bool]] = []
+        # Those that are one step, that step, and whether they are transformers'.
+        self._members: list[tuple[list[Any], Short | None, bool]] = []
         for each in processors:
             short = None if self._whole is not None else _short(each)
-            before = self._members[-1][1] if self._members else None
-            if isinstance(short, _NoEnd) and isinstance(before, _NoEnd):
-                before.members += short.members
+            before = self._members[-1] if self._members else ([], None, False)
+            if isinstance(short, _NoEnd) and isinstance(before[1], _NoEnd):
+                before[0].append(each)
+                before[1].members += short.members
             else:
-                self._members.append((each, short, is_known(each)))
-        self.outside = tuple(dict.fromkeys(type(each).__name__ for each, short, _ in self._members if short is None))
+                self._members.append(([each], short, is_known(each)))
+        called = [type(each).__name__ for some, short, _ in self._members if short is None for each in some]
+        self.outside = tuple(dict.fromkeys(called))
+        self.hands_out = self._whole is not None or bool(called)
 
     def __call__(self, length: int, rows: Callable[[], torch.Tensor], scores: torch.Tensor) -> torch.Tensor:
         """The processed scores.
@@ -53,9 +58,10 @@ class Processing:
         if self._whole is not None:
             return self._whole(rows(), scores)
         ours = scores.device.type == "cpu"
-        for each, short, known in self._members:
+        for some, short, known in self._members:
             if short is None or scores.device.type != "cpu" or scores.dtype != torch.float32:
-                scores = each(rows(), scores)
+                for each in some:
+                    scores = each(rows(), scores)
                 ours = ours and known  # a user's may keep what it was given, or returns
                 continue
             if not ours or not scores.is_contiguous():
@@ -91,7 +97,7 @@ class _NoEnd:
         taken = {token for speaks, each, ends in self.members if speaks(each, length) for token in ends}
         for token in taken:
             if 0 <= token < scores.shape[1]:
-                scores.numpy()[:, token] = -math.inf  # half the time of torch's
+                scores.numpy()[:, token] = -math.inf  # quicker than torch's
 
 
 def _no_repeat(each: Any) -> Short | None:
