@@ -19,6 +19,7 @@ FOLDER = HERE.parent / "docs" / "images"
 #: Records, and which of their pictures pages show.
 SHOWN = {
     "generate-zen3": ("latency", "memory"),
+    "generate-batches-zen3": ("speed",),
     "gemm-h200": ("latency", "floor"),
     "dq_docstrings": ("score",),
     "demo": ("score",),

@@ -1,5 +1,6 @@
 """What pages say of `benchmarks/results/generate-zen3.json`: whole models on a CPU, and where a peer leads. Rendered.
-And of `linear-zen3.json`: one layer, against every peer that installs.
+Of `generate-batches-zen3.json`, more texts at once and longer ones; of `linear-zen3.json`, one layer against every peer
+that installs.
 
 python benchmarks/speed_view.py             # every block, on stdout
 python benchmarks/speed_view.py --write     # into README.md and docs/
@@ -24,6 +25,7 @@ from dqkernels.bench.generate_cells import Cell
 ROOT = Path(__file__).resolve().parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "generate-zen3.json"
 LAYERS = ROOT / "benchmarks" / "results" / "linear-zen3.json"
+BATCHES = ROOT / "benchmarks" / "results" / "generate-batches-zen3.json"
 _BLOCK = re.compile(r"(<!-- speed: ([a-z]+) -->)(.*?)(<!-- end of speed -->)", re.S)
 FLOAT, PEER = "torch fp32", "ctranslate2 int8"
 #: What is compared, the smaller the better: the field, words for it, its unit, and what a value is divided by.
@@ -280,6 +282,7 @@ def command(result: dict) -> str:
     flags += [f"--{axis} {','.join(values)}" for axis, values in axes.items()]
     if found["candidates"]:
         flags.append(f"--candidates {','.join(found['candidates'])}")
+    flags += ["--process_memory"] if found.get("process_memory") else []
     flags.append(f"--seconds {result['protocol']['budget_s']:g}")
     return f"dqkernels bench generate {found['model']} {' '.join(flags)}"
 
@@ -324,6 +327,30 @@ def layers(result: dict) -> str:
     return "\n".join([*_wrapped(before), "", *lines, "", *_wrapped(after)])
 
 
+def batches(result: dict) -> str:
+    """Tokens a second by batch and length, and how we stand to CTranslate2's int8: whole calls, and the encoder."""
+    found = dict(sorted(cells_of(result).items(), key=lambda item: (item[0].source_tokens, item[0].batch_size)))
+    names = [row["candidate"] for row in next(iter(found.values())) if row["family"] == "ours"]
+    shown = [name for name in (*names, PEER, FLOAT) if any(of(rows, name) for rows in found.values())]
+    titles = {row["candidate"]: name_of(row) for rows in found.values() for row in rows}
+    heads = ["texts x tokens, search", *(f"{titles[name]}, tokens/s" for name in shown)]
+    heads += [f"{titles[name]}: {what}" for name in names for what in ("x of CTranslate2 int8", "its encoder")]
+    lines = [_line(heads), "|---" * len(heads) + "|"]
+    for cell, rows in found.items():
+        line = [f"{cell.batch_size} x {cell.source_tokens}, {search_of(cell)}, n = {rows[0]['samples']}"]
+        line += [figure(of(rows, name) or {}, "tokens_per_s") for name in shown]
+        for name in names:
+            row = of(rows, name) or {}
+            line += [times(row, of(rows, PEER)), times(row, of(rows, PEER), "first_token_ms")]
+        lines.append(_line(line))
+    model = result["settings"]["model"].replace("bart", "BART")
+    said = (
+        f"On {machine(result)}, {load(result)}; {model} of random weights, "
+        f"{next(iter(found)).new_tokens} new tokens each. The encoder: by the time of a call with one new token."
+    )
+    return "\n".join([*_wrapped(said), "", *lines])
+
+
 #: Blocks by name. Those of one line stand within a line of their page.
 BLOCKS: dict[str, Callable[[dict], str]] = {
     "readme": readme,
@@ -331,8 +358,11 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "bits": bits,
     "command": lambda result: f"`{command(result)}`",
     "printed": printed,
+    "batches": lambda result: batches(record.read(BATCHES)),
     "layers": lambda result: layers(record.read(LAYERS)),
 }
+#: The record of each, where it is not RESULT.
+RECORDS = {"batches": BATCHES, "layers": LAYERS}
 #: Where each stands.
 PAGES = {
     "readme": "README.md",
@@ -340,6 +370,7 @@ PAGES = {
     "bits": "docs/quantize.md",
     "command": "docs/benchmark.md",
     "printed": "docs/cli.md",
+    "batches": "docs/measured.md",
     "layers": "docs/measured.md",
 }
 
@@ -364,10 +395,8 @@ def stale(result: dict, root: Path = ROOT) -> list[str]:
         if not blocks:
             found.append(f"{page} has lost its block {name!r}")
         elif any(rendered(block, result) != block for block in blocks):
-            of_ = LAYERS if name == "layers" else RESULT
-            found.append(
-                f"{page}, block {name!r}, is not that of {of_.name}: run python benchmarks/speed_view.py --write"
-            )
+            of_ = RECORDS.get(name, RESULT).name
+            found.append(f"{page}, block {name!r}, is not that of {of_}: run python benchmarks/speed_view.py --write")
     return found
 
 

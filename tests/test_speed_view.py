@@ -88,7 +88,7 @@ def test_where_a_peer_is_ahead_is_said():
     heavy = changed(W4A8={"peak_bytes": 400_000_000, "first_token_ms": 1.0})
     lightest = view.figure(found["torch bf16"], "peak_bytes", 1e6)
     assert lines(view.readme(heavy))["W4A8"][-1] == f"peak: PyTorch bf16 ({lightest} MB)"
-    unknown = changed(W4A8={"peak_bytes": None, "first_token_ms": 1.0})
+    unknown = changed(W4A8={"peak_bytes": None, "process_growth_bytes": None, "first_token_ms": 1.0})
     assert lines(view.readme(unknown))["W4A8"][-2:] == ["-", "none"]
     assert lines(view.readme(RESULT))["PyTorch fp32"][-1] == "", "of ours alone"
 
@@ -118,6 +118,40 @@ def test_the_readme_takes_the_smallest_cells_and_the_rest_all():
     made["rows"] = made["rows"][-1:]
     with pytest.raises(SystemExit, match="no timed row"):
         view.readme(made)
+
+
+def test_more_texts_and_longer_ones_stand_beside_the_peer():
+    """A line a cell, its figures computed here again."""
+    made = view.record.read(view.BATCHES)
+    text = view.batches(made)
+    rows = [line for line in text.splitlines() if line.startswith("| ") and "greedy, n = " in line]
+    cells = dict(sorted(view.cells_of(made).items(), key=lambda item: (item[0].source_tokens, item[0].batch_size)))
+    assert len(rows) == len(cells) >= 3 and {cell.batch_size for cell in cells} >= {1, 8}
+    for line, (cell, found) in zip(rows, cells.items(), strict=True):
+        parts = [part.strip() for part in line.strip("|").split("|")]
+        by_name = {row["candidate"]: row for row in found}
+        w4, peer = by_name["dqkernels 4-4-8"], by_name["ctranslate2 int8"]
+        assert parts[0] == f"{cell.batch_size} x {cell.source_tokens}, greedy, n = {w4['samples']}"
+        assert float(parts[1].replace(",", "")) == pytest.approx(w4["tokens_per_s"], rel=5e-3)
+        assert parts[5] == f"{peer['latency_ms_per_token'] / w4['latency_ms_per_token']:.2f}"
+        assert parts[6] == f"{peer['first_token_ms'] / w4['first_token_ms']:.2f}"
+
+
+def test_process_memory_has_a_column_where_a_row_says_it():
+    without = changed()
+    for row in without["rows"]:
+        row.pop("process_growth_bytes", None)
+    assert "process" not in view.readme(without) and "--process_memory" not in view.command(
+        {**without, "settings": {**without["settings"], "process_memory": False}}
+    )
+    made = copy.deepcopy(without)
+    made["settings"]["process_memory"] = True
+    for row in made["rows"]:
+        row["process_growth_bytes"] = 12_300_000 if row["candidate"] == "ctranslate2 int8" else 45_600_000
+    text = view.readme(made)
+    assert "| process, MB |" in text and "`process`: the most that a process of its own held" in text
+    assert lines(text)["W4A8"][-2] == "45.6" and "process: CTranslate2 int8 (12.3 MB)" in lines(text)["W4A8"][-1]
+    assert "--process_memory" in view.command(made)
 
 
 def test_other_embeddings_are_said():
