@@ -49,6 +49,8 @@ STYLES = {
 }  # fmt: skip
 #: Of heat maps: dark to light, the same to who sees no red or green.
 _MAP = "cividis"
+#: Bars beside one name from which they are thinner, with smaller figures.
+_MANY_BARS = 4
 #: The hue of each family; what is not here is a peer that nobody foresaw.
 _HUES = {
     "float": "grey", "ours": "blue", "ours 8": "blue", "ours 4": "green", "ours 2": "sky", "trained": "red",
@@ -209,7 +211,8 @@ def _height(panel: Panel) -> float:
         groups = _names(panel)
         most = max(1, sum(one.lines for one in panel.series) if _grouped(panel) else 1)
         wrapped = sum(len(_wrapped(name)) - 1 for name in groups)
-        return 0.75 + len(groups) * (0.24 if most == 1 else 0.15 * most + 0.08) + 0.09 * wrapped
+        each = 0.15 if most < _MANY_BARS else 0.12
+        return 0.75 + len(groups) * (0.24 if most == 1 else each * most + 0.08) + 0.09 * wrapped
     if panel.kind == "heat":
         return 0.6 + 0.27 * len(panel.rows) + 0.075 * min(max(map(len, panel.columns)), 30)
     return 2.75 if len(panel.series) > 4 or panel.y_log else 3.4
@@ -374,7 +377,7 @@ def _bars(axes, panel: Panel, look: Style) -> None:
                 xytext=(5, 0),
                 textcoords="offset points",
                 va="center",
-                fontsize=8.5,
+                fontsize=7.5 if grouped and len(bars) >= _MANY_BARS else 8.5,
                 color=look.text,
             )
     for one in panel.series:
