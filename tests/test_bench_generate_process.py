@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from generate_cases import CELL, CPU, assert_fits, few_rounds, of, run  # noqa: F401 - few_rounds is for every test here
@@ -15,8 +17,15 @@ SHAPE = size.Shape("wide", "bart", 256, 512, 50000, 66, 4, 1, 1)
 
 def options(**changes) -> Options:
     source = generate_cells.Source("wide", "1-1", 64, shape=SHAPE)
-    given = {"bits": (4,), "embedding_bits": 4, "dtype": torch.float32, "device": CPU, "backend": "auto"}
-    return Options(source, **{**given, "attention": "int8", "families": ("torch", "plain", "ours"), **changes})
+    given = {
+        "source": source,
+        "bits": (4,),
+        "embedding_bits": 4,
+        "dtype": torch.float32,
+        "device": CPU,
+        "backend": "auto",
+    }
+    return Options(**{**given, "attention": "int8", "families": ("torch", "plain", "ours"), **changes})
 
 
 def test_a_packed_model_takes_less_of_a_process_than_the_float_one():
@@ -29,6 +38,15 @@ def test_a_packed_model_takes_less_of_a_process_than_the_float_one():
     assert table < fp32["process_growth_bytes"] < 3 * table, "the weights, once"
     assert ours["process_growth_bytes"] < fp32["process_growth_bytes"] - table / 2, "building it is not counted"
     assert fp32["process_bytes"] > fp32["process_growth_bytes"] + 100e6, "Python and torch are in the whole"
+
+
+def test_a_process_is_told_what_to_make(tmp_path):
+    """As JSON, which every kind of source and option survives."""
+    t5 = generate_cells.Source("t5", "1-1", None, shape=generate_cells.T5Shape("t5", 64, 128, 512, 4, 1, 1))
+    folder = generate_cells.Source("mine", "2-2", 64, folder=tmp_path)
+    for given in (options(), options(source=t5, dtype=torch.bfloat16), options(source=folder, embedding_bits=None)):
+        told = json.loads(json.dumps(generate_process._plain(given)))
+        assert generate_process._options(told) == given
 
 
 def test_a_process_that_fails_says_why(monkeypatch):

@@ -11,16 +11,16 @@ import gc
 import importlib
 import json
 import os
-import pickle
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dqkernels.bench import memory, peers, record
-from dqkernels.bench.generate_cells import Cell
+from dqkernels.bench import memory, peers, record, size
+from dqkernels.bench.generate_cells import Cell, Source, T5Shape
 from dqkernels.bench.generate_lineup import Lineup, Options
 
 _PROGRAM = "from dqkernels.bench import generate_process; generate_process.child()"
@@ -42,7 +42,8 @@ def of_candidate(options: Options, name: str, family: str, cell: Cell, seconds: 
     """
     keys = ("process_bytes", "process_growth_bytes", *(("device_bytes",) if options.device.type == "cuda" else ()))
     before = _in_use(options.device)
-    given = pickle.dumps((options, name, family, cell, torch.get_num_threads()))
+    given = json.dumps({"options": _plain(options), "name": name, "family": family, "cell": cell.row(),
+                        "threads": torch.get_num_threads()}).encode()  # fmt: skip
     root = str(Path(__file__).resolve().parents[2])
     path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
     limit = max(_LEAST_S, min(_TIMEOUT_S, seconds))
@@ -74,15 +75,45 @@ def of_candidate(options: Options, name: str, family: str, cell: Cell, seconds: 
 
 def child() -> None:
     """The process itself: builds the candidate, lets go of everything else, runs one call; prints JSON."""
-    options, name, family, cell, threads = pickle.loads(sys.stdin.buffer.read())
-    _import(options, family)
-    torch.set_num_threads(threads)
+    given = json.load(sys.stdin)
+    options, name, cell = _options(given["options"]), given["name"], Cell(**given["cell"])
+    _import(options, given["family"])
+    torch.set_num_threads(given["threads"])
     imported = memory.status("VmRSS")
     call = _call(options, name, cell)
     gc.collect()
     _, growth = memory.during(call, torch.device("cpu"))
     most = None if growth.allocated is None else memory.status("VmHWM")
     print(json.dumps({"imported": imported, "most": most, "device": _in_use(options.device)}))
+
+
+def _plain(options: Options) -> dict[str, Any]:
+    """As JSON has it: a shape by its fields, a folder by its path."""
+    source = options.source
+    shape = None if source.shape is None else {"t5": isinstance(source.shape, T5Shape), "fields": asdict(source.shape)}
+    folder = None if source.folder is None else str(source.folder)
+    return {
+        **vars(options),
+        "source": {"name": source.name, "layers": source.layers, "positions": source.positions, "folder": folder,
+                   "shape": shape},
+        "dtype": str(options.dtype).removeprefix("torch."),
+        "device": str(options.device),
+    }  # fmt: skip
+
+
+def _options(plain: dict[str, Any]) -> Options:
+    """The reverse of `_plain`."""
+    source = dict(plain["source"])
+    folder, shape = source.pop("folder"), source.pop("shape")
+    made = None if shape is None else (T5Shape if shape["t5"] else size.Shape)(**shape["fields"])
+    given = {
+        "source": Source(**source, shape=made, folder=None if folder is None else Path(folder)),
+        "dtype": getattr(torch, plain["dtype"]),
+        "device": torch.device(plain["device"]),
+        "bits": tuple(plain["bits"]),
+        "families": tuple(plain["families"]),
+    }
+    return Options(**{**plain, **given})
 
 
 def _call(options: Options, name: str, cell: Cell):
