@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dqkernels.bench import cpu, cpu_goals, cpu_memory, cpu_parts, protocol, record, size
+from dqkernels.bench import cpu, cpu_goals, cpu_memory, cpu_parts, memory, protocol, record, size
 from dqkernels.cli import main
 from dqkernels.kernels import cpu_gemm, native
 
@@ -180,10 +180,10 @@ def test_a_fresh_process_writes_the_same_tokens(monkeypatch):
     assert row["status"] == "timed", row
     assert row["growth_bytes"] >= row["loaded_bytes"] > 0 and row["file_bytes"] > 40_000
     assert row["process_bytes"] > 50_000_000
-    monkeypatch.setattr(cpu_memory, "_run", lambda *_: Done('{"tokens": [[1]], "growth": 1}'))
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: Done('{"tokens": [[1]], "growth": 1}'))
     (row,) = cpu_memory.memory_of_processes(WORK)
     assert row["status"] == "refused" and row["reason"] == "another process writes other tokens"
-    monkeypatch.setattr(cpu_memory, "_run", lambda *_: Done("", 3, "a\nOSError: /tmp/some/where: no"))
+    monkeypatch.setattr(memory.subprocess, "run", lambda *_, **__: Done("", 3, "a\nOSError: /tmp/some/where: no"))
     (row,) = cpu_memory.memory_of_processes(WORK)
     assert row["reason"].startswith("exit code 3: OSError") and "/tmp" not in row["reason"]
 

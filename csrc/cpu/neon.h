@@ -23,21 +23,33 @@
 namespace dqk {
 namespace {
 
+// Elements i .. i + 3 of a row of floats.
+template <DType kType>
+DQK_TARGET inline float32x4_t load4(const void* x, int64_t i) {
+    if constexpr (kType == DType::float32) {
+        return vld1q_f32(static_cast<const float*>(x) + i);
+    } else {
+        const uint16x4_t raw = vld1_u16(static_cast<const uint16_t*>(x) + i);
+        if constexpr (kType == DType::float16) {
+            return vcvt_f32_f16(vreinterpret_f16_u16(raw));
+        } else {
+            return vreinterpretq_f32_u32(vshll_n_u16(raw, 16));
+        }
+    }
+}
+
 // fp32 to and from 16 bits, as element.h does it. FPCR's flush-to-zero bit of single precision does not reach
 // half subnormals, and the rounding mode of a process is to nearest even, as for every other step.
 struct ConvertNeon {
     static DQK_TARGET inline void widen(const void* from, DType dtype, int64_t count, float* to) {
-        const auto* halves = static_cast<const uint16_t*>(from);
         int64_t i = 0;
         if (dtype == DType::float32) {
             std::memcpy(to, from, static_cast<size_t>(count) * sizeof(float));
             return;
         }
-        for (; i + 4 <= count; i += 4) {
-            const uint16x4_t raw = vld1_u16(halves + i);
-            vst1q_f32(to + i, dtype == DType::float16 ? vcvt_f32_f16(vreinterpret_f16_u16(raw))
-                                                      : vreinterpretq_f32_u32(vshll_n_u16(raw, 16)));
-        }
+        for (; i + 4 <= count; i += 4)
+            vst1q_f32(to + i, dtype == DType::float16 ? load4<DType::float16>(from, i)
+                                                      : load4<DType::bfloat16>(from, i));
         for (; i < count; ++i) to[i] = load_element(from, dtype, i);
     }
 

@@ -11,20 +11,6 @@ namespace dqk {
 namespace {
 
 template <DType kType>
-DQK_TARGET inline float32x4_t load4(const void* x, int64_t i) {
-    if constexpr (kType == DType::float32) {
-        return vld1q_f32(static_cast<const float*>(x) + i);
-    } else {
-        const uint16x4_t raw = vld1_u16(static_cast<const uint16_t*>(x) + i);
-        if constexpr (kType == DType::float16) {
-            return vcvt_f32_f16(vreinterpret_f16_u16(raw));
-        } else {
-            return vreinterpretq_f32_u32(vshll_n_u16(raw, 16));
-        }
-    }
-}
-
-template <DType kType>
 DQK_TARGET uint32_t neon_amax_bits(const void* x, int64_t k) {
     const uint32x4_t mask = vdupq_n_u32(0x7FFFFFFF);
     uint32x4_t low = vdupq_n_u32(0), high = low;

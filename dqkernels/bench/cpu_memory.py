@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
 import torch
 
-from dqkernels.bench import generate_candidates, generate_cells, memory, record, size
+from dqkernels.bench import generate_candidates, generate_cells, memory, size
 from dqkernels.bench.cpu_parts import CPU, Work
 
 #: Run in the fresh process: all imports first, so that what grows afterwards is the model, its caches and buffers.
@@ -62,27 +58,15 @@ def _one(shape: size.Shape, bits: int) -> dict:
         held = sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
         wanted = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **options).tolist()
         del model
-        given = json.dumps({"folder": folder, "ids": ids.tolist(), "options": options})
+        given = {"folder": folder, "ids": ids.tolist(), "options": options}
         program = _PROGRAM.format(threads=torch.get_num_threads(), family=shape.family)
-        done = _run(program, given)
+        found, reason = memory.by_process(program, given, _TIMEOUT_S)
     row |= {"source_tokens": tokens, "new_tokens": new, "file_bytes": held}
-    if done.returncode:
-        words = (done.stderr.strip().splitlines() or ["no words"])[-1]
-        return {**row, "status": "refused", "reason": record.scrub(f"exit code {done.returncode}: {words}")}
-    found = json.loads(done.stdout.splitlines()[-1])
+    if reason is not None:
+        return {**row, "status": "refused", "reason": reason}
     if found["tokens"] != wanted:
         return {**row, "status": "refused", "reason": "another process writes other tokens"}
     if found["growth"] is None:
         return {**row, "status": "not supported", "reason": "this system does not say what a process takes"}
     row |= {"process_bytes": found["base"], "loaded_bytes": found["loaded"] - found["base"]}
     return {**row, "status": "timed", "reason": None, "growth_bytes": found["growth"]}
-
-
-def _run(program: str, given: str) -> subprocess.CompletedProcess[str]:
-    root = str(Path(memory.__file__).resolve().parents[2])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
-    command = [sys.executable, "-c", program]
-    return subprocess.run(
-        command, input=given, env=environment, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False
-    )

@@ -299,7 +299,7 @@ def render(result: dict):
     from rich.table import Table
 
     described, floor = result["protocol"], result["protocol"]["floor"]
-    heads, keys, outside_words = shared.outside_graphs(result["rows"])
+    heads, keys, outside_words = shared.outside_column(result["rows"])
     columns = ("cold us", "p10-p90", "floor us", "share", "warm us", "share", "x", *heads)
     title = f"Decode GEMM, x {result['settings']['dtype']}, on {protocol.machine_words(result['environment'])}"
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=0, title=title)  # the box parts the columns

@@ -98,6 +98,7 @@ def run(
     before = protocol.state(device)
     described = protocol.describe(device, seconds, cells_.ROUNDS[sweep], before)
     described.update(_protocol_words(device))
+    described["process"] = generate_process.HOW[device.type] if process_memory else None
     made = record.new(
         "generate",
         settings={
@@ -290,7 +291,6 @@ def _protocol_words(device: torch.device) -> dict:
         "cache": "keys, values and their scales at the end of a call; null where nobody says",
         "peak": f"the weights, and {memory.HOW[device.type]}; of the first call of the cell, its caches "
         "included (ctranslate2: null, its memory is its own and outlives a proof)",
-        "process": generate_process.HOW[device.type],
     }
 
 

@@ -10,8 +10,6 @@ from __future__ import annotations
 import gc
 import importlib
 import json
-import os
-import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
@@ -19,7 +17,7 @@ from typing import Any
 
 import torch
 
-from dqkernels.bench import memory, peers, record, size
+from dqkernels.bench import memory, peers, size
 from dqkernels.bench.generate_cells import Cell, Source, T5Shape
 from dqkernels.bench.generate_lineup import Lineup, Options
 
@@ -42,31 +40,13 @@ def of_candidate(options: Options, name: str, family: str, cell: Cell, seconds: 
     """
     keys = ("process_bytes", "process_growth_bytes", *(("device_bytes",) if options.device.type == "cuda" else ()))
     before = _in_use(options.device)
-    given = json.dumps({"options": _plain(options), "name": name, "family": family, "cell": cell.row(),
-                        "threads": torch.get_num_threads()}).encode()  # fmt: skip
-    root = str(Path(__file__).resolve().parents[2])
-    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
-    limit = max(_LEAST_S, min(_TIMEOUT_S, seconds))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-c", _PROGRAM],
-            input=given,
-            env={**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"},
-            capture_output=True,
-            timeout=limit,
-            check=False,
-        )
-    except subprocess.TimeoutExpired:
-        return {**dict.fromkeys(keys), "process_reason": f"took more than {limit:g} s"}
-    if done.returncode:
-        last = (done.stderr.decode(errors="replace").strip().splitlines() or ["no words"])[-1]
-        return {**dict.fromkeys(keys), "process_reason": record.scrub(f"exit code {done.returncode}: {last}")}
-    try:
-        found = json.loads(done.stdout.splitlines()[-1])
-    except (IndexError, ValueError):  # a library ended the process in its own way
-        return {**dict.fromkeys(keys), "process_reason": "ended without a word"}
-    if found["most"] is None or found["imported"] is None:
-        return {**dict.fromkeys(keys), "process_reason": "this system does not say what a process takes"}
+    given = {"options": _plain(options), "name": name, "family": family, "cell": cell.row()}
+    given["threads"] = torch.get_num_threads()
+    found, reason = memory.by_process(_PROGRAM, given, max(_LEAST_S, min(_TIMEOUT_S, seconds)))
+    if reason is None and None in (found["most"], found["imported"]):
+        reason = "this system does not say what a process takes"
+    if reason is not None:
+        return {**dict.fromkeys(keys), "process_reason": reason}
     row = {"process_bytes": found["most"], "process_growth_bytes": max(0, found["most"] - found["imported"])}
     if options.device.type == "cuda":
         row["device_bytes"] = None if before is None or found["device"] is None else max(0, found["device"] - before)

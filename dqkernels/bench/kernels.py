@@ -254,7 +254,7 @@ def render(result: dict):
     from rich.table import Table
 
     described, floor = result["protocol"], result["protocol"]["floor"]
-    heads, keys, outside_words = shared.outside_graphs(result["rows"])
+    heads, keys, outside_words = shared.outside_column(result["rows"])
     table = Table(
         box=box.SIMPLE_HEAD,
         pad_edge=False,

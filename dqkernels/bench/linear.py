@@ -239,7 +239,7 @@ def render(result: dict):
         else f"floor: share reached of the {floor['device']}'s limit, cold ({floor['source']}).",
     ]
     environment = result["environment"]
-    heads, keys, outside_words = shared.outside_graphs(result["rows"])
+    heads, keys, outside_words = shared.outside_column(result["rows"])
     long_names = any(len(row.get("candidate") or "") > 20 for row in result["rows"])
     padding = (0, 1, 0, 0) if heads or long_names else (0, 1)  # columns are dear
     title = f"nn.Linear on {protocol.machine_words(environment)}"

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ctypes
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from dqkernels.bench import record
 
 #: In words, for records.
 HOW = {
@@ -61,6 +67,32 @@ def _trim() -> None:
         ctypes.CDLL(None).malloc_trim(0)
     except (OSError, AttributeError):
         pass  # not glibc
+
+
+def by_process(program: str, given: dict[str, Any], seconds: float) -> tuple[dict[str, Any], str | None]:
+    """What a fresh Python printed last, as JSON, and None; or nothing, and why in words.
+
+    Args:
+        program: its source, of this package; takes JSON from stdin.
+        given: that JSON.
+        seconds: after which it is stopped.
+    """
+    root = str(Path(__file__).resolve().parents[2])
+    path = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+    environment = {**os.environ, "PYTHONPATH": path, "HF_HUB_OFFLINE": "1"}
+    command = [sys.executable, "-c", program]
+    options: dict[str, Any] = {"env": environment, "capture_output": True, "text": True, "errors": "replace"}
+    try:
+        done = subprocess.run(command, input=json.dumps(given), timeout=seconds, check=False, **options)
+    except subprocess.TimeoutExpired:
+        return {}, f"took more than {seconds:g} s"
+    if done.returncode:
+        words = (done.stderr.strip().splitlines() or ["no words"])[-1]
+        return {}, record.scrub(f"exit code {done.returncode}: {words}")
+    try:
+        return json.loads(done.stdout.splitlines()[-1]), None
+    except (IndexError, ValueError):  # a library ended the process in its own way
+        return {}, "ended without a word"
 
 
 def status(name: str) -> int | None:

@@ -159,7 +159,9 @@ def fill(
     outside = protocol.outside_graphs(calls, device, left() / 6, alone=slow)
     for (name, cache), row in rows.items():
         found = outside.get(name, {})
-        row.update(found if cache == "warm" else {key: found[key] for key in ("host_us",) if key in found})
+        row["host_us"] = found.get("host_us")
+        if cache == "warm":
+            row.update(found)
     for caches_left, cache in zip((2, 1), CACHES, strict=True):
         chosen = samplers[cache]
         outcome = protocol.interleave(
@@ -208,7 +210,7 @@ _OUTSIDE = (
 )
 
 
-def outside_graphs(lines: Sequence[dict]) -> tuple[list[str], list[str], list[str]]:
+def outside_column(lines: Sequence[dict]) -> tuple[list[str], list[str], list[str]]:
     """Heads, keys and words of the column that a table needs of a GPU's rows: `eager`, of older records `host`."""
     for head, key, words in _OUTSIDE:
         if any(line.get(key) is not None for line in lines):
