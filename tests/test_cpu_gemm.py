@@ -162,7 +162,9 @@ def test_gelu_is_near_the_truth_and_alike_in_all_kernels(kernel):
     special = torch.tensor([float("nan"), float("inf"), float("-inf"), 0.0, -7.0])
     part = cpu_gemm.part(torch.zeros(16, 128, dtype=torch.uint8), torch.ones(5), None, special, None, 5)
     (y,) = cpu_gemm.gemm(torch.ones(1, 3), [part], **facts_of(form, "gelu"), kernel=kernel)
-    assert_equal(y[0], torch.nn.functional.gelu(special), "NaN, Inf and the far tail as torch has them")
+    wanted = torch.nn.functional.gelu(special)
+    wanted[1] = torch.inf  # of which torch's loop for AVX-512 makes a NaN, its others and its float64 do not
+    assert_equal(y[0], wanted, "NaN, Inf and the far tail as torch has them")
 
 
 # --------------------------------------------------------------------------------------------------- embedding

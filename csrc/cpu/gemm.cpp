@@ -138,13 +138,14 @@ int32_t sum_of(const int8_t* q, int64_t k) {
     return sum;
 }
 
+// rows.add holds the sum of the row's codes, if there is an offset.
 void prepare_row(const CpuGemm& args, const GemmLoops& loops, int64_t blocks, const int8_t* q, int64_t m,
                  const Rows& rows) {
     loops.prepare(q, args.k, blocks, rows.prepared + m * rows.stride);
-    rows.add[m] = loops.offset == 0 ? 0 : -loops.offset * sum_of(q, args.k);
+    rows.add[m] = loops.offset == 0 ? 0 : -loops.offset * rows.add[m];
 }
 
-QuantizeRows quantize_args(const CpuGemm& args, int64_t first, int64_t count, int8_t* q, float* scale) {
+QuantizeRows quantize_args(const CpuGemm& args, int64_t first, int64_t count, int8_t* q, const Rows& out) {
     QuantizeRows rows = {};
     rows.x = static_cast<const char*>(args.x) + first * args.row_stride * element_bytes(args.x_dtype);
     rows.dtype = args.x_dtype;
@@ -155,17 +156,17 @@ QuantizeRows quantize_args(const CpuGemm& args, int64_t first, int64_t count, in
     rows.clip = args.clip;
     rows.act_scale = args.static_scale;
     rows.q = q;
-    rows.scale = scale;
+    rows.scale = out.act_scale + first;
+    rows.row_sum = out.add + first;
     return rows;
 }
 
 // ---- the tiles -------------------------------------------------------------------------------------------
 
-// Rows of x from which a panel is worth its making.
-constexpr int64_t kManyRows = 8;
-// How many share one at most, so that the part of theirs that meets it (up to 1 KiB a row) stays in a
-// second-level cache, and at least, where a call has few columns for many threads. kRowGrain is what the
-// loops take at a time.
+constexpr int64_t kRowsAhead = 8;  // of the result, when it is written
+// How many rows of x share a panel at most, so that the part of theirs that meets it (up to 1 KiB a row)
+// stays in a second-level cache, and at least, where a call has few columns for many threads. kRowGrain is
+// what the loops take at a time.
 constexpr int64_t kMaxRowBlock = 264, kMinRowBlock = 48, kRowGrain = 12;
 // Shared among threads when one alone would take longer: waking them costs a few microseconds at best.
 constexpr double kSharedNs = 8000.0;
@@ -196,7 +197,10 @@ struct Tile {
             ask_for_columns(part, n, count);
             loops.sums(rows.prepared + m0 * rows.stride, rows.stride, m1 - m0, weights, n, count, acc,
                        memory + acc_bytes);
-            for (int64_t m = m0; m < m1; ++m) finish(part, m, n, count, acc + (m - m0) * kGemmColumns);
+            for (int64_t m = m0; m < m1; ++m) {
+                if (m + kRowsAhead < m1) ask_for_output(part, m + kRowsAhead, n, count);
+                finish(part, m, n, count, acc + (m - m0) * kGemmColumns);
+            }
         }
         return true;
     }
@@ -208,6 +212,12 @@ struct Tile {
         if (part.bias == nullptr) return;
         const int64_t bytes = element_bytes(part.bias_dtype);
         ask_for(static_cast<const char*>(part.bias) + n * bytes, count * bytes);
+    }
+
+    // Where a row of the result goes: in a wide one each is a page further, which nothing runs ahead of.
+    void ask_for_output(const CpuPart& part, int64_t m, int64_t n, int64_t count) const {
+        const int64_t bytes = element_bytes(args.y_dtype);
+        ask_for(static_cast<const char*>(part.y) + (m * part.n + n) * bytes, count * bytes);
     }
 
     void finish(const CpuPart& part, int64_t m, int64_t n, int64_t count, const int32_t* acc) const {
@@ -288,9 +298,10 @@ Status cpu_gemm(const CpuGemm& args) {
     int64_t columns = 0;
     for (int32_t i = 0; i < args.part_count; ++i) columns += args.parts[i].n;
     const int32_t threads = alone_ns(args, columns) > kSharedNs ? args.threads : 1;
-    const GemmLoops& loops = args.m == 1                                       ? kernel->one[format]
-                             : args.m < kManyRows || has_lowest(args, threads) ? kernel->few[format]
-                                                                               : kernel->many[format];
+    const GemmLoops& many = kernel->many[format];
+    const GemmLoops& loops = args.m == 1                                            ? kernel->one[format]
+                             : args.m < many.from_rows || has_lowest(args, threads) ? kernel->few[format]
+                                                                                    : many;
 
     Rows rows = {};
     rows.stride = loops.row_bytes(blocks);
@@ -306,7 +317,7 @@ Status cpu_gemm(const CpuGemm& args) {
 
     if (together) {
         auto* codes = reinterpret_cast<int8_t*>(memory + (prepared_bytes + 63) / 64 * 64);
-        status = quantize_rows(quantize_args(args, 0, args.m, codes, rows.act_scale));
+        status = quantize_rows(quantize_args(args, 0, args.m, codes, rows));
         for (int64_t m = 0; status == Status::ok && m < args.m; ++m)
             prepare_row(args, loops, blocks, codes + m * args.k, m, rows);
     } else {
@@ -320,11 +331,12 @@ Status cpu_gemm(const CpuGemm& args) {
             for (int64_t m = chunk * kRowChunk; m < std::min(args.m, (chunk + 1) * kRowChunk); ++m) {
                 const int8_t* q = codes;
                 if (floats) {
-                    const Status done = quantize_rows(quantize_args(args, m, 1, codes, rows.act_scale + m));
+                    const Status done = quantize_rows(quantize_args(args, m, 1, codes, rows));
                     if (done != Status::ok) worst = done;
                 } else {
                     q = static_cast<const int8_t*>(args.x) + m * args.row_stride;
                     rows.act_scale[m] = args.act_scale[m];
+                    if (loops.offset != 0) rows.add[m] = sum_of(q, args.k);
                 }
                 prepare_row(args, loops, blocks, q, m, rows);
             }

@@ -223,6 +223,7 @@ GemmKernel amx_kernel() {
     for (int32_t i = 0; i < kGemmFormats; ++i) {
         kernel.many[i] = kernel.few[i];
         kernel.many[i].sums = kSums[i];
+        kernel.many[i].from_rows = kTileRows;
     }
     return kernel;
 }

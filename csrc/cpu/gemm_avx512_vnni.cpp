@@ -17,7 +17,7 @@ DQK_TARGET inline __m512i both(__m256i low, __m256i high) {
     return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
 }
 
-struct Dot512 {
+struct Dot512 : InRegisters {
     using Vec = __m512i;
     using X = __m512i;
     using Sum = __m512i;
@@ -94,28 +94,68 @@ struct Dot512 {
         _mm_storeu_si128(to, _mm_add_epi32(_mm_loadu_si128(to), reduced(s)));
     }
 
+    // (v & mask) ^ flip
+    static DQK_TARGET inline Vec masked(Vec v, Vec mask, Vec flip) {
+        return _mm512_ternarylogic_epi32(v, mask, flip, 0x6A);
+    }
+    static DQK_TARGET inline Vec bytes(int32_t value) { return _mm512_set1_epi8(static_cast<char>(value)); }
+    static DQK_TARGET inline Vec halves(int32_t low, int32_t high) {
+        return both(_mm256_set1_epi8(static_cast<char>(low)), _mm256_set1_epi8(static_cast<char>(high)));
+    }
+    static DQK_TARGET inline Vec shifts(int32_t low, int32_t high) {
+        return both(_mm256_set1_epi32(low), _mm256_set1_epi32(high));
+    }
+
     // The 128 codes of a block as unsigned bytes, in the order of k.
     template <typename F>
     static DQK_TARGET inline void unpack(const uint8_t* block, Vec (&u)[2]) {
         if constexpr (F::kBits == 8) {
-            const __m512i flip = _mm512_set1_epi8(static_cast<char>(0x80));
-            for (int j = 0; j < 2; ++j) u[j] = _mm512_xor_si512(load512(block, j), flip);
+            for (int j = 0; j < 2; ++j) u[j] = _mm512_xor_si512(load512(block, j), bytes(0x80));
         } else if constexpr (F::kBits == 4) {
-            const __m512i v = _mm512_xor_si512(load512(block, 0), _mm512_set1_epi8(static_cast<char>(0x88)));
-            const __m512i mask = _mm512_set1_epi8(0x0F);
-            u[0] = _mm512_and_si512(v, mask);
-            u[1] = _mm512_and_si512(_mm512_srli_epi16(v, 4), mask);
+            const Vec v = load512(block, 0);
+            u[0] = masked(v, bytes(0x0F), bytes(0x08));
+            u[1] = masked(_mm512_srli_epi16(v, 4), bytes(0x0F), bytes(0x08));
         } else {
             // 32 bytes hold the block: planes 0 and 1 side by side, then planes 2 and 3.
-            const __m256i flipped =
-                _mm256_xor_si256(load256(block, 0), _mm256_set1_epi8(static_cast<char>(0xAA)));
-            const __m512i v = both(flipped, flipped), mask = _mm512_set1_epi8(0x03);
+            const Vec v = _mm512_broadcast_i64x4(load256(block, 0));
             for (int j = 0; j < 2; ++j) {
-                const __m512i shift = both(_mm256_set1_epi16(static_cast<int16_t>(4 * j)),
-                                           _mm256_set1_epi16(static_cast<int16_t>(4 * j + 2)));
-                u[j] = _mm512_and_si512(_mm512_srlv_epi16(v, shift), mask);
+                const Vec shift = both(_mm256_set1_epi16(static_cast<int16_t>(4 * j)),
+                                       _mm256_set1_epi16(static_cast<int16_t>(4 * j + 2)));
+                u[j] = masked(_mm512_srlv_epi16(v, shift), bytes(0x03), bytes(0x02));
                 if (F::kFactor == 2) u[j] = _mm512_add_epi8(u[j], u[j]);
             }
+        }
+    }
+
+    // The same where they lie: at 4 bits u[1] is 16 times its codes, at 2 bits the halves of u[0] are 1 and 4
+    // times theirs and those of u[1] 16 and 64 times.
+    template <typename F>
+    static DQK_TARGET inline void fields(const uint8_t* block, Vec (&u)[2]) {
+        if constexpr (F::kBits == 8) {
+            unpack<F>(block, u);
+        } else if constexpr (F::kBits == 4) {
+            Vec v = load512(block, 0);
+            pin(v);  // one load: GCC would rather read it twice than copy it, and loads are what runs short
+            u[0] = masked(v, bytes(0x0F), bytes(0x08));
+            u[1] = masked(v, bytes(0xF0), bytes(0x80));
+        } else {
+            Vec v = _mm512_broadcast_i64x4(load256(block, 0));
+            pin(v);
+            u[0] = masked(v, halves(0x03, 0x0C), halves(0x02, 0x08));
+            u[1] = masked(v, halves(0x30, 0xC0), halves(0x20, 0x80));
+        }
+    }
+    template <typename F>
+    static DQK_TARGET inline Sum merge(Sum a, Sum b) {
+        if constexpr (F::kBits == 8) {
+            return _mm512_add_epi32(a, b);
+        } else if constexpr (F::kBits == 4) {
+            return _mm512_add_epi32(a, _mm512_srai_epi32(b, 4));
+        } else if constexpr (F::kFactor == 1) {
+            return _mm512_add_epi32(_mm512_srav_epi32(a, shifts(0, 2)), _mm512_srav_epi32(b, shifts(4, 6)));
+        } else {
+            return _mm512_add_epi32(_mm512_srav_epi32(_mm512_add_epi32(a, a), shifts(0, 2)),
+                                    _mm512_srav_epi32(b, shifts(3, 5)));
         }
     }
 };

@@ -135,12 +135,27 @@ DQK_TARGET void multiplier_words(const GemmWeights& w, int64_t n, int64_t stride
 
 // Asks for what the walk along the weights needs a moment later. It goes along four rows at once, a block of
 // each at a time, which the hardware takes for four short streams and hardly runs ahead of; but rows follow
-// each other without a gap, so that kAhead bytes further is where it will be some rows later. Behind the last
-// row a request for memory that nobody has is no fault.
-constexpr uintptr_t kAhead = 4096;
+// each other without a gap, so that so many bytes further is where it will be some rows later. Behind the
+// last row a request for memory that nobody has is no fault.
+//
+// Into the second cache: the first takes too few requests at a time for memory that is far away (on Zen 4,
+// weights out of memory: 1.4 to 2.4 times the rate). Blocks of less than a line, whose walk the first cache
+// waits for more often, do as well there on the way of AVX2.
+constexpr uintptr_t kFarAhead = 8192, kNearAhead = 4096;
+DQK_TARGET inline const void* further(const uint8_t* block, uintptr_t bytes) {
+    return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(block) + bytes);
+}
+template <int64_t kBytes>
+DQK_TARGET inline void ask_far(const uint8_t* block) {
+    for (int64_t line = 0; line < kBytes; line += kLineBytes)
+        __builtin_prefetch(further(block, kFarAhead + static_cast<uintptr_t>(line)), 0, 2);
+}
 template <int64_t kBytes>
 DQK_TARGET inline void ask_ahead(const uint8_t* block) {
-    ask_for(reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(block) + kAhead), kBytes);
+    if constexpr (kBytes >= kLineBytes)
+        ask_far<kBytes>(block);
+    else
+        ask_for(further(block, kNearAhead), kBytes);
 }
 
 // ---- one row of activations: the weights are unpacked in registers ---------------------------------------

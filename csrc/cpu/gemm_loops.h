@@ -43,6 +43,7 @@ struct GemmLoops {
     // padding rows of the weights are read like any other, up to a multiple of 8.
     void (*sums)(const uint8_t* x, int64_t stride, int64_t m, const GemmWeights& w, int64_t n0, int64_t count,
                  int32_t* acc, uint8_t* scratch);
+    int64_t from_rows;  // of x: fewer do better by the loops before these
 };
 // One row of unpacked weights: four of them stay in the first cache, 64 bytes off the multiple of 4096 at
 // which they would share its sets.

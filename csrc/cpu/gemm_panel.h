@@ -9,6 +9,8 @@
 // per row and span, is minus the offset times the activations. Only the sum at the end of a span has to fit
 // then, which is that of signed products; on the way there int16 lanes may wrap.
 #pragma once
+#include <utility>
+
 #include "cpu/gemm_kernel.h"
 
 namespace dqk {
@@ -70,63 +72,110 @@ struct PanelWalk {
     const int32_t* words;  // multipliers [group][column]
 };
 
+// The sums of kM rows of x and the columns of a panel: row m, vector j at place m * kPanelVecs + j. Places
+// are spelled out when compiled, by folding over them: an array that loops go through stays in memory with
+// GCC, and its 24 registers are stored and loaded again every other step.
+template <typename Dot, int kM>
+struct PanelSums {
+    typename Dot::Partial at[kM * kPanelVecs];
+};
+template <int kM>
+using Places = std::make_integer_sequence<int, kM * kPanelVecs>;
+constexpr int row_of(int place) {
+    return place / kPanelVecs;
+}
+constexpr int64_t vec_of(int place) {
+    return place % kPanelVecs;
+}
+// Where they lie in acc.
+template <typename Dot>
+DQK_TARGET inline int32_t* sum_at(int32_t* acc, int place) {
+    return acc + row_of(place) * kGemmColumns + vec_of(place) * (Dot::kVecBytes / 4);
+}
+
+template <typename Dot, int kM, int... kAt>
+DQK_TARGET inline void pin_sums(PanelSums<Dot, kM>& part, std::integer_sequence<int, kAt...>) {
+    (Dot::pin(part.at[kAt]), ...);
+}
+template <typename Dot, int kM, int... kAt>
+DQK_TARGET inline void load_sums(const int32_t* acc, PanelSums<Dot, kM>& part,
+                                 std::integer_sequence<int, kAt...>) {
+    ((part.at[kAt] = Dot::load_sum(sum_at<Dot>(const_cast<int32_t*>(acc), kAt))), ...);
+}
+template <typename Dot, int kM, int... kAt>
+DQK_TARGET inline void store_sums(const PanelSums<Dot, kM>& part, int32_t* acc,
+                                  std::integer_sequence<int, kAt...>) {
+    (Dot::store_sum(part.at[kAt], sum_at<Dot>(acc, kAt)), ...);
+}
+template <typename Dot, int kM, int... kAt>
+DQK_TARGET inline void start_sums(const uint8_t* starts, int64_t stride, PanelSums<Dot, kM>& part,
+                                  std::integer_sequence<int, kAt...>) {
+    ((part.at[kAt] = Dot::broadcast_start(starts + row_of(kAt) * stride)), ...);
+}
+template <typename Dot, int kM, int... kAt>
+DQK_TARGET inline void drain_sums(const PanelSums<Dot, kM>& part, int32_t* acc,
+                                  std::integer_sequence<int, kAt...>) {
+    (Dot::store_sum(Dot::drain(Dot::load_sum(sum_at<Dot>(acc, kAt)), part.at[kAt]), sum_at<Dot>(acc, kAt)),
+     ...);
+}
+template <typename Dot, int kM, typename Multipliers, int... kAt>
+DQK_TARGET inline void drain_sums_scaled(const PanelSums<Dot, kM>& part,
+                                         const Multipliers (&multipliers)[kPanelVecs], int32_t* acc,
+                                         std::integer_sequence<int, kAt...>) {
+    (Dot::store_sum(
+         Dot::drain_columns(Dot::load_sum(sum_at<Dot>(acc, kAt)), part.at[kAt], multipliers[vec_of(kAt)]),
+         sum_at<Dot>(acc, kAt)),
+     ...);
+}
+
+// One word of each row of x meets a vector of every column.
+template <typename Dot, int kM, int... kAt>
+DQK_TARGET inline void multiply_step(const uint8_t* x, int64_t stride, const uint8_t* panel,
+                                     PanelSums<Dot, kM>& part, std::integer_sequence<int, kAt...>) {
+    typename Dot::Vec w[kPanelVecs];
+    for (int j = 0; j < kPanelVecs; ++j) w[j] = Dot::load(panel, j);
+    ((part.at[kAt] = Dot::multiply(part.at[kAt], w[vec_of(kAt)], Dot::broadcast(x + row_of(kAt) * stride))),
+     ...);
+}
+
 template <typename Dot, int kM>
 DQK_TARGET inline void multiply_steps(const uint8_t* x, int64_t stride, const uint8_t* panel, int64_t steps,
-                                      typename Dot::Partial (&part)[kM][kPanelVecs]) {
-    for (int m = 0; m < kM; ++m)
-        for (int j = 0; j < kPanelVecs; ++j) Dot::pin(part[m][j]);
+                                      PanelSums<Dot, kM>& part) {
+    pin_sums(part, Places<kM>());
     DQK_UNROLL_2
     for (int64_t s = 0; s < steps; ++s) {
-        typename Dot::Vec w[kPanelVecs];
-        for (int j = 0; j < kPanelVecs; ++j) w[j] = Dot::load(panel, s * kPanelVecs + j);
-        for (int m = 0; m < kM; ++m) {
-            const typename Dot::X word = Dot::broadcast(x + m * stride + s * 4);
-            for (int j = 0; j < kPanelVecs; ++j) part[m][j] = Dot::multiply(part[m][j], w[j], word);
-        }
-        for (int m = 0; m < kM; ++m)
-            for (int j = 0; j < kPanelVecs; ++j) Dot::pin(part[m][j]);
+        multiply_step(x + s * 4, stride, panel + s * step_bytes<Dot>(), part, Places<kM>());
+        pin_sums(part, Places<kM>());
     }
 }
 
 // acc[m][c] += the sums of kM rows of x, from row m0 on, and the columns of the panel.
 template <typename Dot, int kM, int kGroup>
 DQK_TARGET __attribute__((noinline)) void panel_tile(const PanelWalk& walk, int64_t m0, int32_t* acc) {
-    constexpr int64_t kLanes = Dot::kVecBytes / 4, kSpan = span_steps<Dot, kGroup>();
+    constexpr int64_t kSpan = span_steps<Dot, kGroup>();
+    constexpr Places<kM> kPlaces;
     const uint8_t* x = walk.x + m0 * walk.stride;
     acc += m0 * kGemmColumns;
-    typename Dot::Partial part[kM][kPanelVecs];
+    PanelSums<Dot, kM> part;
     if constexpr (kSpan > 0) {
         const uint8_t* starts = walk.starts + m0 * walk.stride;
         for (int64_t first = 0; first < walk.steps; first += kSpan) {
-            for (int m = 0; m < kM; ++m)
+            start_sums(starts + first / kSpan * 4, walk.stride, part, kPlaces);
+            multiply_steps(x + first * 4, walk.stride, walk.panel + first * step_bytes<Dot>(), kSpan, part);
+            if constexpr (kGroup > 0) {
+                const int32_t* words = walk.words + first * 4 / kGroup * panel_columns<Dot>();
+                decltype(Dot::load_sum(words)) multipliers[kPanelVecs];
                 for (int j = 0; j < kPanelVecs; ++j)
-                    part[m][j] = Dot::broadcast_start(starts + m * walk.stride + first / kSpan * 4);
-            multiply_steps<Dot, kM>(x + first * 4, walk.stride, walk.panel + first * step_bytes<Dot>(), kSpan,
-                                    part);
-            for (int j = 0; j < kPanelVecs; ++j) {
-                if constexpr (kGroup > 0) {
-                    const int32_t* words = walk.words + first * 4 / kGroup * panel_columns<Dot>();
-                    const auto multipliers = Dot::load_sum(words + j * kLanes);
-                    for (int m = 0; m < kM; ++m) {
-                        int32_t* at = acc + m * kGemmColumns + j * kLanes;
-                        Dot::store_sum(Dot::drain_columns(Dot::load_sum(at), part[m][j], multipliers), at);
-                    }
-                } else {
-                    for (int m = 0; m < kM; ++m) {
-                        int32_t* at = acc + m * kGemmColumns + j * kLanes;
-                        Dot::store_sum(Dot::drain(Dot::load_sum(at), part[m][j]), at);
-                    }
-                }
+                    multipliers[j] = Dot::load_sum(words + j * (Dot::kVecBytes / 4));
+                drain_sums_scaled(part, multipliers, acc, kPlaces);
+            } else {
+                drain_sums(part, acc, kPlaces);
             }
         }
     } else {
-        for (int m = 0; m < kM; ++m)
-            for (int j = 0; j < kPanelVecs; ++j)
-                part[m][j] = Dot::load_sum(acc + m * kGemmColumns + j * kLanes);
-        multiply_steps<Dot, kM>(x, walk.stride, walk.panel, walk.steps, part);
-        for (int m = 0; m < kM; ++m)
-            for (int j = 0; j < kPanelVecs; ++j)
-                Dot::store_sum(part[m][j], acc + m * kGemmColumns + j * kLanes);
+        load_sums(acc, part, kPlaces);
+        multiply_steps(x, walk.stride, walk.panel, walk.steps, part);
+        store_sums(part, acc, kPlaces);
     }
 }
 
@@ -196,7 +245,7 @@ DQK_TARGET void panel_sums(const uint8_t* x, int64_t stride, int64_t rows, const
 template <typename Dot, typename F, int kGroup = 0>
 constexpr GemmLoops panel_loops() {
     return {span_steps<Dot, kGroup>() > 0 ? 0 : offset_of<Dot, F>(), panel_row_bytes<Dot, kGroup>,
-            prepare_panel<Dot, F, kGroup>, panel_sums<Dot, F, kGroup>};
+            prepare_panel<Dot, F, kGroup>, panel_sums<Dot, F, kGroup>, 0};
 }
 
 }  // namespace

@@ -2,19 +2,38 @@
 #pragma once
 #include "cpu/gemm_kernel.h"
 #include "cpu/gemm_panel.h"
+#include "cpu/gemm_registers.h"
 
 namespace dqk {
 namespace {
 
 template <typename Dot, typename F, int kGroup = 0>
 constexpr GemmLoops one_loops() {
-    return {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>, prepare<Dot, F, kGroup>,
-            one_sums<Dot, F, kGroup>};
+    GemmLoops loops = {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>,
+                       prepare<Dot, F, kGroup>, nullptr, 1};
+    if constexpr (in_registers<Dot, kGroup>())
+        loops.sums = one_sums_fields<Dot, F>;
+    else
+        loops.sums = one_sums<Dot, F, kGroup>;
+    return loops;
 }
 template <typename Dot, typename F, int kGroup = 0>
 constexpr GemmLoops few_loops() {
-    return {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>, prepare<Dot, F, kGroup>,
-            few_sums<Dot, F, kGroup>};
+    GemmLoops loops = {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>,
+                       prepare<Dot, F, kGroup>, nullptr, 2};
+    if constexpr (in_registers<Dot, kGroup>())
+        loops.sums = few_sums_registers<Dot, F>;
+    else
+        loops.sums = few_sums<Dot, F, kGroup>;
+    return loops;
+}
+
+// A panel costs its making: where weights are multiplied as soon as they are unpacked it is worth it later.
+template <typename Dot, typename F, int kGroup = 0>
+constexpr GemmLoops many_loops() {
+    GemmLoops loops = panel_loops<Dot, F, kGroup>();
+    loops.from_rows = in_registers<Dot, kGroup>() ? 20 : 8;
+    return loops;
 }
 
 // Ops names the dot of each use: One8 and Many8 for 8-bit weights, Narrow4 and Narrow2 for the others. The
@@ -23,22 +42,22 @@ template <typename Ops>
 constexpr GemmKernel kernel_of(const char* name) {
     using D4 = typename Ops::Narrow4;
     using D2 = typename Ops::Narrow2;
-    return {name,
-            {one_loops<typename Ops::One8, W8>(), one_loops<D4, W4>(), one_loops<D4, W4, 32>(),
-             one_loops<D4, W4, 64>(), one_loops<D4, W4, 128>(), one_loops<D2, W2>(), one_loops<D2, W2, 32>(),
-             one_loops<D2, W2, 64>(), one_loops<D2, W2, 128>(), one_loops<D2, W2F>(),
-             one_loops<D2, W2F, 32>(), one_loops<D2, W2F, 64>(), one_loops<D2, W2F, 128>()},
-            {few_loops<typename Ops::Many8, W8>(), few_loops<D4, W4>(), few_loops<D4, W4, 32>(),
-             few_loops<D4, W4, 64>(), few_loops<D4, W4, 128>(), few_loops<D2, W2>(), few_loops<D2, W2, 32>(),
-             few_loops<D2, W2, 64>(), few_loops<D2, W2, 128>(), few_loops<D2, W2F>(),
-             few_loops<D2, W2F, 32>(), few_loops<D2, W2F, 64>(), few_loops<D2, W2F, 128>()},
-            {panel_loops<typename Ops::Many8, W8>(), panel_loops<D4, W4>(), panel_loops<D4, W4, 32>(),
-             panel_loops<D4, W4, 64>(), panel_loops<D4, W4, 128>(), panel_loops<D2, W2>(),
-             panel_loops<D2, W2, 32>(), panel_loops<D2, W2, 64>(), panel_loops<D2, W2, 128>(),
-             panel_loops<D2, W2F>(), panel_loops<D2, W2F, 32>(), panel_loops<D2, W2F, 64>(),
-             panel_loops<D2, W2F, 128>()},
-            epilogue<Ops>,
-            {embed<Ops, W8>, embed<Ops, W4>, embed<Ops, W2>, embed<Ops, W2F>}};
+    return {
+        name,
+        {one_loops<typename Ops::One8, W8>(), one_loops<D4, W4>(), one_loops<D4, W4, 32>(),
+         one_loops<D4, W4, 64>(), one_loops<D4, W4, 128>(), one_loops<D2, W2>(), one_loops<D2, W2, 32>(),
+         one_loops<D2, W2, 64>(), one_loops<D2, W2, 128>(), one_loops<D2, W2F>(), one_loops<D2, W2F, 32>(),
+         one_loops<D2, W2F, 64>(), one_loops<D2, W2F, 128>()},
+        {few_loops<typename Ops::Many8, W8>(), few_loops<D4, W4>(), few_loops<D4, W4, 32>(),
+         few_loops<D4, W4, 64>(), few_loops<D4, W4, 128>(), few_loops<D2, W2>(), few_loops<D2, W2, 32>(),
+         few_loops<D2, W2, 64>(), few_loops<D2, W2, 128>(), few_loops<D2, W2F>(), few_loops<D2, W2F, 32>(),
+         few_loops<D2, W2F, 64>(), few_loops<D2, W2F, 128>()},
+        {many_loops<typename Ops::Many8, W8>(), many_loops<D4, W4>(), many_loops<D4, W4, 32>(),
+         many_loops<D4, W4, 64>(), many_loops<D4, W4, 128>(), many_loops<D2, W2>(), many_loops<D2, W2, 32>(),
+         many_loops<D2, W2, 64>(), many_loops<D2, W2, 128>(), many_loops<D2, W2F>(),
+         many_loops<D2, W2F, 32>(), many_loops<D2, W2F, 64>(), many_loops<D2, W2F, 128>()},
+        epilogue<Ops>,
+        {embed<Ops, W8>, embed<Ops, W4>, embed<Ops, W2>, embed<Ops, W2F>}};
 }
 
 }  // namespace

@@ -109,6 +109,9 @@ DQK_MODEL Ints inserti64x4(Ints v, __m256i part, int half) {
     std::memcpy(v.bytes + (half & 1) * 32, &part, sizeof part);
     return v;
 }
+DQK_MODEL Ints broadcast_i64x4(__m256i v) {
+    return inserti64x4(castsi256_si512(v), v, 1);
+}
 DQK_MODEL Ints castps_si512(Floats v) {
     return from<Ints>(v);
 }
@@ -146,6 +149,26 @@ DQK_MODEL Ints srli_epi16(Ints a, unsigned count) {
 }
 DQK_MODEL Ints slli_epi32(Ints a, unsigned count) {
     return count > 31 ? Ints{} : from<Ints>(as<uint32_t>(a) << count);
+}
+// The sign fills up.
+DQK_MODEL Ints srai_epi32(Ints a, unsigned count) {
+    return from<Ints>(as<int32_t>(a) >> static_cast<int32_t>(count > 31 ? 31 : count));
+}
+DQK_MODEL Ints srav_epi32(Ints a, Ints counts) {
+    const auto count = as<uint32_t>(counts);
+    const auto most = count > 31u ? count ^ count ^ 31u : count;
+    const auto x = as<int32_t>(a);
+    return from<Ints>(x >> as<int32_t>(from<Ints>(most)));
+}
+// VPTERNLOGD: bit 4 a + 2 b + c of the table, for every bit.
+DQK_MODEL Ints ternarylogic_epi32(Ints a, Ints b, Ints c, int table) {
+    const auto x = as<uint64_t>(a), y = as<uint64_t>(b), z = as<uint64_t>(c);
+    auto out = x ^ x;
+    for (int i = 0; i < 8; ++i) {
+        if (((table >> i) & 1) == 0) continue;
+        out |= ((i & 4) != 0 ? x : ~x) & ((i & 2) != 0 ? y : ~y) & ((i & 1) != 0 ? z : ~z);
+    }
+    return from<Ints>(out);
 }
 DQK_MODEL Ints srlv_epi16(Ints a, Ints counts) {
     const auto x = as<uint16_t>(a), count = as<uint16_t>(counts);

@@ -14,6 +14,8 @@
 // Some are macros of the compiler's headers where it does not optimize.
 #undef _mm512_srli_epi16
 #undef _mm512_slli_epi32
+#undef _mm512_srai_epi32
+#undef _mm512_ternarylogic_epi32
 #undef _mm512_inserti64x4
 #undef _mm512_extracti64x4_epi64
 #undef _mm256_dpbusd_avx_epi32
@@ -32,6 +34,7 @@
 #define _mm512_castsi512_si256 ::dqk::avx512_model::castsi512_si256
 #define _mm512_extracti64x4_epi64 ::dqk::avx512_model::extracti64x4_epi64
 #define _mm512_inserti64x4 ::dqk::avx512_model::inserti64x4
+#define _mm512_broadcast_i64x4 ::dqk::avx512_model::broadcast_i64x4
 #define _mm512_castps_si512 ::dqk::avx512_model::castps_si512
 #define _mm512_castsi512_ps ::dqk::avx512_model::castsi512_ps
 #define _mm512_add_epi8 ::dqk::avx512_model::add_epi8
@@ -43,6 +46,9 @@
 #define _mm512_max_epu32 ::dqk::avx512_model::max_epu32
 #define _mm512_srli_epi16 ::dqk::avx512_model::srli_epi16
 #define _mm512_slli_epi32 ::dqk::avx512_model::slli_epi32
+#define _mm512_srai_epi32 ::dqk::avx512_model::srai_epi32
+#define _mm512_srav_epi32 ::dqk::avx512_model::srav_epi32
+#define _mm512_ternarylogic_epi32 ::dqk::avx512_model::ternarylogic_epi32
 #define _mm512_srlv_epi16 ::dqk::avx512_model::srlv_epi16
 #define _mm512_madd_epi16 ::dqk::avx512_model::madd_epi16
 #define _mm512_dpbusd_epi32 ::dqk::avx512_model::dpbusd_epi32
