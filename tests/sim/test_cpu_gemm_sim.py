@@ -202,7 +202,7 @@ def test_every_number_of_rows(program, kernel):
              "codes": "random", "special": "none"}  # fmt: skip
     cases = [
         gemm_case({"kernel": kernel, "form": form, "m": m, **plain})
-        for form in ("W8", "W4", "four_level", "W4 g32", "four_level g64")
+        for form in ("W8", "W4", "ternary", "four_level", "W4 g32", "four_level g64")
         for m in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 64, 65, 129)
     ]
     assert run_cases(program, cases, SEEDS) == len(cases)
