@@ -1,6 +1,6 @@
 // The loops of attention.h for AVX2, and for the two instruction sets with a dot product of bytes (VNNI), on
-// vectors of the same width: they differ in that one operation. Those two were run over modelled instructions
-// (tests/sim/avx512_model.h), never on such a processor.
+// vectors of the same width: they differ in that one operation. AVX512-VNNI ran on a Zen 4, AVX-VNNI over
+// modelled instructions only (tests/sim/avx512_model.h).
 //
 // The instruction set is a function attribute, not a flag of this file (quantize_x86.cpp says why).
 #if defined(__x86_64__)

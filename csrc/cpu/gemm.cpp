@@ -195,11 +195,17 @@ struct Tile {
         for (int64_t n = n0; n < n1; n += kGemmColumns) {
             const int64_t count = std::min(kGemmColumns, n1 - n);
             ask_for_columns(part, n, count);
+            for (int64_t m = m0; m < std::min(m1, m0 + kRowsAhead); ++m) ask_for_output(part, m, n, count);
             loops.sums(rows.prepared + m0 * rows.stride, rows.stride, m1 - m0, weights, n, count, acc,
                        memory + acc_bytes);
+            float bias[kGemmColumns];
+            if (part.bias != nullptr)
+                kernel.widen(static_cast<const char*>(part.bias) + n * element_bytes(part.bias_dtype),
+                             part.bias_dtype, count, bias);
             for (int64_t m = m0; m < m1; ++m) {
                 if (m + kRowsAhead < m1) ask_for_output(part, m + kRowsAhead, n, count);
-                finish(part, m, n, count, acc + (m - m0) * kGemmColumns);
+                finish(part, m, n, count, part.bias == nullptr ? nullptr : bias,
+                       acc + (m - m0) * kGemmColumns);
             }
         }
         return true;
@@ -220,16 +226,15 @@ struct Tile {
         ask_for(static_cast<const char*>(part.y) + (m * part.n + n) * bytes, count * bytes);
     }
 
-    void finish(const CpuPart& part, int64_t m, int64_t n, int64_t count, const int32_t* acc) const {
+    void finish(const CpuPart& part, int64_t m, int64_t n, int64_t count, const float* bias,
+                const int32_t* acc) const {
         GemmEpilogue row = {};
         row.acc = acc;
         row.add = rows.add[m];
         row.act_scale = rows.act_scale[m];
         row.weight_scale = part.tensor_scale ? part.weight_scale : part.weight_scale + n;
         row.tensor_scale = part.tensor_scale;
-        if (part.bias != nullptr)
-            row.bias = static_cast<const char*>(part.bias) + n * element_bytes(part.bias_dtype);
-        row.bias_dtype = part.bias_dtype;
+        row.bias = bias;
         if (part.residual != nullptr)
             row.residual = static_cast<const char*>(part.residual) +
                            (m * part.n + n) * element_bytes(part.residual_dtype);

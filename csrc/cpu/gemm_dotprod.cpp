@@ -153,6 +153,7 @@ constexpr GemmKernel dotprod_kernel() {
          few_loops<D2, W2, 128>(), few_loops<DF, W2F>(), few_loops<DF, W2F, 32>(), few_loops<DF, W2F, 64>(),
          few_loops<DF, W2F, 128>()},
         {},
+        ConvertNeon::widen,
         epilogue<ConvertNeon>,
         {embed<ConvertNeon, W8>, embed<ConvertNeon, W4>, embed<ConvertNeon, W2>, embed<ConvertNeon, W2F>}};
     for (int32_t i = 0; i < kGemmFormats; ++i) kernel.many[i] = kernel.few[i];

@@ -336,28 +336,31 @@ DQK_TARGET void few_sums(const uint8_t* x, int64_t stride, int64_t rows, const G
 // Ops::widen and Ops::narrow convert elements between a stored type and fp32; the loops between them are
 // plain C++, each step rounded on its own, which the compiler vectorises with the file's attribute. Most rows
 // are as wide as a tile: with a count that the compiler knows nothing is left of the loops.
+template <bool kScales, bool kBias>
+DQK_TARGET inline void scale_sums(const GemmEpilogue& args, int64_t count, float* t) {
+    for (int64_t c = 0; c < count; ++c) {
+        const float sum = static_cast<float>(wrap_add(args.acc[c], args.add)) * args.act_scale;
+        t[c] = sum * (kScales ? args.weight_scale[c] : *args.weight_scale);
+        if (kBias) t[c] = t[c] + args.bias[c];
+    }
+}
+
 template <typename Ops, bool kFull>
 DQK_TARGET inline void finish(const GemmEpilogue& args) {
-    float t[kGemmColumns], other[kGemmColumns];
+    float t[kGemmColumns];
     const int64_t count = kFull ? kGemmColumns : args.count;
-    if (args.tensor_scale) {
-        const float scale = *args.weight_scale;
-        for (int64_t c = 0; c < count; ++c)
-            t[c] = static_cast<float>(wrap_add(args.acc[c], args.add)) * args.act_scale * scale;
-    } else {
-        for (int64_t c = 0; c < count; ++c)
-            t[c] =
-                static_cast<float>(wrap_add(args.acc[c], args.add)) * args.act_scale * args.weight_scale[c];
-    }
-    if (args.bias != nullptr) {
-        Ops::widen(args.bias, args.bias_dtype, count, other);
-        for (int64_t c = 0; c < count; ++c) t[c] = t[c] + other[c];
-    }
+    if (args.tensor_scale)
+        args.bias != nullptr ? scale_sums<false, true>(args, count, t)
+                             : scale_sums<false, false>(args, count, t);
+    else
+        args.bias != nullptr ? scale_sums<true, true>(args, count, t)
+                             : scale_sums<true, false>(args, count, t);
     if (args.activation == Activation::relu)
         for (int64_t c = 0; c < count; ++c) t[c] = t[c] < 0.0f ? 0.0f : t[c];  // a NaN stays one
     if (args.activation == Activation::gelu)
         for (int64_t c = 0; c < count; ++c) t[c] = gelu(t[c]);
     if (args.residual != nullptr) {
+        float other[kGemmColumns];
         Ops::widen(args.residual, args.residual_dtype, count, other);
         for (int64_t c = 0; c < count; ++c) t[c] = t[c] + other[c];
     }

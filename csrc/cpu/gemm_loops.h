@@ -66,8 +66,7 @@ struct GemmEpilogue {
     float act_scale;
     const float* weight_scale;  // [count], or [1]
     bool tensor_scale;
-    const void* bias;  // of the first column, or nullptr
-    DType bias_dtype;
+    const float* bias;  // [count], or nullptr
     const void* residual;
     DType residual_dtype;
     Activation activation;
@@ -96,6 +95,7 @@ struct GemmKernel {
     GemmLoops few[kGemmFormats];  // unpacks four rows of weights at a time for all rows of x
     // unpacks a panel of columns at a time, which costs more, and loses less; for activations within +-127
     GemmLoops many[kGemmFormats];
+    void (*widen)(const void* from, DType dtype, int64_t count, float* to);  // elements of any type
     void (*epilogue)(const GemmEpilogue& args);
     void (*embed[4])(const EmbeddingRow& args);  // W8, W4, W2, four_level W2
 };

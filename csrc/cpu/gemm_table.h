@@ -56,6 +56,7 @@ constexpr GemmKernel kernel_of(const char* name) {
          many_loops<D4, W4, 64>(), many_loops<D4, W4, 128>(), many_loops<D2, W2>(), many_loops<D2, W2, 32>(),
          many_loops<D2, W2, 64>(), many_loops<D2, W2, 128>(), many_loops<D2, W2F>(),
          many_loops<D2, W2F, 32>(), many_loops<D2, W2F, 64>(), many_loops<D2, W2F, 128>()},
+        Ops::widen,
         epilogue<Ops>,
         {embed<Ops, W8>, embed<Ops, W4>, embed<Ops, W2>, embed<Ops, W2F>}};
 }

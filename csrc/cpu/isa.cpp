@@ -122,8 +122,8 @@ Choice choose() {
     const char* forced = std::getenv("DQKERNELS_CPU");
     if (forced == nullptr || *forced == '\0') {
         Isa best = Isa::scalar;  // the enum ascends in worth within one architecture
-        // VNNI was executed over modelled instructions only, and so were AMX tiles; these, a unit with a
-        // state of its own that the system grants, are asked for by name until they ran on a processor.
+        // AMX tiles, a unit with a state of its own that the system grants, were executed over modelled
+        // instructions only: they are asked for by name until they ran on a processor.
         for (int32_t i = 0; i < kIsaCount; ++i)
             if (support().has[i] && static_cast<Isa>(i) != Isa::amx_int8) best = static_cast<Isa>(i);
         return {Status::ok, best};

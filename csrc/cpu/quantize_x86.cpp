@@ -1,6 +1,6 @@
 // The quantizer's two row loops for AVX2 and AVX-512. The operations and their order per element are those of
-// quantize_one (rounding.h), so the bits are too; only integer sums and maxima are regrouped. AVX-512 was run
-// over modelled instructions (tests/sim/avx512_model.h), never on such a processor.
+// quantize_one (rounding.h), so the bits are too; only integer sums and maxima are regrouped. AVX-512 ran
+// on a Zen 4, and in CI over modelled instructions (tests/sim/avx512_model.h).
 //
 // The instruction set is a function attribute, not a flag of this file: inline functions of shared headers
 // must never be compiled for it, or the linker could pick that copy for a CPU without it.
