@@ -1,6 +1,8 @@
 // See decoder_step.h.
 #include "cpu/decoder_step.h"
 
+#include "cpu/threads.h"
+
 namespace dqk {
 namespace {
 
@@ -63,11 +65,14 @@ Status DecoderStep::place(const int64_t* tokens, int64_t position) const {
 
 Status DecoderStep::run(int32_t threads, bool wants_best) const {
     const Run one = {threads, wants_best};
-    for (const auto& each : calls_) {
-        const Status status = std::visit(one, each);
-        if (status != Status::ok) return status;
-    }
-    return Status::ok;
+    Status status = Status::ok;
+    together(threads, [&] {
+        for (const auto& each : calls_) {
+            status = std::visit(one, each);
+            if (status != Status::ok) return;
+        }
+    });
+    return status;
 }
 
 }  // namespace dqk

@@ -8,6 +8,11 @@
 // GNU's and LLVM's runtime both have it. It is looked up, never linked: a second copy of the runtime would be
 // a second pool.
 //
+// GNU's runtime lets its threads spin for the next call only while it counts no more of them than there are
+// processors. A second thread of the process that ever shared work by it (CTranslate2's, a server's) ends
+// that: from then on every call wakes a thread that sleeps, some 10 microseconds, and a decode step makes 70
+// calls. So a step calls its threads together once (`run_together`), and hands its work to them itself.
+//
 // Without such a runtime (no torch in the process), and in a forked child, where the runtime waits for
 // threads that the fork did not copy, a pool of our own sleeps on a condition variable and never spins.
 #include "cpu/threads.h"
@@ -38,6 +43,99 @@ struct Job {
             task(context, i);
     }
 };
+
+// ---- threads called together -----------------------------------------------------------------------------
+
+// Waits for another thread: a while on the processor, then behind whoever else wants it.
+class Patience {
+  public:
+    void wait() {
+        if (++pauses_ > kPauses) {
+            std::this_thread::yield();
+            return;
+        }
+#if defined(__x86_64__)
+        __builtin_ia32_pause();
+#elif defined(__aarch64__)
+        __asm__ volatile("yield");
+#endif
+    }
+
+  private:
+    static constexpr int32_t kPauses = 4000;  // 50 to 150 microseconds
+    int32_t pauses_ = 0;
+};
+
+class Team {
+  public:
+    Team(int32_t threads, void (*body)(void*), void* context)
+        : threads_(threads), caller_(std::this_thread::get_id()), body_(body), context_(context) {}
+
+    // What each thread does that comes. There are as many tasks as threads and a helper keeps the one it
+    // took, so that one is left for the caller, however many come.
+    static void join(const void* team, int64_t) {
+        auto* self = const_cast<Team*>(static_cast<const Team*>(team));
+        if (std::this_thread::get_id() == self->caller_)
+            self->lead();
+        else
+            self->serve();
+    }
+
+    int32_t threads() const { return threads_; }
+
+    // By the caller, from within the body. False: it is at a job already, and this one comes out of that.
+    bool run(Job& job) {
+        if (job_ != nullptr) return false;
+        job_ = &job;
+        epoch_.fetch_add(1);  // odd: open
+        job.work();
+        epoch_.fetch_add(1);
+        for (Patience patience; working_.load() > 0;) patience.wait();
+        job_ = nullptr;
+        return true;
+    }
+
+    static thread_local Team* current;  // of a caller within its body
+
+  private:
+    void lead() {
+        if (led_) return;
+        led_ = true;
+        current = this;
+        body_(context_);
+        current = nullptr;
+        over_.store(true);
+    }
+
+    void serve() {
+        uint64_t seen = 0;
+        for (;;) {
+            uint64_t now = epoch_.load();
+            for (Patience patience; now == seen || now % 2 == 0; now = epoch_.load()) {
+                if (over_.load()) return;
+                patience.wait();
+            }
+            // Announced first, then looked at again: either the job is still open, or the caller, who closes
+            // it before it looks at `working_`, does not wait for this thread, which leaves it alone.
+            working_.fetch_add(1);
+            if (epoch_.load() == now) job_->work();
+            working_.fetch_sub(1);
+            seen = now;
+        }
+    }
+
+    const int32_t threads_;
+    const std::thread::id caller_;
+    void (*const body_)(void*);
+    void* const context_;
+    bool led_ = false;
+    Job* job_ = nullptr;
+    std::atomic<uint64_t> epoch_{0};
+    std::atomic<int32_t> working_{0};
+    std::atomic<bool> over_{false};
+};
+
+thread_local Team* Team::current = nullptr;
 
 // ---- the OpenMP runtime of the process --------------------------------------------------------------------
 
@@ -137,7 +235,10 @@ GompParallel openmp() {
 
 void run_tasks(int64_t tasks, int32_t threads, Task task, const void* context) {
     Job job{task, context, tasks};
-    if (threads > 1 && tasks > 1) {
+    Team* team = Team::current;
+    if (team != nullptr) {
+        if (threads >= team->threads() && tasks > 1) team->run(job);
+    } else if (threads > 1 && tasks > 1) {
         if (const GompParallel parallel = openmp()) {
             // As many as were asked for, even if there are fewer tasks: GNU's runtime ends the threads that a
             // smaller team leaves over, and the next op of torch would have to make them again.
@@ -148,6 +249,15 @@ void run_tasks(int64_t tasks, int32_t threads, Task task, const void* context) {
         }
     }
     job.work();  // what is left: all of it, or nothing
+}
+
+void run_together(int32_t threads, void (*body)(void*), void* context) {
+    if (threads <= 1 || Team::current != nullptr) {
+        body(context);
+        return;
+    }
+    Team team(threads, body, context);
+    run_tasks(threads, threads, Team::join, &team);
 }
 
 const char* thread_source() {

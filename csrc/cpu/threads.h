@@ -25,6 +25,18 @@ void parallel_for(int64_t tasks, int32_t threads, const Body& body) {
         &body);
 }
 
+// Runs body(context) once, on the caller's thread, with `threads` threads called together for as long as it
+// takes: what it shares by run_tasks meanwhile, with as many threads, finds them waiting for work. For many
+// short calls in a row: waking threads anew for each costs more than some of them take.
+void run_together(int32_t threads, void (*body)(void* context), void* context);
+
+template <typename Body>
+void together(int32_t threads, const Body& body) {
+    run_together(
+        threads, [](void* context) { (*static_cast<const Body*>(context))(); },
+        const_cast<void*>(static_cast<const void*>(&body)));
+}
+
 // Whose threads `run_tasks` borrows in this process: "OpenMP of the process" or "own pool".
 const char* thread_source();
 
