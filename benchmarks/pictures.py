@@ -18,8 +18,8 @@ HERE = Path(__file__).resolve().parent
 FOLDER = HERE.parent / "docs" / "images"
 #: Records, and which of their pictures pages show.
 SHOWN = {
-    "generate-zen3": ("latency", "memory"),
-    "generate-batches-zen3": ("speed",),
+    "generate-zen4": ("latency", "memory"),
+    "generate-batches-zen4": ("speed",),
     "gemm-h200": ("latency", "floor"),
     "dq_docstrings": ("score",),
     "demo": ("score",),

@@ -1,6 +1,6 @@
-"""What pages say of `benchmarks/results/generate-zen3.json`: whole models on a CPU, and where a peer leads. Rendered.
-Of `generate-batches-zen3.json`, more texts at once and longer ones; of `linear-zen3.json`, one layer against every peer
-that installs.
+"""What pages say of `benchmarks/results/generate-zen4.json`: whole models on a CPU, and where a peer leads. Rendered.
+Of `generate-batches-zen4.json`, more texts at once and longer ones; of the two of an older processor without VNNI
+(`zen3`), the same; of `linear-zen3.json`, one layer against every peer that installs.
 
 python benchmarks/speed_view.py             # every block, on stdout
 python benchmarks/speed_view.py --write     # into README.md and docs/
@@ -23,9 +23,11 @@ from dqkernels.bench import generate_view, record, words
 from dqkernels.bench.generate_cells import Cell
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULT = ROOT / "benchmarks" / "results" / "generate-zen3.json"
-LAYERS = ROOT / "benchmarks" / "results" / "linear-zen3.json"
-BATCHES = ROOT / "benchmarks" / "results" / "generate-batches-zen3.json"
+RESULTS = ROOT / "benchmarks" / "results"
+RESULT = RESULTS / "generate-zen4.json"
+BATCHES = RESULTS / "generate-batches-zen4.json"
+OLDER, OLDER_BATCHES = RESULTS / "generate-zen3.json", RESULTS / "generate-batches-zen3.json"
+LAYERS = RESULTS / "linear-zen3.json"
 _BLOCK = re.compile(r"(<!-- speed: ([a-z]+) -->)(.*?)(<!-- end of speed -->)", re.S)
 FLOAT, PEER = "torch fp32", "ctranslate2 int8"
 #: What is compared, the smaller the better: the field, words for it, its unit, and what a value is divided by.
@@ -359,10 +361,12 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "command": lambda result: f"`{command(result)}`",
     "printed": printed,
     "batches": lambda result: batches(record.read(BATCHES)),
+    "older": lambda result: cells(record.read(OLDER)),
+    "olderbatches": lambda result: batches(record.read(OLDER_BATCHES)),
     "layers": lambda result: layers(record.read(LAYERS)),
 }
 #: The record of each, where it is not RESULT.
-RECORDS = {"batches": BATCHES, "layers": LAYERS}
+RECORDS = {"batches": BATCHES, "older": OLDER, "olderbatches": OLDER_BATCHES, "layers": LAYERS}
 #: Where each stands.
 PAGES = {
     "readme": "README.md",
@@ -371,6 +375,8 @@ PAGES = {
     "command": "docs/benchmark.md",
     "printed": "docs/cli.md",
     "batches": "docs/measured.md",
+    "older": "docs/measured.md",
+    "olderbatches": "docs/measured.md",
     "layers": "docs/measured.md",
 }
 

@@ -60,8 +60,8 @@ def test_every_committed_record_has_pictures_or_says_why_not(name):
 
 
 def test_bars_of_a_generate_record_are_its_rows():
-    (picture,) = [one for one in plot.pictures(plot.load(RESULTS / "generate-zen3.json")) if one.name == "latency"]
-    rows = data_of("generate-zen3.json")["rows"]
+    (picture,) = [one for one in plot.pictures(plot.load(RESULTS / "generate-zen4.json")) if one.name == "latency"]
+    rows = data_of("generate-zen4.json")["rows"]
     greedy, beams = ([row for row in rows if row["num_beams"] == count] for count in (1, 4))
     for panel, lines in zip(picture.panels, (greedy, beams), strict=True):
         assert [one.points[0][1] for one in panel.series] == [row["latency_ms_per_token"] for row in lines]
@@ -79,7 +79,7 @@ def test_bars_of_a_generate_record_are_its_rows():
 
 
 def test_lines_along_the_batch(tmp_path):
-    made = data_of("generate-zen3.json")
+    made = data_of("generate-zen4.json")
     rows = [row for row in made["rows"] if row["num_beams"] == 1]
     made["rows"] = [
         {
@@ -123,7 +123,7 @@ def test_floors_are_computed_and_times_are_measured():
 
 
 @pytest.mark.parametrize(
-    "name", ["linear-example.json", "gemm-h200.json", "generate-zen3.json", "train-step-h200.json"]
+    "name", ["linear-example.json", "gemm-h200.json", "generate-zen4.json", "train-step-h200.json"]
 )
 def test_projected_rows_are_never_in_a_series_with_measured_ones(name, tmp_path):
     made = data_of(name)
@@ -202,8 +202,8 @@ def test_kernels_are_a_table_of_shares(tmp_path):
 def test_what_a_record_says_against_itself_is_in_the_picture():
     (picture,) = plot.pictures(plot.load(RESULTS / "decode-h200.json"))
     assert any("a first trial" in line for line in picture.caption)
-    load = data_of("generate-zen3.json")["protocol"]["before"]["load_fraction"]
-    assert f"busy before the run (load {load:.2f}" in plot.load(RESULTS / "generate-zen3.json").footer
+    load = data_of("generate-zen4.json")["protocol"]["before"]["load_fraction"]
+    assert f"busy before the run (load {load:.2f}" in plot.load(RESULTS / "generate-zen4.json").footer
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def set_row(index: int, key: str, value):
     return change
 
 
-ZEN, LINEAR, TIME = "generate-zen3.json", "linear-example.json", "latency_ms_per_token"
+ZEN, LINEAR, TIME = "generate-zen4.json", "linear-example.json", "latency_ms_per_token"
 HOSTILE = {
     "another version": (ZEN, lambda made: made.update(schema_version=2), "schema_version"),
     "a version that is a bool": ("demo.json", lambda made: made.update(schema_version=True), "schema_version"),
@@ -341,7 +341,7 @@ def test_places_that_are_no_record(tmp_path, monkeypatch):
 
 
 def test_a_record_without_figures_says_so(tmp_path):
-    made = data_of("generate-zen3.json")
+    made = data_of("generate-zen4.json")
     made["rows"] = [{**row, "status": "not run", "reason": "60 s were over"} for row in made["rows"]]
     with pytest.raises(plot.PlotError, match=r"made\.json holds no row with a figure"):
         plot.run([written(tmp_path, made)], tmp_path)
@@ -409,7 +409,7 @@ def test_pictures_are_as_wide_as_a_readme_wants_them():
 
     for path in (ROOT / "docs" / "images").glob("*.png"):
         with Image.open(path) as image:
-            assert image.width == 1280 and 400 < image.height < 1800, path.name
+            assert image.width == 1280 and 400 < image.height < 2200, path.name
 
 
 def test_without_matplotlib_the_error_says_how_to_get_it(tmp_path, monkeypatch, capsys):
@@ -564,7 +564,7 @@ def test_the_page_asks_for_nothing_outside():
 
 def test_the_page_escapes_everything_that_a_record_says(tmp_path):
     evil = "<script>alert('x')</script><img src=x onerror=alert(1)>\"'&\u202e"
-    made = data_of("generate-zen3.json")
+    made = data_of("generate-zen4.json")
     made["environment"]["cpu_model"] = evil
     made["settings"]["model"] = evil
     made["protocol"]["note"] = evil
@@ -623,7 +623,7 @@ def test_an_image_of_another_record_is_noticed(images, monkeypatch, tmp_path, ca
 
 
 def test_the_digest_is_of_every_number():
-    picture = plot.pictures(plot.load(RESULTS / "generate-zen3.json"))[0]
+    picture = plot.pictures(plot.load(RESULTS / "generate-zen4.json"))[0]
     other = copy.deepcopy(picture)
     assert other.digest() == picture.digest()
     object.__setattr__(other.panels[1].series[0], "points", ((other.panels[1].series[0].label, 130.31),))
