@@ -27,8 +27,9 @@ h3 { font-size: 16px; margin-bottom: 4px; }
 a { color: var(--link); }
 img { display: block; width: 100%; height: auto; margin: 12px 0; }
 .scroll { overflow-x: auto; }
-table { border-collapse: collapse; font-size: 13px; margin: 8px 0; }
-th, td { border: 1px solid var(--faint); padding: 2px 8px; text-align: left; vertical-align: top; }
+table { border-collapse: collapse; font-size: 13px; margin: 8px 0; width: max-content; }
+th, td { border: 1px solid var(--faint); padding: 2px 8px; text-align: left; vertical-align: top; max-width: 360px;
+  overflow-wrap: anywhere; }
 th { background: var(--soft); }
 td.figure { text-align: right; font-variant-numeric: tabular-nums; white-space: nowrap; }
 td.none { opacity: 0.6; }
