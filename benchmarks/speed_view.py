@@ -217,9 +217,9 @@ def encoder(result: dict) -> str:
     ]
     if not rates:
         return f"The encoder was not compared with {spelled(PEER)}."
-    verdict = "slower than" if max(rates) < 1 else "faster than" if min(rates) > 1 else "level with"
+    verdict = "slower" if max(rates) < 1 else "faster" if min(rates) > 1 else "now slower, now faster"
     rate = f"{min(rates):.2f} to {max(rates):.2f}"
-    return f"The encoder (first token) is {verdict} CTranslate2's int8: {rate} times its speed."
+    return f"The encoder (first token) is {verdict} than CTranslate2's int8: {rate} times its speed."
 
 
 def cells(result: dict) -> str:

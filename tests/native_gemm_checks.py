@@ -44,7 +44,17 @@ def linear(core, rng, form, m, n, k, at_end, threads=1):
 
 def check_guard_pages(core):
     rng, checked = np.random.default_rng(0), 0
-    shapes = [(1, 1, 1), (1, 5, 33), (2, 3, 31), (3, 17, 129), (5, 33, 64), (17, 4, 300), (1, 40, 257), (4, 7, 4097)]
+    shapes = [
+        (1, 1, 1),
+        (1, 5, 33),
+        (2, 3, 31),
+        (3, 17, 129),
+        (5, 33, 64),
+        (17, 4, 300),
+        (33, 5, 300),
+        (1, 40, 257),
+        (4, 7, 4097),
+    ]
     for form, (m, n, k), at_end in itertools.product(FORMS, shapes, (True, False)):
         y, want = linear(core, rng, form, m, n, k, at_end)
         np.testing.assert_array_equal(y, want, f"{form} {m}x{n}x{k}")

@@ -44,6 +44,25 @@ steps = {
     "attention": lambda: ops.qattention(q, q, q, None, None, False, 0.125),
     "torch": lambda: floats @ floats + torch.exp(floats),
 }
+
+
+def step_of(layer):
+    # A decode step of one linear.
+    core, out = native.native(), torch.empty(1, layer.out_features)
+    step = core.CpuStep()
+    tokens, places, lengths = torch.zeros(1, dtype=torch.int64), *torch.zeros(2, 1, dtype=torch.int32)
+    step.set_rows(1, 8, tokens.data_ptr(), places.data_ptr(), lengths.data_ptr(), 0)
+    row = torch.randn(1, layer.in_features)
+    plan = core.CpuPlan(k=layer.in_features, x_dtype=0, mode=0, clip=0.0, bits=4, four_level=False, group_size=0,
+                        activation=0, y_dtype=0, n=[layer.out_features], tensor_scale=[False], bias_dtype=[0],
+                        residual_dtype=[0])
+    parts = [(layer.qweight.data_ptr(), layer.weight_scale.data_ptr(), 0, 0, 0, out.data_ptr())]
+    plan.run(1, layer.in_features, row.data_ptr(), 0, 0.0, 1, parts, step)
+    kept = layer, out, tokens, places, lengths, row
+    return lambda: step.run(asked["threads"], kept[2].data_ptr(), 0, False)
+
+
+steps |= {"small step": step_of(small), "large step": step_of(large)}
 native.native()
 count = lambda: len(os.listdir("/proc/self/task"))
 found = [count()]
@@ -73,6 +92,7 @@ def test_one_pool_with_torch():
     """Whoever comes first, the other adds no thread. A pool beside torch's would."""
     assert threads_after(4, "torch", "large", "attention", "one row") == [3] * 4
     assert threads_after(2, "small", "large", "torch", "attention") == [0, 1, 1, 1], "little work stays with the caller"
+    assert threads_after(2, "small step", "large step", "torch") == [0, 1, 1], "a small step too"
 
 
 def test_one_thread_is_one_thread():
@@ -89,6 +109,20 @@ def test_threads_and_callers_change_no_byte():
         assert report["isa"] == isa and all(report[name] for name in native_thread_checks.CASES)
         digests.add(report["digest"])
     assert len(digests) == 1
+
+
+def test_the_same_bytes_by_torchs_openmp(monkeypatch):
+    """The same over the runtime that torch brings along, which a step calls together once. No torch is imported."""
+    found = [*(Path(torch.__file__).parent / "lib").glob("libgomp*.so*")]
+    if not found:
+        pytest.skip("this torch brings no GNU OpenMP along")
+    isa = native.native().cpu_isas()[-1]
+    own = programs.run(native_thread_checks, isa, native.native().__file__)
+    monkeypatch.setenv("LD_PRELOAD", str(found[0]))
+    monkeypatch.setenv("EXPECTED_THREADS", "OpenMP of the process")
+    shared = programs.run(native_thread_checks, isa, native.native().__file__)
+    assert own.returncode == 0 and shared.returncode == 0, shared.stderr[-3000:]
+    assert json.loads(shared.stdout)["digest"] == json.loads(own.stdout)["digest"]
 
 
 def test_python_goes_on_during_a_call():

@@ -1,6 +1,7 @@
 // See decoder_step.h.
 #include "cpu/decoder_step.h"
 
+#include "cpu/gemm_loops.h"
 #include "cpu/threads.h"
 
 namespace dqk {
@@ -49,6 +50,7 @@ void DecoderStep::add(const CpuGemm& call) {
     kept.call = call;
     for (int32_t i = 0; i < call.part_count && i < kMaxParts; ++i) kept.parts[i] = call.parts[i];
     calls_.emplace_back(kept);
+    shares_ = shares_ || worth_sharing(call);
 }
 
 Status DecoderStep::place(const int64_t* tokens, int64_t position) const {
@@ -66,7 +68,7 @@ Status DecoderStep::place(const int64_t* tokens, int64_t position) const {
 Status DecoderStep::run(int32_t threads, bool wants_best) const {
     const Run one = {threads, wants_best};
     Status status = Status::ok;
-    together(threads, [&] {
+    together(shares_ ? threads : 1, [&] {
         for (const auto& each : calls_) {
             status = std::visit(one, each);
             if (status != Status::ok) return;

@@ -54,6 +54,8 @@ class DecoderStep {
                              FinishLogits>>
         calls_;
     StepRows rows_ = {};
+    // A call of it is worth more than one thread: a small step leaves the others asleep.
+    bool shares_ = false;
 };
 
 }  // namespace dqk

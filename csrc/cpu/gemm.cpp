@@ -264,6 +264,12 @@ double alone_ns(const CpuGemm& args, int64_t columns) {
 
 }  // namespace
 
+bool worth_sharing(const CpuGemm& args) {
+    int64_t columns = 0;
+    for (int32_t i = 0; i < args.part_count; ++i) columns += args.parts[i].n;
+    return alone_ns(args, columns) > kSharedNs;
+}
+
 const char* gemm_kernel_name(int32_t index) {
     return index >= 0 && index < kEntryCount ? kEntries[index].name : nullptr;
 }
@@ -302,7 +308,7 @@ Status cpu_gemm(const CpuGemm& args) {
 
     int64_t columns = 0;
     for (int32_t i = 0; i < args.part_count; ++i) columns += args.parts[i].n;
-    const int32_t threads = alone_ns(args, columns) > kSharedNs ? args.threads : 1;
+    const int32_t threads = worth_sharing(args) ? args.threads : 1;
     const GemmLoops& many = kernel->many[format];
     const GemmLoops& loops = args.m == 1                                            ? kernel->one[format]
                              : args.m < many.from_rows || has_lowest(args, threads) ? kernel->few[format]
@@ -337,7 +343,10 @@ Status cpu_gemm(const CpuGemm& args) {
                 const int8_t* q = codes;
                 if (floats) {
                     const Status done = quantize_rows(quantize_args(args, m, 1, codes, rows));
-                    if (done != Status::ok) worst = done;
+                    if (done != Status::ok) {
+                        worst = done;
+                        continue;
+                    }
                 } else {
                     q = static_cast<const int8_t*>(args.x) + m * args.row_stride;
                     rows.act_scale[m] = args.act_scale[m];

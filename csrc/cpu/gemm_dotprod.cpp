@@ -156,7 +156,10 @@ constexpr GemmKernel dotprod_kernel() {
         ConvertNeon::widen,
         epilogue<ConvertNeon>,
         {embed<ConvertNeon, W8>, embed<ConvertNeon, W4>, embed<ConvertNeon, W2>, embed<ConvertNeon, W2F>}};
-    for (int32_t i = 0; i < kGemmFormats; ++i) kernel.many[i] = kernel.few[i];
+    for (int32_t i = 0; i < kGemmFormats; ++i) {
+        kernel.many[i] = kernel.few[i];
+        kernel.many[i].from_rows = INT64_MAX;
+    }
     return kernel;
 }
 

@@ -138,9 +138,8 @@ DQK_TARGET void multiplier_words(const GemmWeights& w, int64_t n, int64_t stride
 // each other without a gap, so that so many bytes further is where it will be some rows later. Behind the
 // last row a request for memory that nobody has is no fault.
 //
-// Into the second cache: the first takes too few requests at a time for memory that is far away (on Zen 4,
-// weights out of memory: 1.4 to 2.4 times the rate). Blocks of less than a line, whose walk the first cache
-// waits for more often, do as well there on the way of AVX2.
+// Into the second cache: the first takes too few requests at a time for memory that is far away. Blocks of
+// less than a line, whose walk the first cache waits for more often, do as well there on the way of AVX2.
 constexpr uintptr_t kFarAhead = 8192, kNearAhead = 4096;
 DQK_TARGET inline const void* further(const uint8_t* block, uintptr_t bytes) {
     return reinterpret_cast<const void*>(reinterpret_cast<uintptr_t>(block) + bytes);

@@ -92,13 +92,16 @@ struct EmbeddingRow {
 struct GemmKernel {
     const char* name;
     GemmLoops one[kGemmFormats];  // for a single row: unpacks the weights on the way, m is 1
-    GemmLoops few[kGemmFormats];  // unpacks four rows of weights at a time for all rows of x
+    GemmLoops few[kGemmFormats];  // unpacks four rows of weights at a time, for all or for four rows of x
     // unpacks a panel of columns at a time, which costs more, and loses less; for activations within +-127
     GemmLoops many[kGemmFormats];
     void (*widen)(const void* from, DType dtype, int64_t count, float* to);  // elements of any type
     void (*epilogue)(const GemmEpilogue& args);
     void (*embed[4])(const EmbeddingRow& args);  // W8, W4, W2, four_level W2
 };
+
+// Whether a call takes long enough for more than one thread.
+bool worth_sharing(const CpuGemm& args);
 
 // kernel: 0 for the one of active_isa(), 1 + i for gemm_kernel_name(i).
 Status find_gemm_kernel(int32_t kernel, const GemmKernel** found);

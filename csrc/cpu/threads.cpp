@@ -10,11 +10,13 @@
 //
 // GNU's runtime lets its threads spin for the next call only while it counts no more of them than there are
 // processors. A second thread of the process that ever shared work by it (CTranslate2's, a server's) ends
-// that: from then on every call wakes a thread that sleeps, some 10 microseconds, and a decode step makes 70
-// calls. So a step calls its threads together once (`run_together`), and hands its work to them itself.
+// that: from then on every call wakes a thread that sleeps, and a decode step makes 70 calls. So a step calls
+// its threads together once (`run_together`), and hands its work to them itself. They spin meanwhile; so this
+// is done only while all such threads have a processor each.
 //
 // Without such a runtime (no torch in the process), and in a forked child, where the runtime waits for
-// threads that the fork did not copy, a pool of our own sleeps on a condition variable and never spins.
+// threads that the fork did not copy, a pool of our own sleeps on a condition variable, but for the length of
+// a step.
 #include "cpu/threads.h"
 
 #include <dlfcn.h>
@@ -62,7 +64,7 @@ class Patience {
     }
 
   private:
-    static constexpr int32_t kPauses = 4000;  // 50 to 150 microseconds
+    static constexpr int32_t kPauses = 4000;
     int32_t pauses_ = 0;
 };
 
@@ -96,6 +98,22 @@ class Team {
     }
 
     static thread_local Team* current;  // of a caller within its body
+
+    // Threads that spin want a processor each: of all teams of the process no more come together than there
+    // are. Those that find no room share each call as it comes, by threads that sleep.
+    static bool admitted(int32_t threads) {
+#if defined(DQK_TEAM_ALWAYS)  // tests/long: more of them than this machine has
+        (void)threads;
+        return true;
+#else
+        static const auto processors = static_cast<int32_t>(std::thread::hardware_concurrency());
+        if (at_work.fetch_add(threads) + threads <= processors) return true;
+        at_work.fetch_sub(threads);
+        return false;
+#endif
+    }
+    static void dismiss(int32_t threads) { at_work.fetch_sub(threads); }
+    static std::atomic<int32_t> at_work;
 
   private:
     void lead() {
@@ -136,6 +154,7 @@ class Team {
 };
 
 thread_local Team* Team::current = nullptr;
+std::atomic<int32_t> Team::at_work{0};
 
 // ---- the OpenMP runtime of the process --------------------------------------------------------------------
 
@@ -220,6 +239,7 @@ Pool* pool() {
 // The child has none of the parent's threads, and its locks are in whatever state they were.
 void forget_threads() {
     own_pool.store(nullptr);
+    Team::at_work.store(0);
     in_child.store(true);
 }
 
@@ -252,12 +272,13 @@ void run_tasks(int64_t tasks, int32_t threads, Task task, const void* context) {
 }
 
 void run_together(int32_t threads, void (*body)(void*), void* context) {
-    if (threads <= 1 || Team::current != nullptr) {
+    if (threads <= 1 || Team::current != nullptr || !Team::admitted(threads)) {
         body(context);
         return;
     }
     Team team(threads, body, context);
     run_tasks(threads, threads, Team::join, &team);
+    Team::dismiss(threads);
 }
 
 const char* thread_source() {

@@ -26,14 +26,16 @@ void parallel_for(int64_t tasks, int32_t threads, const Body& body) {
 }
 
 // Runs body(context) once, on the caller's thread, with `threads` threads called together for as long as it
-// takes: what it shares by run_tasks meanwhile, with as many threads, finds them waiting for work. For many
-// short calls in a row: waking threads anew for each costs more than some of them take.
+// takes: what it shares by run_tasks meanwhile finds them waiting for work (what asks for fewer threads than
+// that runs on the caller alone). For many short calls in a row: waking threads anew for each costs more than
+// some of them take. The body must not throw. Where the process has no processor left for each thread that
+// waits so, it is run as if called.
 void run_together(int32_t threads, void (*body)(void* context), void* context);
 
 template <typename Body>
 void together(int32_t threads, const Body& body) {
     run_together(
-        threads, [](void* context) { (*static_cast<const Body*>(context))(); },
+        threads, [](void* context) noexcept { (*static_cast<const Body*>(context))(); },
         const_cast<void*>(static_cast<const void*>(&body)));
 }
 

@@ -23,7 +23,11 @@ pybind11 = pytest.importorskip("pybind11")
 pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present")
 
 ROOT = Path(__file__).resolve().parents[2]
-FLAGS = {"thread": "-fsanitize=thread", "address": "-fsanitize=address,undefined -fno-sanitize-recover=all"}
+#: A step's threads come together even where they are more than processors (csrc/cpu/threads.cpp).
+FLAGS = {
+    "thread": "-DDQK_TEAM_ALWAYS -fsanitize=thread",
+    "address": "-DDQK_TEAM_ALWAYS -fsanitize=address,undefined -fno-sanitize-recover=all",
+}
 LIBRARIES = {"thread": ("libtsan.so",), "address": ("libasan.so", "libubsan.so")}
 #: glibc frees what a thread that ended had for its thread-local data, in another thread, by locks of its own.
 SUPPRESSED = "race:_dl_deallocate_tls\n"
@@ -115,6 +119,8 @@ PLANTED = {
         ),
         Planted("csrc/cpu/embedding.cpp", "EmbeddingRow row =", "static EmbeddingRow row; row =", ("embedding",), RACE),
         Planted("csrc/cpu/decoder_step.cpp", "CpuGemm call =", "static CpuGemm call; call =", ("a_step",), RACE),
+        Planted("csrc/cpu/threads.cpp", "working_.load() > 0;", "false;", ("a_step",), RACE),
+        Planted("csrc/cpu/threads.cpp", "if (epoch_.load() == now) job_", "job_", ("a_step",), RACE),
         Planted(
             "csrc/cpu/step_ends.cpp",
             "float x[kChunk], bias[kChunk], sum[kChunk];",

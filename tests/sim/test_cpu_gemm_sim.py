@@ -203,7 +203,7 @@ def test_every_number_of_rows(program, kernel):
     cases = [
         gemm_case({"kernel": kernel, "form": form, "m": m, **plain})
         for form in ("W8", "W4", "ternary", "four_level", "W4 g32", "four_level g64")
-        for m in (1, 2, 3, 4, 7, 8, 9, 15, 16, 17, 33, 64, 65, 129)
+        for m in (1, 2, 3, 4, 6, 7, 8, 9, 15, 16, 17, 18, 19, 20, 33, 64, 65, 129)
     ]
     assert run_cases(program, cases, SEEDS) == len(cases)
 
@@ -220,7 +220,7 @@ def test_the_largest_sums(program, kernel, k, lowest):
     cases = []
     for form, (bits, four_level, group) in FORMS.items():
         largest = {8: -127, 4: -8, 2: -2 if four_level else -1}[bits]
-        q = np.full((8, k), 127, np.int8)  # 8: columns in the lanes
+        q = np.full((24, k), 127, np.int8)  # columns in the lanes: from 8 on, with AVX-512 from 20
         q[1] = lowest
         q[2, ::2] = -127
         q[5, ::4], q[5, 1::4] = -127, -127
@@ -229,9 +229,9 @@ def test_the_largest_sums(program, kernel, k, lowest):
         mult = None
         if group:
             mult = np.full((2, -(-k // group)), oracle.mult_max(bits, four_level, k), np.uint8)
-        scale, act_scale = np.full(2, 2.0**-20, np.float32), np.ones(8, np.float32)
+        scale, act_scale = np.full(2, 2.0**-20, np.float32), np.ones(24, np.float32)
         acc = oracle.accumulate(q.astype(np.int64), weight, mult, four_level, group)
-        for rows in (1, 3, 8):
+        for rows in (1, 3, 8, 24):
             scalars = [
                 KERNELS[kernel][0],
                 rows,
