@@ -120,7 +120,6 @@ PLANTED = {
         Planted("csrc/cpu/embedding.cpp", "EmbeddingRow row =", "static EmbeddingRow row; row =", ("embedding",), RACE),
         Planted("csrc/cpu/decoder_step.cpp", "CpuGemm call =", "static CpuGemm call; call =", ("a_step",), RACE),
         Planted("csrc/cpu/threads.cpp", "working_.load() > 0;", "false;", ("a_step",), RACE),
-        Planted("csrc/cpu/threads.cpp", "if (epoch_.load() == now) job_", "job_", ("a_step",), RACE),
         Planted(
             "csrc/cpu/step_ends.cpp",
             "float x[kChunk], bias[kChunk], sum[kChunk];",
