@@ -149,9 +149,6 @@ DQK_TARGET void build_panel(const GemmWeights& w, int64_t n, int64_t count, int6
 
 // ---- sums ------------------------------------------------------------------------------------------------
 
-using Sums = void (*)(const uint8_t* x, int64_t stride, int64_t m, const GemmWeights& w, int64_t n0,
-                      int64_t count, int32_t* acc, uint8_t* scratch);
-
 // The panel against all rows of x, 32 at a time, onto acc: straight, or by way of both bytes' sums.
 template <int kGroup>
 DQK_TARGET void multiply_panel(const uint8_t* x, int64_t stride, int64_t m, const uint8_t* panel,
@@ -214,7 +211,7 @@ DQK_TARGET void amx_sums(const uint8_t* x, int64_t stride, int64_t m, const Gemm
 GemmKernel amx_kernel() {
     GemmKernel kernel = avx512_vnni_gemm();
     kernel.name = "amx_int8";
-    constexpr Sums kSums[kGemmFormats] = {
+    constexpr GemmSums kSums[kGemmFormats] = {
         amx_sums<W8, 0>,   amx_sums<W4, 0>,   amx_sums<W4, 32>,   amx_sums<W4, 64>,  amx_sums<W4, 128>,
         amx_sums<W2, 0>,   amx_sums<W2, 32>,  amx_sums<W2, 64>,   amx_sums<W2, 128>, amx_sums<W2F, 0>,
         amx_sums<W2F, 32>, amx_sums<W2F, 64>, amx_sums<W2F, 128>,

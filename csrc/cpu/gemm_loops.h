@@ -34,15 +34,17 @@ struct GemmWeights {
 // the int32 sum, with groups in the values that the sums of a group start from.
 //
 // A prepared row is q [k], padded to whole blocks and laid out for the loops, then those starting values.
+//
+// GemmSums: acc[m][c] = the sum of row m and column n0 + c, for c < count. acc has kGemmColumns columns, x
+// `stride` bytes a row. `scratch` holds kGemmScratchBytes + 4 * kGemmColumns * gemm_words(), aligned to 64.
+// The padding rows of the weights are read like any other, up to a multiple of 8.
+using GemmSums = void (*)(const uint8_t* x, int64_t stride, int64_t m, const GemmWeights& w, int64_t n0,
+                          int64_t count, int32_t* acc, uint8_t* scratch);
 struct GemmLoops {
     int32_t offset;                        // what gemm.cpp takes off: 0 with groups
     int64_t (*row_bytes)(int64_t blocks);  // of a prepared row
     void (*prepare)(const int8_t* q, int64_t k, int64_t blocks, uint8_t* row);
-    // acc[m][c] = the sum of row m and column n0 + c, for c < count. acc has kGemmColumns columns, x `stride`
-    // bytes a row. `scratch` holds kGemmScratchBytes + 4 * kGemmColumns * gemm_words(), aligned to 64. The
-    // padding rows of the weights are read like any other, up to a multiple of 8.
-    void (*sums)(const uint8_t* x, int64_t stride, int64_t m, const GemmWeights& w, int64_t n0, int64_t count,
-                 int32_t* acc, uint8_t* scratch);
+    GemmSums sums;
     int64_t from_rows;  // of x: fewer do better by the loops before these
 };
 // One row of unpacked weights: four of them stay in the first cache, 64 bytes off the multiple of 4096 at

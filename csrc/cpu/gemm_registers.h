@@ -2,9 +2,9 @@
 // weights are multiplied as soon as they are unpacked and nothing is laid down on the way. Without groups; a
 // dot that has them derives from InRegisters and offers, beside what gemm_kernel.h asks for,
 //     unpack(block, u)  the 128 codes of a block as two vectors, in the order of k
-//     fields(block, u)  the same codes where they lie in their bytes, each vector or half of one times a
-//     power
-//                       of two, which merge(a, b) takes off two sums again: no shift per block
+//     fields(block, u)  the same codes where they lie in their bytes: each vector, or half of one, times a
+//                       power of two, so that no block is shifted
+//     merge(a, b)       one sum of two of such vectors, without those powers
 #pragma once
 #include <type_traits>
 #include <utility>

@@ -7,25 +7,25 @@
 namespace dqk {
 namespace {
 
+// Loops over rows as `prepare` lays them out.
+template <typename Dot, typename F, int kGroup>
+constexpr GemmLoops row_loops(GemmSums sums, int64_t from_rows) {
+    return {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>, prepare<Dot, F, kGroup>, sums,
+            from_rows};
+}
 template <typename Dot, typename F, int kGroup = 0>
 constexpr GemmLoops one_loops() {
-    GemmLoops loops = {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>,
-                       prepare<Dot, F, kGroup>, nullptr, 1};
     if constexpr (in_registers<Dot, kGroup>())
-        loops.sums = one_sums_fields<Dot, F>;
+        return row_loops<Dot, F, kGroup>(one_sums_fields<Dot, F>, 1);
     else
-        loops.sums = one_sums<Dot, F, kGroup>;
-    return loops;
+        return row_loops<Dot, F, kGroup>(one_sums<Dot, F, kGroup>, 1);
 }
 template <typename Dot, typename F, int kGroup = 0>
 constexpr GemmLoops few_loops() {
-    GemmLoops loops = {kGroup > 0 ? 0 : offset_of<Dot, F>(), row_bytes<Dot, F, kGroup>,
-                       prepare<Dot, F, kGroup>, nullptr, 2};
     if constexpr (in_registers<Dot, kGroup>())
-        loops.sums = few_sums_registers<Dot, F>;
+        return row_loops<Dot, F, kGroup>(few_sums_registers<Dot, F>, 2);
     else
-        loops.sums = few_sums<Dot, F, kGroup>;
-    return loops;
+        return row_loops<Dot, F, kGroup>(few_sums<Dot, F, kGroup>, 2);
 }
 
 // A panel costs its making: where weights are multiplied as soon as they are unpacked it is worth it later.

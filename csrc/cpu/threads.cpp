@@ -10,9 +10,9 @@
 //
 // GNU's runtime lets its threads spin for the next call only while it counts no more of them than there are
 // processors. A second thread of the process that ever shared work by it (CTranslate2's, a server's) ends
-// that: from then on every call wakes a thread that sleeps, and a decode step makes 70 calls. So a step calls
-// its threads together once (`run_together`), and hands its work to them itself. They spin meanwhile; so this
-// is done only while all such threads have a processor each.
+// that: from then on every call wakes a thread that sleeps, and a decode step makes dozens of calls. So a
+// step calls its threads together once (`run_together`), and hands its work to them itself. They spin
+// meanwhile; so this is done only while all such threads have a processor each.
 //
 // Without such a runtime (no torch in the process), and in a forked child, where the runtime waits for
 // threads that the fork did not copy, a pool of our own sleeps on a condition variable, but for the length of

@@ -1,7 +1,10 @@
 """What a decode step has besides its layers in csrc/cpu under ASan and UBSan: its two ends, against numpy, and beam
-search, against torch. A case's seeds are threads.
+search, against torch, and the threads that a step calls together. A case's seeds are threads.
 """
 
+import subprocess
+
+import harness
 import numpy as np
 import oracle
 import pytest
@@ -42,6 +45,15 @@ def program(sim_program):
     )
     sources += ("attention", "attention_decode", "attention_scalar", "attention_x86", "cache_write")
     return sim_program("step_host.cpp", *(f"csrc/cpu/{name}.cpp" for name in sources))
+
+
+def test_threads_that_were_called_together_share_the_work():
+    """Tasks that wait for each other would wait in vain if a helper took none."""
+    if (reason := harness.missing()) is not None:
+        pytest.skip(reason)
+    binary = harness.build([harness.HERE / "team_self_test.cpp"])
+    done = subprocess.run([str(binary)], capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0 and done.stdout == "0 failures\n", done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("kind", TYPES)
