@@ -194,6 +194,23 @@ def no_bit_depends_on_company():
 
 
 @check
+def neighbours_that_look_elsewhere():
+    """Queries that share a pass over the values: each at keys of its own, all at the same, and some of both. The keys
+    are so far apart that hardly any group of 4 has a share of two of them."""
+    g = torch.Generator().manual_seed(6)
+    k, v = torch.randn(1, 1, 700, 64, generator=g), torch.randn(1, 1, 700, 64, generator=g)
+    k[..., 0] = 0.0
+    own, same_key = torch.arange(9) * 70 + 5, torch.full((9,), 333)
+    for name, at in (("own keys", own), ("one key", same_key), ("both", torch.where(own % 4 == 1, own, same_key))):
+        q = 40 * k[:, :, at]
+        got, _ = assert_attention(q, k, v)
+        for i in range(9):
+            same(attend(q[:, :, i : i + 1], k, v), got[:, :, i : i + 1], f"{name}, query {i} alone")
+            assert (got[0, 0, i] - v[0, 0, at[i]]).abs().max() < 0.05, f"{name}: query {i} sees another key"
+    return 27
+
+
+@check
 def a_triangle_is_a_mask():
     """A causal mask is a triangle of a mask, for more and for fewer queries than keys; decoding agrees with it."""
     for queries, keys in ((20, 70), (70, 70), (70, 20)):

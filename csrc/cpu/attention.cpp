@@ -1,11 +1,11 @@
-// Attention over float keys and values: they are quantized and packed once per head, then the queries go by.
+// Attention over float queries, keys and values: all are quantized once, and keys and values packed, in the
+// order in which they lie in memory; then each head's queries go by.
 #include "cpu/attention.h"
 
 #include <atomic>
 #include <cstring>
 
 #include "cpu/attention_call.h"
-#include "cpu/prefetch.h"
 #include "cpu/threads.h"
 #include "dqk/shape.h"
 
@@ -65,13 +65,32 @@ void clear_output(const AttentionSizes& sizes, DType dtype, void* out) {
 
 namespace {
 
-// Keys and values of all heads, packed.
-struct PackedHeads {
-    int8_t *k, *v;
-    float *k_scale, *v_scale;
-    int64_t k_bytes, v_bytes, keys;
+// The codes of all heads: keys and values packed, queries in rows.
+struct Heads {
+    int64_t count, queries, keys, q_bytes, k_bytes, v_bytes;  // bytes of a head
+    int8_t *q, *k, *v;
+    float *q_scale, *k_scale, *v_scale;
 
-    Keys of(int64_t head) const {
+    explicit Heads(const AttentionSizes& sizes)
+        : count(sizes.batch * sizes.heads),
+          queries(sizes.queries),
+          keys(sizes.keys),
+          q_bytes(sizes.queries * code_stride(sizes.head_dim)),
+          k_bytes(packed_key_bytes(sizes.keys, sizes.head_dim)),
+          v_bytes(packed_value_bytes(sizes.keys, sizes.head_dim)) {}
+
+    bool bytes(int64_t* all) const {
+        return checked_mul(count, q_bytes + k_bytes + v_bytes + 4 * queries + 8 * keys + 384, all);
+    }
+    void place(Buffer& buffer) {
+        q = buffer.take<int8_t>(count * q_bytes);
+        k = buffer.take<int8_t>(count * k_bytes);
+        v = buffer.take<int8_t>(count * v_bytes);
+        q_scale = buffer.take<float>(count * queries);
+        k_scale = buffer.take<float>(count * keys);
+        v_scale = buffer.take<float>(count * keys);
+    }
+    Keys keys_of(int64_t head) const {
         return {true,
                 {},
                 {},
@@ -82,40 +101,73 @@ struct PackedHeads {
     }
 };
 
-// The rows of one head lie a token apart, so that no hardware asks for the next one before it is read.
-void ask_for_rows(const Operand& x, int64_t b, int64_t h, int64_t first, int64_t count, int64_t rows,
-                  int64_t head_dim) {
-    const int64_t last = first + count < rows ? first + count : rows;
-    for (int64_t i = first; i < last; ++i) ask_for(row_of(x, b, h, i), head_dim * element_bytes(x.dtype));
-}
-
-// Tiles [first, last) of one head.
-bool pack_tiles(const Attention& args, const AttentionFunctions& loops, const RowRule& k_rule,
-                const RowRule& v_rule, const PackedHeads& heads, int64_t head, int64_t first, int64_t last) {
-    const AttentionSizes& sizes = args.sizes;
-    Tile tile(sizes.head_dim);
-    Buffer buffer(tile.bytes());
-    if (buffer.empty()) return false;
-    const int64_t b = head / sizes.heads, h = head % sizes.heads;
-    tile.place(buffer.take<int8_t>(tile.bytes()));
-    for (int64_t at = first; at < last; ++at) {
-        const int64_t key = at * kTileKeys;
-        ask_for_rows(args.k, b, h, key + kTileKeys, kTileKeys, sizes.keys, sizes.head_dim);
-        ask_for_rows(args.v, b, h, key + kTileKeys, kTileKeys, sizes.keys, sizes.head_dim);
-        for (int64_t i = 0; i < kTileKeys; ++i) {
-            if (key + i < sizes.keys)
-                heads.k_scale[head * sizes.keys + key + i] =
-                    k_rule(row_of(args.k, b, h, key + i), tile.row(i));
-            else
-                tile.clear(i);
-        }
-        tile.pack_keys(loops, at, heads.k + head * heads.k_bytes);
-        for (int64_t i = 0; i < kTileKeys && key + i < sizes.keys; ++i)  // what is past the last stays clear
-            heads.v_scale[head * sizes.keys + key + i] =
-                v_rule.of_value(row_of(args.v, b, h, key + i), tile.row(i));
-        tile.pack_values(loops, at, heads.v + head * heads.v_bytes);
+// Fills the heads, kTileKeys tokens of all heads of a batch element at a time.
+class Packer {
+  public:
+    Packer(const Attention& args, const Call& call, const RowRule& k_rule, const RowRule& v_rule,
+           const Heads& heads)
+        : args_(args),
+          call_(call),
+          k_rule_(k_rule),
+          v_rule_(v_rule),
+          heads_(heads),
+          tile_(args.sizes.head_dim),
+          scaled_stride_(code_stride(args.sizes.head_dim)),
+          buffer_(tile_.bytes() + Buffer::bytes_of<float>(kTileKeys * scaled_stride_)) {
+        if (buffer_.empty()) return;
+        tile_.place(buffer_.take<int8_t>(tile_.bytes()));
+        scaled_ = buffer_.take<float>(kTileKeys * scaled_stride_);
     }
-    return true;
+    bool empty() const { return buffer_.empty(); }
+
+    void keys(int64_t b, int64_t tile) const {
+        const int64_t first = tile * kTileKeys, count = left(args_.sizes.keys, first);
+        for (int64_t h = 0; h < args_.sizes.heads; ++h) {
+            const int64_t head = b * args_.sizes.heads + h, at = head * heads_.keys + first;
+            for (int64_t i = count; i < kTileKeys; ++i) tile_.clear(i);
+            for (int64_t i = 0; i < count; ++i)
+                heads_.k_scale[at + i] = k_rule_(row_of(args_.k, b, h, first + i), tile_.row(i));
+            tile_.pack_keys(call_.loops, tile, heads_.k + head * heads_.k_bytes);
+            for (int64_t i = 0; i < count; ++i)
+                heads_.v_scale[at + i] = v_rule_.of_value(row_of(args_.v, b, h, first + i), tile_.row(i));
+            tile_.pack_values(call_.loops, tile, heads_.v + head * heads_.v_bytes);
+        }
+    }
+
+    void queries(int64_t b, int64_t tile) const {
+        const AttentionSizes& sizes = args_.sizes;
+        const int64_t first = tile * kTileKeys, count = left(sizes.queries, first);
+        const int64_t padding = scaled_stride_ - sizes.head_dim;
+        for (int64_t h = 0; h < sizes.heads; ++h) {
+            const int64_t at = (b * sizes.heads + h) * heads_.queries + first;
+            for (int64_t i = 0; i < count; ++i)
+                scaled_row(row_of(args_.q, b, h, first + i), args_.q.dtype, sizes.head_dim,
+                           sizes.softmax_scale, scaled_ + i * scaled_stride_);
+            for (int64_t i = 0; i < count; ++i) {
+                int8_t* codes = heads_.q + (at + i) * scaled_stride_;
+                heads_.q_scale[at + i] = call_.q_rule(scaled_ + i * scaled_stride_, codes);
+                std::memset(codes + sizes.head_dim, 0, static_cast<size_t>(padding));
+            }
+        }
+    }
+
+  private:
+    static int64_t left(int64_t all, int64_t first) {
+        return all - first < kTileKeys ? all - first : kTileKeys;
+    }
+
+    const Attention& args_;
+    const Call& call_;
+    const RowRule &k_rule_, &v_rule_;
+    const Heads& heads_;
+    Tile tile_;
+    int64_t scaled_stride_;
+    Buffer buffer_;
+    float* scaled_ = nullptr;
+};
+
+constexpr int64_t tiles_of(int64_t rows) {
+    return round_up(rows, kTileKeys) / kTileKeys;
 }
 
 }  // namespace
@@ -137,19 +189,12 @@ Status attention(const Attention& args) {
     status = active_isa(&isa);
     if (status != Status::ok) return status;
 
-    PackedHeads heads = {};
-    heads.keys = sizes.keys;
-    heads.k_bytes = packed_key_bytes(sizes.keys, sizes.head_dim);
-    heads.v_bytes = packed_value_bytes(sizes.keys, sizes.head_dim);
+    Heads heads(sizes);
     int64_t bytes = 0;
-    if (!checked_mul(all_heads, heads.k_bytes + heads.v_bytes + 8 * sizes.keys + 256, &bytes))
-        return Status::size_overflow;
+    if (!heads.bytes(&bytes)) return Status::size_overflow;
     Buffer buffer(bytes);
     if (buffer.empty()) return Status::no_memory;
-    heads.k = buffer.take<int8_t>(all_heads * heads.k_bytes);
-    heads.v = buffer.take<int8_t>(all_heads * heads.v_bytes);
-    heads.k_scale = buffer.take<float>(all_heads * sizes.keys);
-    heads.v_scale = buffer.take<float>(all_heads * sizes.keys);
+    heads.place(buffer);
 
     const AttentionFunctions& loops = attention_functions(isa);
     const Call call = {sizes, loops, query_rule(sizes, args.q, isa), args.q, args.mask, args.bias, args.out};
@@ -159,15 +204,22 @@ Status attention(const Attention& args) {
     const RowRule k_rule = rule_of(args.k), v_rule = rule_of(args.v);
 
     std::atomic<bool> failed{false};
-    const int64_t tiles = round_up(sizes.keys, kTileKeys) / kTileKeys;
-    const int64_t block = kKeyBlock / kTileKeys, blocks = (tiles + block - 1) / block;
-    int64_t items = all_heads * blocks;
+    const int64_t key_tiles = tiles_of(sizes.keys), tiles = key_tiles + tiles_of(sizes.queries);
+    int64_t items = sizes.batch * tiles;
     // Quantizing a row costs about as much as 8 products with it.
-    int64_t tasks = tasks_for(sizes, items, all_heads * sizes.keys * 8);
+    int64_t tasks = tasks_for(sizes, items, all_heads * (2 * sizes.keys + sizes.queries) * 4);
     parallel_for(tasks, sizes.threads, [&](int64_t task) {
+        const Packer packer(args, call, k_rule, v_rule, heads);
+        if (packer.empty()) {
+            failed = true;
+            return;
+        }
         for (int64_t i = items * task / tasks; i < items * (task + 1) / tasks; ++i) {
-            const int64_t first = i % blocks * block, last = first + block < tiles ? first + block : tiles;
-            if (!pack_tiles(args, loops, k_rule, v_rule, heads, i / blocks, first, last)) failed = true;
+            const int64_t b = i / tiles, tile = i % tiles;
+            if (tile < key_tiles)
+                packer.keys(b, tile);
+            else
+                packer.queries(b, tile - key_tiles);
         }
     });
     if (failed) return Status::no_memory;
@@ -187,12 +239,12 @@ Status attention(const Attention& args) {
             for (int64_t at = first; at < last; at += kQueryTile) {
                 Query queries[kQueryTile];
                 int64_t count = 0;
-                ask_for_rows(args.q, head / sizes.heads, head % sizes.heads, at + kQueryTile, kQueryTile,
-                             sizes.queries, sizes.head_dim);
                 for (; count < kQueryTile && at + count < last; ++count)
                     queries[count] = {head / sizes.heads, head % sizes.heads, at + count,
                                       limit_of(sizes, sizes.keys, at + count)};
-                worker.attend(heads.of(head), queries, count);
+                const int64_t row = head * sizes.queries + at;
+                worker.attend(heads.keys_of(head), queries, count,
+                              heads.q + row * code_stride(sizes.head_dim), heads.q_scale + row);
             }
         }
     });

@@ -50,7 +50,8 @@ struct AttentionFunctions {
     // Likewise for `queries` (1 to 4) rows of q and whole tiles: out[i * out_stride + j].
     void (*dots_packed)(const int8_t* q, int64_t q_stride, int64_t queries, const int8_t* packed,
                         int64_t tiles, int64_t head_dim, int32_t* out, int64_t out_stride);
-    // 8 rows of keys, `stride` bytes apart and padded with zeros to a multiple of 32, into one tile.
+    // 8 rows of keys, `stride` bytes apart and padded with zeros to a multiple of 32, into one tile, in which
+    // the codes may stand with an offset of the instruction set's own.
     void (*pack_keys)(const int8_t* rows, int64_t stride, int64_t head_dim, int8_t* out);
     // 4 rows of values into one quad of `round_up(head_dim, 8)` elements.
     void (*pack_values)(const int8_t* rows, int64_t stride, int64_t head_dim, int8_t* out);
@@ -59,17 +60,20 @@ struct AttentionFunctions {
     // -inf where mask[j] is 0 and from `count` to its next multiple of 8.
     Extremes (*scores)(int32_t* work, int64_t count, float q_scale, const float* k_scale,
                        const float* v_scale, const float* bias, const uint8_t* mask);
-    // c[j] = round(t min(1, v_scale[j] v_inv)) with t = 127 exp(s - shift), and 0 up to the next multiple of
-    // 8; returns the sum of e[j] = round(t).
+    // c[j] = round(t min(1, v_scale[j] v_inv)) with t = 127 exp(s - shift); returns the sum of
+    // e[j] = round(t).
     int32_t (*shares)(const int32_t* work, int64_t count, float shift, const float* v_scale, float v_inv,
                       uint8_t* c);
 
-    // total[d] = sum of c[j] times element d of row j. c, which is used up, and `list` have room for `count`
-    // rounded up to 8 and one more, total for head_dim rounded up to 32.
+    // total[d] = sum of c[j] times element d of row j. From `count` to its next multiple of 32 c is 0. c,
+    // which is used up, and `list` have room for `count` rounded up to 8 and one more, total for head_dim
+    // rounded up to 32.
     void (*sum_rows)(uint8_t* c, int64_t count, const KeyRows& values, int64_t head_dim, int32_t* list,
                      int32_t* total);
-    void (*sum_packed)(uint8_t* c, int64_t count, const int8_t* packed, int64_t head_dim, int32_t* list,
-                       int32_t* total);
+    // Likewise for `queries` (1 to 4) rows of c, which stay as they are: total[i * total_stride + d].
+    void (*sum_packed)(const uint8_t* c, int64_t c_stride, int64_t queries, int64_t count,
+                       const int8_t* packed, int64_t head_dim, int32_t* list, int32_t* total,
+                       int64_t total_stride);
 
     // out[d] = float(total[d]) * v_max / weight; out has room for head_dim rounded up to 8.
     void (*divide)(const int32_t* total, int64_t head_dim, float v_max, float weight, float* out);

@@ -64,6 +64,11 @@ inline void scaled_row(const void* x, DType dtype, int64_t n, float factor, floa
     return scaled_row<DType::float32>(x, n, factor, out);
 }
 
+// Bytes between the codes of two queries.
+inline int64_t code_stride(int64_t head_dim) {
+    return round_up(head_dim, 32);
+}
+
 // What all tasks of a call read.
 struct Call {
     const AttentionSizes& sizes;
@@ -94,18 +99,18 @@ class Worker {
     Worker(const Call& call, int64_t most_keys)
         : call_(call),
           dim_(call.sizes.head_dim),
-          q_stride_(round_up(dim_, 32)),
-          work_stride_(round_up(most_keys, 8) + kSlack),
+          q_stride_(code_stride(dim_)),
+          work_stride_(round_up(most_keys, kSlack) + kSlack),
           most_keys_(most_keys),
           buffer_(bytes()) {
         if (buffer_.empty()) return;
         codes_ = buffer_.take<int8_t>(kQueryTile * q_stride_);
         std::memset(codes_, 0, static_cast<size_t>(kQueryTile * q_stride_));
         scaled_ = buffer_.take<float>(q_stride_);
-        total_ = buffer_.take<int32_t>(q_stride_);
+        total_ = buffer_.take<int32_t>(kQueryTile * q_stride_);
         work_ = buffer_.take<int32_t>(kQueryTile * work_stride_);
         list_ = buffer_.take<int32_t>(work_stride_);
-        shares_ = buffer_.take<uint8_t>(work_stride_);
+        shares_ = buffer_.take<uint8_t>(kQueryTile * work_stride_);
         if (call.bias.data != nullptr) bias_ = buffer_.take<float>(most_keys_);
         if (call.mask.data != nullptr) mask_ = buffer_.take<uint8_t>(most_keys_);
     }
@@ -113,62 +118,88 @@ class Worker {
 
     void attend(const Keys& keys, const Query* queries, int64_t count) {
         float scale[kQueryTile];
-        int64_t limit = 0;
         for (int64_t i = 0; i < count; ++i) {
             const Query& one = queries[i];
             scaled_row(row_of(call_.q, one.batch, one.head, one.query), call_.q.dtype, dim_,
                        call_.sizes.softmax_scale, scaled_);
             scale[i] = call_.q_rule(scaled_, codes_ + i * q_stride_);
-            limit = one.limit > limit ? one.limit : limit;
         }
+        attend(keys, queries, count, codes_, scale);
+    }
+
+    // Likewise with the codes of the queries, padded with zeros to code_stride(), and their scales.
+    void attend(const Keys& keys, const Query* queries, int64_t count, const int8_t* codes,
+                const float* scale) {
+        int64_t limit = 0;
+        for (int64_t i = 0; i < count; ++i) limit = queries[i].limit > limit ? queries[i].limit : limit;
         if (keys.packed)
-            call_.loops.dots_packed(codes_, q_stride_, count, keys.k_packed,
+            call_.loops.dots_packed(codes, q_stride_, count, keys.k_packed,
                                     round_up(limit, kTileKeys) / kTileKeys, dim_, work_, work_stride_);
         else
             for (int64_t first = 0; first < limit; first += kKeyBlock)
                 for (int64_t i = 0; i < count; ++i) {
                     const int64_t left = queries[i].limit - first;
                     if (left > 0)
-                        call_.loops.dots_rows(codes_ + i * q_stride_, keys.k_rows, first,
+                        call_.loops.dots_rows(codes + i * q_stride_, keys.k_rows, first,
                                               left < kKeyBlock ? left : kKeyBlock, dim_,
                                               work_ + i * work_stride_ + first);
                 }
-        for (int64_t i = 0; i < count; ++i) finish(keys, queries[i], scale[i], work_ + i * work_stride_);
+        Shared shared[kQueryTile];
+        const int64_t padded = round_up(limit, kSlack);
+        for (int64_t i = 0; i < count; ++i) {
+            uint8_t* c = shares_ + i * work_stride_;
+            shared[i] = share(keys, queries[i], scale[i], work_ + i * work_stride_, c);
+            const int64_t has = shared[i].nan ? 0 : queries[i].limit;
+            std::memset(c + has, 0, static_cast<size_t>(padded - has));
+        }
+        if (keys.packed)
+            call_.loops.sum_packed(shares_, work_stride_, count, limit, keys.v_packed, dim_, list_, total_,
+                                   q_stride_);
+        else
+            for (int64_t i = 0; i < count; ++i)
+                call_.loops.sum_rows(shares_ + i * work_stride_, queries[i].limit, keys.v_rows, dim_, list_,
+                                     total_ + i * q_stride_);
+        for (int64_t i = 0; i < count; ++i) finish(queries[i], shared[i], total_ + i * q_stride_);
     }
 
   private:
     int64_t bytes() const {
-        return Buffer::bytes_of<int8_t>(kQueryTile * q_stride_) + 2 * Buffer::bytes_of<float>(q_stride_) +
+        return Buffer::bytes_of<int8_t>(kQueryTile * q_stride_) + Buffer::bytes_of<float>(q_stride_) +
+               Buffer::bytes_of<int32_t>(kQueryTile * q_stride_) +
                Buffer::bytes_of<int32_t>(kQueryTile * work_stride_) +
-               Buffer::bytes_of<int32_t>(work_stride_) + Buffer::bytes_of<uint8_t>(work_stride_) +
-               Buffer::bytes_of<float>(most_keys_) + Buffer::bytes_of<uint8_t>(most_keys_);
+               Buffer::bytes_of<int32_t>(work_stride_) +
+               Buffer::bytes_of<uint8_t>(kQueryTile * work_stride_) + Buffer::bytes_of<float>(most_keys_) +
+               Buffer::bytes_of<uint8_t>(most_keys_);
     }
 
-    // From the products with the keys to a row of the output.
-    void finish(const Keys& keys, const Query& one, float q_scale, int32_t* work) {
-        const AttentionFunctions& loops = call_.loops;
-        float* result = scaled_;
-        if (one.limit == 0) {
-            std::memset(result, 0, static_cast<size_t>(dim_) * sizeof(float));
-            return store(one, result);
-        }
-        const float* bias = bias_row(one);
-        const uint8_t* mask = mask_row(one);
-        const Extremes found = loops.scores(work, one.limit, q_scale, keys.k_scale, keys.v_scale, bias, mask);
-        if (found.has_nan || float_bits(found.top) == kInfBits || non_finite(found.v_max_bits)) {
-            for (int64_t d = 0; d < dim_; ++d) result[d] = nan_row().scale;
-            return store(one, result);
-        }
+    // What the shares of a query are of.
+    struct Shared {
+        bool nan;  // so is the output, and nobody has a share
+        float v_max, weight;
+    };
+
+    // From the products with the keys to the shares of those within the query's limit.
+    Shared share(const Keys& keys, const Query& one, float q_scale, int32_t* work, uint8_t* c) {
+        if (one.limit == 0) return {false, 0.0f, 1.0f};
+        const Extremes found = call_.loops.scores(work, one.limit, q_scale, keys.k_scale, keys.v_scale,
+                                                  bias_row(one), mask_row(one));
+        if (found.has_nan || float_bits(found.top) == kInfBits || non_finite(found.v_max_bits))
+            return {true, 0.0f, 1.0f};
         const float v_max = bits_float(found.v_max_bits);
         // Without a finite score the scores stay as they are: -inf, whose share is 0.
         const float shift = float_bits(found.top) == (kInfBits | 0x80000000u) ? 0.0f : found.top;
-        const int32_t weight = loops.shares(work, one.limit, shift, keys.v_scale,
-                                            div_rn(1.0f, v_max > 0.0f ? v_max : 1.0f), shares_);
-        if (keys.packed)
-            loops.sum_packed(shares_, one.limit, keys.v_packed, dim_, list_, total_);
+        const int32_t weight = call_.loops.shares(work, one.limit, shift, keys.v_scale,
+                                                  div_rn(1.0f, v_max > 0.0f ? v_max : 1.0f), c);
+        return {false, v_max, weight == 0 ? 1.0f : static_cast<float>(weight)};
+    }
+
+    // From the sums to a row of the output.
+    void finish(const Query& one, const Shared& shared, const int32_t* total) {
+        float* result = scaled_;
+        if (shared.nan)
+            for (int64_t d = 0; d < dim_; ++d) result[d] = nan_row().scale;
         else
-            loops.sum_rows(shares_, one.limit, keys.v_rows, dim_, list_, total_);
-        loops.divide(total_, dim_, v_max, weight == 0 ? 1.0f : static_cast<float>(weight), result);
+            call_.loops.divide(total, dim_, shared.v_max, shared.weight, result);
         store(one, result);
     }
 

@@ -218,49 +218,9 @@ DQK_TARGET Extremes scores(int32_t* work, int64_t count, float q_scale, const fl
     return {vmaxnmvq_f32(running.top), vmaxvq_u32(running.v_max), vminvq_u32(running.number) == 0};
 }
 
-// share_of of share.h, the same steps in the same order.
-DQK_TARGET inline float32x4_t share_of4(float32x4_t x) {
-    const float32x4_t magic = vdupq_n_f32(kMagic);
-    const float32x4_t t = vmulq_f32(x, vdupq_n_f32(kLog2E)), shifted = vaddq_f32(t, magic);
-    const float32x4_t f = vsubq_f32(t, vsubq_f32(shifted, magic));
-    float32x4_t p = vdupq_n_f32(kShareTerm[0]);
-    for (int i = 1; i < kShareTerms; ++i) p = vaddq_f32(vmulq_f32(p, f), vdupq_n_f32(kShareTerm[i]));
-    p = vaddq_f32(vmulq_f32(p, f), vdupq_n_f32(kQuantMax));
-    return vreinterpretq_f32_u32(
-        vaddq_u32(vreinterpretq_u32_f32(p), vshlq_n_u32(vreinterpretq_u32_f32(shifted), 23)));
-}
-
-// The codes of 4 keys; *weight grows by what their shares without V's scale are. Half to even is how the
-// conversion rounds by itself. A NaN gives way to the number beside it, as in the scalar loops: that of a
-// score, and 1 where the scale of a hidden key is one.
-DQK_TARGET inline int16x4_t share4(const int32_t* work, float32x4_t shift, float32x4_t v_scale,
-                                   float32x4_t v_inv, int32x4_t* weight) {
-    const float32x4_t s = vreinterpretq_f32_s32(vld1q_s32(work));
-    const float32x4_t t = share_of4(vmaxnmq_f32(vsubq_f32(s, shift), vdupq_n_f32(kShareLow)));
-    const float32x4_t ratio = vminnmq_f32(vmulq_f32(v_scale, v_inv), vdupq_n_f32(1.0f));
-    *weight = vaddq_s32(*weight, vcvtnq_s32_f32(t));
-    return vmovn_s32(vcvtnq_s32_f32(vmulq_f32(t, ratio)));
-}
-
-DQK_TARGET inline void share8(const int32_t* work, float32x4_t shift, const float* v_scale, float32x4_t v_inv,
-                              uint8_t* c, int32x4_t* weight) {
-    const int16x4_t low = share4(work, shift, vld1q_f32(v_scale), v_inv, weight);
-    const int16x4_t high = share4(work + 4, shift, vld1q_f32(v_scale + 4), v_inv, weight);
-    vst1_u8(c, vreinterpret_u8_s8(vmovn_s16(vcombine_s16(low, high))));
-}
-
 DQK_TARGET int32_t shares(const int32_t* work, int64_t count, float shift, const float* v_scale, float v_inv,
                           uint8_t* c) {
-    const float32x4_t shift4 = vdupq_n_f32(shift), inv4 = vdupq_n_f32(v_inv);
-    int32x4_t weight = vdupq_n_s32(0);
-    int64_t j = 0;
-    for (; j + 8 <= count; j += 8) share8(work + j, shift4, v_scale + j, inv4, c + j, &weight);
-    if (j < count) {
-        float rest[8] = {};
-        std::memcpy(rest, v_scale + j, static_cast<size_t>(count - j) * sizeof(float));
-        share8(work + j, shift4, rest, inv4, c + j, &weight);
-    }
-    return vaddvq_s32(weight);
+    return shares_of(work, count, shift, v_scale, v_inv, c);
 }
 
 // total[0..7] += 8 sums of 16 bits.
@@ -346,20 +306,24 @@ DQK_TARGET void sum_quads(const uint8_t* c, const int32_t* list, int64_t found, 
     for (int i = 0; i < kVectors; ++i) vst1q_s32(total + i * 4, sums[i]);
 }
 
-DQK_TARGET void sum_packed(uint8_t* c, int64_t count, const int8_t* packed, int64_t head_dim, int32_t* list,
-                           int32_t* total) {
-    int64_t found = 0;
-    for (int64_t quad = 0; quad * kQuadKeys < count; ++quad) {
-        uint32_t four;
-        std::memcpy(&four, c + quad * kQuadKeys, 4);
-        list[found] = static_cast<int32_t>(quad);
-        found += four != 0;
-    }
+DQK_TARGET void sum_packed(const uint8_t* c, int64_t c_stride, int64_t queries, int64_t count,
+                           const int8_t* packed, int64_t head_dim, int32_t* list, int32_t* total,
+                           int64_t total_stride) {
     const int64_t vectors = round_up(head_dim, 8) / 4, stride = vectors * 16;
-    int64_t i = 0;
-    for (; i + 16 <= vectors; i += 16) sum_quads<16>(c, list, found, packed + i * 16, stride, total + i * 4);
-    for (; i + 4 <= vectors; i += 4) sum_quads<4>(c, list, found, packed + i * 16, stride, total + i * 4);
-    for (; i < vectors; i += 2) sum_quads<2>(c, list, found, packed + i * 16, stride, total + i * 4);
+    for (int64_t q = 0; q < queries; ++q, c += c_stride, total += total_stride) {
+        int64_t found = 0;
+        for (int64_t quad = 0; quad * kQuadKeys < count; ++quad) {
+            uint32_t four;
+            std::memcpy(&four, c + quad * kQuadKeys, 4);
+            list[found] = static_cast<int32_t>(quad);
+            found += four != 0;
+        }
+        int64_t i = 0;
+        for (; i + 16 <= vectors; i += 16)
+            sum_quads<16>(c, list, found, packed + i * 16, stride, total + i * 4);
+        for (; i + 4 <= vectors; i += 4) sum_quads<4>(c, list, found, packed + i * 16, stride, total + i * 4);
+        for (; i < vectors; i += 2) sum_quads<2>(c, list, found, packed + i * 16, stride, total + i * 4);
+    }
 }
 
 DQK_TARGET void divide(const int32_t* total, int64_t head_dim, float v_max, float weight, float* out) {

@@ -61,17 +61,7 @@ Extremes scores(int32_t* work, int64_t count, float q_scale, const float* k_scal
 
 int32_t shares(const int32_t* work, int64_t count, float shift, const float* v_scale, float v_inv,
                uint8_t* c) {
-    int32_t weight = 0;
-    std::memset(c, 0, static_cast<size_t>(round_up(count, 8)));
-    for (int64_t j = 0; j < count; ++j) {
-        const float x = bits_float(static_cast<uint32_t>(work[j])) - shift;
-        const float t = share_of(x > kShareLow ? x : kShareLow);
-        const float ratio = v_scale[j] * v_inv;
-        weight += static_cast<int32_t>(float_bits(t + kMagic) - kMagicBits);
-        // Not so under a NaN, the scale of a hidden key: its t is 0, and so is its share of anything.
-        c[j] = static_cast<uint8_t>(float_bits(t * (ratio < 1.0f ? ratio : 1.0f) + kMagic) - kMagicBits);
-    }
-    return weight;
+    return shares_of(work, count, shift, v_scale, v_inv, c);
 }
 
 void sum_rows(uint8_t* c, int64_t count, const KeyRows& values, int64_t head_dim, int32_t*, int32_t* total) {
@@ -83,13 +73,16 @@ void sum_rows(uint8_t* c, int64_t count, const KeyRows& values, int64_t head_dim
     }
 }
 
-void sum_packed(uint8_t* c, int64_t count, const int8_t* packed, int64_t head_dim, int32_t*, int32_t* total) {
+void sum_packed(const uint8_t* c, int64_t c_stride, int64_t queries, int64_t count, const int8_t* packed,
+                int64_t head_dim, int32_t*, int32_t* total, int64_t total_stride) {
     const int64_t elements = round_up(head_dim, 8);
-    std::memset(total, 0, static_cast<size_t>(head_dim) * sizeof(int32_t));
-    for (int64_t j = 0; j < count; ++j) {
-        if (c[j] == 0) continue;
-        const int8_t* quad = packed + j / kQuadKeys * elements * kQuadKeys + j % kQuadKeys;
-        for (int64_t d = 0; d < head_dim; ++d) total[d] += c[j] * quad[d * kQuadKeys];
+    for (int64_t i = 0; i < queries; ++i, c += c_stride, total += total_stride) {
+        std::memset(total, 0, static_cast<size_t>(head_dim) * sizeof(int32_t));
+        for (int64_t j = 0; j < count; ++j) {
+            if (c[j] == 0) continue;
+            const int8_t* quad = packed + j / kQuadKeys * elements * kQuadKeys + j % kQuadKeys;
+            for (int64_t d = 0; d < head_dim; ++d) total[d] += c[j] * quad[d * kQuadKeys];
+        }
     }
 }
 

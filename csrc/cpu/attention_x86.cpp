@@ -1,6 +1,7 @@
 // The loops of attention.h for AVX2, and for the two instruction sets with a dot product of bytes (VNNI), on
-// vectors of the same width: they differ in that one operation. AVX512-VNNI ran on a Zen 4, AVX-VNNI over
-// modelled instructions only (tests/sim/avx512_model.h).
+// vectors of the same width: they differ in that one operation, in what it asks of keys, and in how many
+// registers hold sums. AVX512-VNNI ran on a Zen 4, AVX-VNNI over modelled instructions only
+// (tests/sim/avx512_model.h).
 //
 // The instruction set is a function attribute, not a flag of this file (quantize_x86.cpp says why).
 #if defined(__x86_64__)
@@ -11,6 +12,7 @@
 #pragma GCC diagnostic pop
 
 #include <cstring>
+#include <utility>
 
 #include "cpu/attention.h"
 #include "cpu/prefetch.h"
@@ -39,6 +41,8 @@ constexpr Kept kKept = kept();
 }  // namespace dqk
 
 #define DQK_NAMESPACE attention_avx2
+#define DQK_VNNI 0
+#define DQK_REGISTERS 16
 #define DQK_TARGET __attribute__((target("avx2,f16c")))
 #define DQK_DOT4                                                                       \
     DQK_TARGET inline __m256i dot4(__m256i sums, __m256i u, __m256i s) {               \
@@ -48,6 +52,8 @@ constexpr Kept kKept = kept();
 #include "cpu/attention_vector.inl"
 
 #define DQK_NAMESPACE attention_avx_vnni
+#define DQK_VNNI 1
+#define DQK_REGISTERS 16
 #define DQK_TARGET __attribute__((target("avx2,f16c,avxvnni")))
 #define DQK_DOT4                                                         \
     DQK_TARGET inline __m256i dot4(__m256i sums, __m256i u, __m256i s) { \
@@ -56,6 +62,8 @@ constexpr Kept kKept = kept();
 #include "cpu/attention_vector.inl"
 
 #define DQK_NAMESPACE attention_avx512_vnni
+#define DQK_VNNI 1
+#define DQK_REGISTERS 32
 #define DQK_TARGET __attribute__((target("avx2,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512vnni")))
 #define DQK_DOT4                                                         \
     DQK_TARGET inline __m256i dot4(__m256i sums, __m256i u, __m256i s) { \
