@@ -6,6 +6,7 @@
 // erfc itself, so nothing cancels in the tail.
 #pragma once
 #include <cstdint>
+#include <cstring>
 
 #include "dqk/rounding.h"
 
@@ -36,34 +37,68 @@ DQK_HD float select(uint32_t mask, float a, float b) {
     return bits_float((float_bits(a) & mask) | (float_bits(b) & ~mask));
 }
 
-DQK_HD float gelu(float x) {
-    const float a = x * 0.707106781f;
-    const uint32_t size = magnitude_bits(a);
-    const float t = bits_float(size);
-    const uint32_t below_4 = sign_mask(size - 0x40800000u);  // magnitudes order like their bits
-    const float s = a * a;
+constexpr float kHalfRoot = 0.707106781f;  // 1 / sqrt(2)
 
+// 1 + erf(a), up to |a| = 0.93.
+DQK_HD float gelu_near(float a) {
+    const float s = a * a;
     float near = -5.96761703e-4f;
     near = near * s + 4.99119423e-3f;
     near = near * s + -2.67681349e-2f;
     near = near * s + 1.12819925e-1f;
     near = near * s + -3.76125336e-1f;
     near = near * s + 1.28379166e-1f;
-    near = near * a + a + 1.0f;  // 1 + erf(a)
+    return near * a + a + 1.0f;
+}
 
-    const float u = select(below_4, t, 4.0f);
+// All ones where |a| < 4, given its bits: magnitudes order like them.
+DQK_HD uint32_t gelu_below_4(uint32_t size) {
+    return sign_mask(size - 0x40800000u);
+}
+
+// ln erfc(|a|), for |a| < 4.
+DQK_HD float gelu_exponent(float a) {
+    const uint32_t size = magnitude_bits(a);
+    const float u = select(gelu_below_4(size), bits_float(size), 4.0f);
     const float v = u * u;
     float r = (-1.72853470e-5f * u + 3.83197126e-4f) * v + (-3.88396438e-3f * u + 2.42546219e-2f);
     r = r * u + -1.06777877e-1f;
     r = r * u + -6.34846687e-1f;
     r = r * u + -1.28717512e-1f;
-    r = r * u + -u;
-    float far = exp_nonpositive(r);  // erfc(t)
-    far = select(below_4, far, 0.0f);
-    far = select(sign_mask(float_bits(x)), far, 2.0f - far);
+    return r * u + -u;
+}
 
+// far: erfc(|a|) for |a| < 4.
+DQK_HD float gelu_from(float x, float near, float far) {
+    const uint32_t size = magnitude_bits(x * kHalfRoot);
+    far = select(gelu_below_4(size), far, 0.0f);
+    far = select(sign_mask(float_bits(x)), far, 2.0f - far);
     // 0x3F6D8000: 0.927734375
     return x * 0.5f * select(sign_mask(0x3F6D8000u - size), far, near);
+}
+
+// GELU of x[0..n), in place. Stage by stage over kGeluBlock elements: the whole of it is a chain of 40 steps,
+// of which a processor sees too few side by side, and each stage is a loop that it sees many rounds of.
+constexpr int64_t kGeluBlock = 64;
+
+template <int64_t kCount>
+__attribute__((always_inline)) inline void gelu_block(float* x) {
+    float near[kCount], far[kCount];
+    for (int64_t i = 0; i < kCount; ++i) near[i] = gelu_near(x[i] * kHalfRoot);
+    for (int64_t i = 0; i < kCount; ++i) far[i] = gelu_exponent(x[i] * kHalfRoot);
+    for (int64_t i = 0; i < kCount; ++i) far[i] = exp_nonpositive(far[i]);
+    for (int64_t i = 0; i < kCount; ++i) x[i] = gelu_from(x[i], near[i], far[i]);
+}
+
+__attribute__((always_inline)) inline void gelu_of(float* x, int64_t n) {
+    constexpr int64_t kHalf = kGeluBlock / 2;
+    for (; n >= kGeluBlock; x += kGeluBlock, n -= kGeluBlock) gelu_block<kGeluBlock>(x);
+    for (; n >= kHalf; x += kHalf, n -= kHalf) gelu_block<kHalf>(x);
+    if (n <= 0) return;
+    float rest[kHalf] = {};
+    std::memcpy(rest, x, static_cast<size_t>(n) * sizeof(float));
+    gelu_block<kHalf>(rest);
+    std::memcpy(x, rest, static_cast<size_t>(n) * sizeof(float));
 }
 
 }  // namespace dqk

@@ -163,7 +163,6 @@ QuantizeRows quantize_args(const CpuGemm& args, int64_t first, int64_t count, in
 
 // ---- the tiles -------------------------------------------------------------------------------------------
 
-constexpr int64_t kRowsAhead = 8;  // of the result, when it is written
 // How many rows of x share a panel at most, so that the part of theirs that meets it (up to 1 KiB a row)
 // stays in a second-level cache, and at least, where a call has few columns for many threads. kRowGrain is
 // what the loops take at a time.
@@ -195,18 +194,14 @@ struct Tile {
         for (int64_t n = n0; n < n1; n += kGemmColumns) {
             const int64_t count = std::min(kGemmColumns, n1 - n);
             ask_for_columns(part, n, count);
-            for (int64_t m = m0; m < std::min(m1, m0 + kRowsAhead); ++m) ask_for_output(part, m, n, count);
+            ask_for_output(part, m0, std::min(m1, m0 + kRowsAhead), n, count);
             loops.sums(rows.prepared + m0 * rows.stride, rows.stride, m1 - m0, weights, n, count, acc,
                        memory + acc_bytes);
             float bias[kGemmColumns];
             if (part.bias != nullptr)
                 kernel.widen(static_cast<const char*>(part.bias) + n * element_bytes(part.bias_dtype),
                              part.bias_dtype, count, bias);
-            for (int64_t m = m0; m < m1; ++m) {
-                if (m + kRowsAhead < m1) ask_for_output(part, m + kRowsAhead, n, count);
-                finish(part, m, n, count, part.bias == nullptr ? nullptr : bias,
-                       acc + (m - m0) * kGemmColumns);
-            }
+            finish(part, m0, m1 - m0, n, count, part.bias == nullptr ? nullptr : bias, acc);
         }
         return true;
     }
@@ -220,30 +215,33 @@ struct Tile {
         ask_for(static_cast<const char*>(part.bias) + n * bytes, count * bytes);
     }
 
-    // Where a row of the result goes: in a wide one each is a page further, which nothing runs ahead of.
-    void ask_for_output(const CpuPart& part, int64_t m, int64_t n, int64_t count) const {
+    // Where rows of the result go: in a wide one each is a page further, which nothing runs ahead of.
+    void ask_for_output(const CpuPart& part, int64_t first, int64_t last, int64_t n, int64_t count) const {
         const int64_t bytes = element_bytes(args.y_dtype);
-        ask_for(static_cast<const char*>(part.y) + (m * part.n + n) * bytes, count * bytes);
+        for (int64_t m = first; m < last; ++m)
+            ask_for(static_cast<const char*>(part.y) + (m * part.n + n) * bytes, count * bytes);
     }
 
-    void finish(const CpuPart& part, int64_t m, int64_t n, int64_t count, const float* bias,
+    void finish(const CpuPart& part, int64_t m, int64_t count_m, int64_t n, int64_t count, const float* bias,
                 const int32_t* acc) const {
-        GemmEpilogue row = {};
-        row.acc = acc;
-        row.add = rows.add[m];
-        row.act_scale = rows.act_scale[m];
-        row.weight_scale = part.tensor_scale ? part.weight_scale : part.weight_scale + n;
-        row.tensor_scale = part.tensor_scale;
-        row.bias = bias;
+        GemmEpilogue tile = {};
+        tile.rows = count_m;
+        tile.count = count;
+        tile.acc = acc;
+        tile.add = rows.add + m;
+        tile.act_scale = rows.act_scale + m;
+        tile.weight_scale = part.tensor_scale ? part.weight_scale : part.weight_scale + n;
+        tile.tensor_scale = part.tensor_scale;
+        tile.bias = bias;
         if (part.residual != nullptr)
-            row.residual = static_cast<const char*>(part.residual) +
-                           (m * part.n + n) * element_bytes(part.residual_dtype);
-        row.residual_dtype = part.residual_dtype;
-        row.activation = args.activation;
-        row.y = static_cast<char*>(part.y) + (m * part.n + n) * element_bytes(args.y_dtype);
-        row.y_dtype = args.y_dtype;
-        row.count = count;
-        kernel.epilogue(row);
+            tile.residual = static_cast<const char*>(part.residual) +
+                            (m * part.n + n) * element_bytes(part.residual_dtype);
+        tile.residual_dtype = part.residual_dtype;
+        tile.activation = args.activation;
+        tile.y = static_cast<char*>(part.y) + (m * part.n + n) * element_bytes(args.y_dtype);
+        tile.y_dtype = args.y_dtype;
+        tile.stride = part.n;
+        kernel.epilogue(tile);
     }
 };
 

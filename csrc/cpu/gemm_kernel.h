@@ -333,45 +333,71 @@ DQK_TARGET void few_sums(const uint8_t* x, int64_t stride, int64_t rows, const G
 // ---- the epilogue ----------------------------------------------------------------------------------------
 
 // Ops::widen and Ops::narrow convert elements between a stored type and fp32; the loops between them are
-// plain C++, each step rounded on its own, which the compiler vectorises with the file's attribute. Most rows
-// are as wide as a tile: with a count that the compiler knows nothing is left of the loops.
+// plain C++, each step rounded on its own, which the compiler vectorises with the file's attribute. Most
+// tiles are of full width: with a count that the compiler knows nothing is left of the loops. Two rows of a
+// time, because GELU is one long chain of products and sums: 64 elements keep the processor busy, 32 do not.
+constexpr int64_t kEpilogueRows = 2;
+
 template <bool kScales, bool kBias>
-DQK_TARGET inline void scale_sums(const GemmEpilogue& args, int64_t count, float* t) {
+DQK_TARGET inline void scale_sums(const GemmEpilogue& args, int64_t row, int64_t count, float* t) {
+    const int32_t* acc = args.acc + row * kGemmColumns;
+    const int32_t add = args.add[row];
+    const float act_scale = args.act_scale[row];
     for (int64_t c = 0; c < count; ++c) {
-        const float sum = static_cast<float>(wrap_add(args.acc[c], args.add)) * args.act_scale;
+        const float sum = static_cast<float>(wrap_add(acc[c], add)) * act_scale;
         t[c] = sum * (kScales ? args.weight_scale[c] : *args.weight_scale);
         if (kBias) t[c] = t[c] + args.bias[c];
     }
 }
 
-template <typename Ops, bool kFull>
-DQK_TARGET inline void finish(const GemmEpilogue& args) {
-    float t[kGemmColumns];
+// kRows rows from `row` on.
+template <typename Ops, int64_t kRows, bool kFull>
+DQK_TARGET inline void finish(const GemmEpilogue& args, int64_t row) {
+    float t[kRows * kGemmColumns];
     const int64_t count = kFull ? kGemmColumns : args.count;
-    if (args.tensor_scale)
-        args.bias != nullptr ? scale_sums<false, true>(args, count, t)
-                             : scale_sums<false, false>(args, count, t);
-    else
-        args.bias != nullptr ? scale_sums<true, true>(args, count, t)
-                             : scale_sums<true, false>(args, count, t);
-    if (args.activation == Activation::relu)
-        for (int64_t c = 0; c < count; ++c) t[c] = t[c] < 0.0f ? 0.0f : t[c];  // a NaN stays one
-    if (args.activation == Activation::gelu)
-        for (int64_t c = 0; c < count; ++c) t[c] = gelu(t[c]);
-    if (args.residual != nullptr) {
-        float other[kGemmColumns];
-        Ops::widen(args.residual, args.residual_dtype, count, other);
-        for (int64_t c = 0; c < count; ++c) t[c] = t[c] + other[c];
+    for (int64_t r = 0; r < kRows; ++r) {
+        float* one = t + r * count;
+        if (args.tensor_scale)
+            args.bias != nullptr ? scale_sums<false, true>(args, row + r, count, one)
+                                 : scale_sums<false, false>(args, row + r, count, one);
+        else
+            args.bias != nullptr ? scale_sums<true, true>(args, row + r, count, one)
+                                 : scale_sums<true, false>(args, row + r, count, one);
     }
-    Ops::narrow(t, count, args.y, args.y_dtype);
+    if (args.activation == Activation::relu)
+        for (int64_t c = 0; c < kRows * count; ++c) t[c] = t[c] < 0.0f ? 0.0f : t[c];  // a NaN stays one
+    if (args.activation == Activation::gelu) gelu_of(t, kRows * count);
+    for (int64_t r = 0; r < kRows; ++r) {
+        float* one = t + r * count;
+        const int64_t at = (row + r) * args.stride;
+        if (args.residual != nullptr) {
+            float other[kGemmColumns];
+            Ops::widen(args.residual + at * element_bytes(args.residual_dtype), args.residual_dtype, count,
+                       other);
+            for (int64_t c = 0; c < count; ++c) one[c] = one[c] + other[c];
+        }
+        Ops::narrow(one, count, args.y + at * element_bytes(args.y_dtype), args.y_dtype);
+    }
+}
+
+template <typename Ops, bool kFull>
+DQK_TARGET inline void finish_rows(const GemmEpilogue& args) {
+    const int64_t bytes = element_bytes(args.y_dtype);
+    int64_t row = 0;
+    for (; row + kEpilogueRows <= args.rows; row += kEpilogueRows) {
+        for (int64_t ahead = row + kRowsAhead; ahead < row + kRowsAhead + kEpilogueRows; ++ahead)
+            if (ahead < args.rows) ask_for(args.y + ahead * args.stride * bytes, args.count * bytes);
+        finish<Ops, kEpilogueRows, kFull>(args, row);
+    }
+    for (; row < args.rows; ++row) finish<Ops, 1, kFull>(args, row);
 }
 
 template <typename Ops>
 DQK_TARGET void epilogue(const GemmEpilogue& args) {
     if (args.count == kGemmColumns) {
-        finish<Ops, true>(args);
+        finish_rows<Ops, true>(args);
     } else {
-        finish<Ops, false>(args);
+        finish_rows<Ops, false>(args);
     }
 }
 

@@ -18,6 +18,8 @@ constexpr int32_t gemm_format(int32_t bits, bool four_level, int32_t group_size)
 // Columns that `many` finishes at a time, and rows of weights that share one walk along K.
 constexpr int64_t kGemmColumns = 32;
 constexpr int64_t kGemmRows = 4;
+// Rows of the result that are asked for ahead of the one that is written.
+constexpr int64_t kRowsAhead = 8;
 
 struct GemmWeights {
     const uint8_t* rows;  // packed v1
@@ -61,20 +63,22 @@ constexpr int64_t gemm_words(int64_t blocks, int32_t group_size) {
     return group_size == 0 ? 0 : blocks * (128 / group_size);
 }
 
-// One row of the epilogue, `count` <= kGemmColumns columns of it.
+// The epilogue of a tile: `rows` rows, `count` <= kGemmColumns columns of each.
 struct GemmEpilogue {
-    const int32_t* acc;
-    int32_t add;  // to every sum
-    float act_scale;
+    int64_t rows;
+    int64_t count;
+    const int32_t* acc;         // [rows, kGemmColumns]
+    const int32_t* add;         // [rows], to every sum
+    const float* act_scale;     // [rows]
     const float* weight_scale;  // [count], or [1]
     bool tensor_scale;
-    const float* bias;  // [count], or nullptr
-    const void* residual;
+    const float* bias;     // [count], or nullptr
+    const char* residual;  // of the first row, or nullptr
     DType residual_dtype;
     Activation activation;
-    void* y;
+    char* y;  // of the first row
     DType y_dtype;
-    int64_t count;
+    int64_t stride;  // between rows of residual and y, in elements
 };
 
 // A row of a packed table, as floats.

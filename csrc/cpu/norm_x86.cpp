@@ -121,7 +121,8 @@ DQK_AVX2 void norm(const float* x, int64_t k, const float* weight, const float* 
 }
 
 DQK_AVX2 void gelu_row(const float* x, int64_t k, float* __restrict out) {
-    for (int64_t i = 0; i < k; ++i) out[i] = gelu(x[i]);
+    std::memcpy(out, x, static_cast<size_t>(k) * sizeof(float));
+    gelu_of(out, k);
 }
 
 DQK_AVX2 float largest(const float* x, int64_t k) {
