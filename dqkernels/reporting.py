@@ -232,8 +232,8 @@ def report(model: nn.Module) -> Report:
             rows.append(Row(name, 1, *facts, *sizes, "torch", skipped[name]))
     codes, scales, other = _stored_bytes(model)
     sizes = codes, scales, other, teacher_bytes(model)
-    fused = blocks.describe(model) if any(row.kind != "float" for row in rows) else ""
-    how = _attention(model), fused, decode.describe(model)
+    fused = [blocks.describe(model), blocks.describe_encoder(model)] if any(row.kind != "float" for row in rows) else []
+    how = _attention(model), "; ".join(filter(None, fused)), decode.describe(model)
     native_ = any(row.kernel.startswith("cpu") for row in rows)
     instructions = backends.available("cpu", "cpu")[1].removeprefix("compiled core, ") if native_ else ""
     return Report(type(model).__name__, tuple(_grouped(rows)), *sizes, *how, *decode.memory(model), instructions)

@@ -4,10 +4,6 @@
 
 #include <pybind11/stl.h>
 
-#include <array>
-#include <optional>
-#include <tuple>
-
 #include "checks.h"
 #include "cpu_step.h"
 #include "dqk/api.h"
@@ -17,21 +13,8 @@ namespace py = pybind11;
 namespace dqk::binding {
 namespace {
 
-// Address, dtype code, strides in elements.
-using OperandArgument = std::tuple<uintptr_t, int, std::array<int64_t, 4>>;
 // Address of the codes, their strides, address of the scales, theirs.
 using CacheArgument = std::tuple<uintptr_t, std::array<int64_t, 3>, uintptr_t, std::array<int64_t, 3>>;
-
-Operand operand_of(const std::optional<OperandArgument>& given, bool is_mask, bool needed, const char* where,
-                   const char* name) {
-    Operand operand = {};
-    if (!given) return operand;
-    const auto& [address, dtype, stride] = *given;
-    operand.dtype = is_mask ? DType::int8 : dtype_of(dtype, where);
-    operand.data = pointer<const void>(address, element_bytes(operand.dtype), needed, where, name);
-    for (int i = 0; i < 4; ++i) operand.stride[i] = stride[i];
-    return operand;
-}
 
 Cache cache_of(const CacheArgument& given, bool needed, const char* where, const char* name) {
     const auto& [codes, stride, scale, scale_stride] = given;
@@ -124,6 +107,17 @@ void cache_write(const OperandArgument& k, const OperandArgument& v, const Cache
 }
 
 }  // namespace
+
+Operand operand_of(const std::optional<OperandArgument>& given, bool is_mask, bool needed, const char* where,
+                   const char* name) {
+    Operand operand = {};
+    if (!given) return operand;
+    const auto& [address, dtype, stride] = *given;
+    operand.dtype = is_mask ? DType::int8 : dtype_of(dtype, where);
+    operand.data = pointer<const void>(address, element_bytes(operand.dtype), needed, where, name);
+    for (int i = 0; i < 4; ++i) operand.stride[i] = stride[i];
+    return operand;
+}
 
 void define_cpu_attention(py::module_& m) {
     m.def("attention", &attention, py::arg("q"), py::arg("k"), py::arg("v"), py::arg("mask").none(true),

@@ -1,9 +1,8 @@
-// CpuPlan: the options of one kind of linear, checked once; each call then brings its sizes and addresses.
+// CpuPlan, the embedding, and loops that measure a machine: addresses and sizes in, structs of api.h out.
 #include "cpu_gemm.h"
 
 #include <pybind11/stl.h>
 
-#include <array>
 #include <new>
 #include <string>
 #include <vector>
@@ -20,75 +19,11 @@ namespace {
 
 constexpr const char* kWhere = "cpu_gemm";
 
-// qweight, weight_scale, group_mult, bias, residual, y
-using PartPointers = std::array<uintptr_t, 6>;
-
 void raise_cpu(Status status, const char* where) {
     if (status == Status::out_of_memory) throw std::bad_alloc();
     if (status == Status::bad_id) throw py::index_error(std::string(where) + ": " + sentence(status));
     raise_unless_ok(status, where);
 }
-
-class CpuPlan {
-  public:
-    CpuPlan(int64_t k, int x_dtype, int mode, float clip, int bits, bool four_level, int group_size,
-            int activation, int y_dtype, const std::vector<int64_t>& n, const std::vector<bool>& tensor_scale,
-            const std::vector<int>& bias_dtype, const std::vector<int>& residual_dtype, int kernel) {
-        if (n.empty() || n.size() > kMaxParts || tensor_scale.size() != n.size() ||
-            bias_dtype.size() != n.size() || residual_dtype.size() != n.size())
-            raise_unless_ok(Status::bad_cpu_part, kWhere);
-        args_.k = k;
-        args_.x_dtype = x_dtype == 3 ? DType::int8 : dtype_of(x_dtype, kWhere);
-        args_.mode = mode_of(mode, kWhere);
-        args_.clip = clip;
-        args_.bits = bits;
-        args_.four_level = four_level;
-        args_.group_size = group_size;
-        args_.activation = static_cast<Activation>(activation);
-        args_.y_dtype = dtype_of(y_dtype, kWhere);
-        args_.part_count = static_cast<int32_t>(n.size());
-        args_.kernel = kernel;
-        for (size_t i = 0; i < n.size(); ++i) {
-            parts_[i].n = n[i];
-            parts_[i].tensor_scale = tensor_scale[i];
-            parts_[i].bias_dtype = dtype_of(bias_dtype[i], kWhere);
-            parts_[i].residual_dtype = dtype_of(residual_dtype[i], kWhere);
-        }
-    }
-
-    void run(int64_t m, int64_t row_stride, uintptr_t x, uintptr_t act_scale, float static_scale,
-             int32_t threads, const std::vector<PartPointers>& pointers, DecoderStep* step) const {
-        CpuGemm args = args_;
-        CpuPart parts[kMaxParts];
-        if (pointers.size() != static_cast<size_t>(args.part_count))
-            raise_unless_ok(Status::bad_cpu_part, kWhere);
-        const bool needed = m > 0, grouped = args.group_size != 0;
-        args.m = m;
-        args.row_stride = row_stride;
-        args.x = pointer<const void>(x, element_bytes(args.x_dtype), needed, kWhere, "x");
-        args.act_scale = pointer<const float>(act_scale, 4, false, kWhere, "act_scale");
-        args.static_scale = static_scale;
-        args.threads = threads;
-        for (int32_t i = 0; i < args.part_count; ++i) {
-            CpuPart& part = parts[i];
-            part = parts_[i];
-            const PartPointers& given = pointers[static_cast<size_t>(i)];
-            part.qweight = pointer<const uint8_t>(given[0], 1, true, kWhere, "qweight");
-            part.weight_scale = pointer<const float>(given[1], 4, true, kWhere, "weight_scale");
-            part.group_mult = pointer<const uint8_t>(given[2], 1, grouped, kWhere, "group_mult");
-            part.bias = pointer<const void>(given[3], element_bytes(part.bias_dtype), false, kWhere, "bias");
-            part.residual =
-                pointer<const void>(given[4], element_bytes(part.residual_dtype), false, kWhere, "residual");
-            part.y = pointer<void>(given[5], element_bytes(args.y_dtype), needed, kWhere, "y");
-        }
-        args.parts = parts;
-        raise_cpu(run_or_add(args, cpu_gemm, step), kWhere);
-    }
-
-  private:
-    CpuGemm args_ = {};
-    CpuPart parts_[kMaxParts] = {};
-};
 
 void embedding(uintptr_t ids, bool ids32, int64_t count, uintptr_t qweight, uintptr_t weight_scale,
                bool tensor_scale, uintptr_t group_mult, int64_t rows, int64_t k, int bits, bool four_level,
@@ -165,6 +100,66 @@ std::string active_kernel() {
 }
 
 }  // namespace
+
+CpuPlan::CpuPlan(int64_t k, int x_dtype, int mode, float clip, int bits, bool four_level, int group_size,
+                 int activation, int y_dtype, const std::vector<int64_t>& n,
+                 const std::vector<bool>& tensor_scale, const std::vector<int>& bias_dtype,
+                 const std::vector<int>& residual_dtype, int kernel) {
+    if (n.empty() || n.size() > kMaxParts || tensor_scale.size() != n.size() ||
+        bias_dtype.size() != n.size() || residual_dtype.size() != n.size())
+        raise_unless_ok(Status::bad_cpu_part, kWhere);
+    args_.k = k;
+    args_.x_dtype = x_dtype == 3 ? DType::int8 : dtype_of(x_dtype, kWhere);
+    args_.mode = mode_of(mode, kWhere);
+    args_.clip = clip;
+    args_.bits = bits;
+    args_.four_level = four_level;
+    args_.group_size = group_size;
+    args_.activation = static_cast<Activation>(activation);
+    args_.y_dtype = dtype_of(y_dtype, kWhere);
+    args_.part_count = static_cast<int32_t>(n.size());
+    args_.kernel = kernel;
+    for (size_t i = 0; i < n.size(); ++i) {
+        parts_[i].n = n[i];
+        parts_[i].tensor_scale = tensor_scale[i];
+        parts_[i].bias_dtype = dtype_of(bias_dtype[i], kWhere);
+        parts_[i].residual_dtype = dtype_of(residual_dtype[i], kWhere);
+    }
+}
+
+CpuGemm CpuPlan::call(const std::vector<PartPointers>& pointers, bool has_rows, CpuPart* parts) const {
+    if (pointers.size() != static_cast<size_t>(args_.part_count))
+        raise_unless_ok(Status::bad_cpu_part, kWhere);
+    const bool grouped = args_.group_size != 0;
+    for (size_t i = 0; i < pointers.size(); ++i) {
+        CpuPart& part = parts[i];
+        part = parts_[i];
+        const PartPointers& given = pointers[i];
+        part.qweight = pointer<const uint8_t>(given[0], 1, true, kWhere, "qweight");
+        part.weight_scale = pointer<const float>(given[1], 4, true, kWhere, "weight_scale");
+        part.group_mult = pointer<const uint8_t>(given[2], 1, grouped, kWhere, "group_mult");
+        part.bias = pointer<const void>(given[3], element_bytes(part.bias_dtype), false, kWhere, "bias");
+        part.residual =
+            pointer<const void>(given[4], element_bytes(part.residual_dtype), false, kWhere, "residual");
+        part.y = pointer<void>(given[5], element_bytes(args_.y_dtype), has_rows, kWhere, "y");
+    }
+    CpuGemm args = args_;
+    args.parts = parts;
+    return args;
+}
+
+void CpuPlan::run(int64_t m, int64_t row_stride, uintptr_t x, uintptr_t act_scale, float static_scale,
+                  int32_t threads, const std::vector<PartPointers>& pointers, DecoderStep* step) const {
+    CpuPart parts[kMaxParts];
+    CpuGemm args = call(pointers, m > 0, parts);
+    args.m = m;
+    args.row_stride = row_stride;
+    args.x = pointer<const void>(x, element_bytes(args.x_dtype), m > 0, kWhere, "x");
+    args.act_scale = pointer<const float>(act_scale, 4, false, kWhere, "act_scale");
+    args.static_scale = static_scale;
+    args.threads = threads;
+    raise_cpu(run_or_add(args, cpu_gemm, step), kWhere);
+}
 
 void define_cpu_gemm(py::module_& m) {
     m.def("cpu_gemm_kernels", &kernel_names,

@@ -11,6 +11,7 @@
 #include "checks.h"
 #include "cpu_attention.h"
 #include "cpu_beams.h"
+#include "cpu_encoder.h"
 #include "cpu_gemm.h"
 #include "cpu_norm.h"
 #include "cpu_step.h"
@@ -137,6 +138,7 @@ PYBIND11_MODULE(_C, m) {
     dqk::binding::define_cpu_attention(m);
     dqk::binding::define_cpu_gemm(m);
     dqk::binding::define_cpu_norm(m);
+    dqk::binding::define_cpu_encoder(m);
 #if DQK_BUILD_CUDA
     m.def("cuda_quantize_rows", &cuda_quantize_rows, no_gil(), py::arg("x_ptr"), py::arg("dtype"),
           py::arg("rows"), py::arg("k"), py::arg("row_stride"), py::arg("mode"), py::arg("clip"),

@@ -44,7 +44,7 @@ def calls_of(model: nn.Module, padded: bool) -> dict[str, tuple]:
     handles = [
         module.register_forward_hook(record(name), with_kwargs=True)
         for name, module in model.named_modules()
-        if hasattr(module, attention._OPTIONS)
+        if hasattr(module, attention.KEY)
     ]
     with torch.no_grad():
         run(model, padded)
@@ -339,7 +339,7 @@ def test_models_of_one_config_are_independent_and_disable_restores(family):
     in_int8 = logits(one)
     assert not torch.equal(in_int8, wanted) and torch.equal(logits(two), wanted)
     assert config._attn_implementation == "sdpa" and not list(attention._enabled(two))
-    assert not any(hasattr(type(m), attention._OPTIONS) for m in one.modules())
+    assert not any(hasattr(type(m), attention.KEY) for m in one.modules())
     assert_same_bits(logits(copy.deepcopy(one)), in_int8)
     attention.enable(two, DQConfig(act_clip=0.1))
     assert_same_bits(logits(one), in_int8)

@@ -12,6 +12,7 @@ import torch
 from dqkernels import backends, reference
 from dqkernels.decode import native_step
 from dqkernels.kernels import cpu_gemm, native
+from dqkernels.models import blocks, native_layer
 
 
 def put_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -36,3 +37,5 @@ def put_in(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(core, "layernorm_quantize", layernorm_quantize)
     monkeypatch.setattr(cpu_gemm, "gemm", gemm_with_gelu)
     monkeypatch.setattr(native_step, "why_not", lambda *_: "a test has put torch's float ops in")
+    monkeypatch.setattr(native_layer, "run", lambda *_: None)
+    monkeypatch.setattr(blocks, "describe_encoder", lambda _: "")

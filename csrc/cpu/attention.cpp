@@ -197,7 +197,8 @@ Status attention(const Attention& args) {
     heads.place(buffer);
 
     const AttentionFunctions& loops = attention_functions(isa);
-    const Call call = {sizes, loops, query_rule(sizes, args.q, isa), args.q, args.mask, args.bias, args.out};
+    const Call call = {sizes,    loops,        query_rule(sizes, args.q, isa), args.q, args.mask, args.bias,
+                       args.out, args.by_token};
     const auto rule_of = [&](const Operand& x) {
         return row_rule(x, isa, sizes.mode, sizes.clip, sizes.batch, sizes.heads, sizes.keys, sizes.head_dim);
     };

@@ -78,6 +78,7 @@ struct Call {
     const Operand& mask;
     const Operand& bias;
     void* out;
+    bool by_token;
 
     int64_t out_bytes() const { return sizes.head_dim * element_bytes(q.dtype); }
 };
@@ -205,7 +206,8 @@ class Worker {
 
     void store(const Query& one, const float* result) const {
         const AttentionSizes& sizes = call_.sizes;
-        const int64_t row = (one.batch * sizes.heads + one.head) * sizes.queries + one.query;
+        const int64_t row = call_.by_token ? (one.batch * sizes.queries + one.query) * sizes.heads + one.head
+                                           : (one.batch * sizes.heads + one.head) * sizes.queries + one.query;
         char* out = static_cast<char*>(call_.out) + row * call_.out_bytes();
         if (call_.q.dtype == DType::float32) {
             std::memcpy(out, result, static_cast<size_t>(call_.out_bytes()));

@@ -182,7 +182,8 @@ Status attention_decode(const AttentionDecode& args) {
     }
     const AttentionFunctions& loops = attention_functions(isa);
     const Operand none = {};
-    const Call call = {sizes, loops, query_rule(sizes, args.q, isa), args.q, none, args.bias, args.out};
+    const Call call = {sizes,    loops, query_rule(sizes, args.q, isa), args.q, none, args.bias,
+                       args.out, false};
 
     std::atomic<bool> failed{false};
     const int64_t items = groups.count * sizes.heads, tasks = tasks_for(sizes, items, work);

@@ -20,8 +20,8 @@ from dqkernels import decode, ops
 from dqkernels.bench import generate_candidates, generate_cells, generate_lineup, protocol, record, size
 from dqkernels.config import DQConfig
 from dqkernels.decode import engine, native_step
-from dqkernels.decode.native_parts import format_of, part_of
 from dqkernels.kernels import cpu_gemm, cpu_step, native
+from dqkernels.models.native_parts import format_of, part_of
 from dqkernels.nn import QLinear
 
 CPU = torch.device("cpu")

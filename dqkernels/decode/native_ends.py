@@ -16,10 +16,10 @@ from torch import nn
 from dqkernels import backends, checks
 from dqkernels.decode import bart
 from dqkernels.decode.caches import Caches
-from dqkernels.decode.native_parts import elsewhere, linear_state, place, tensors, unreadable
 from dqkernels.kernels import cpu_gemm, cpu_norm, cpu_token
 from dqkernels.kernels.cpu_step import Tape
 from dqkernels.models import norms, steps
+from dqkernels.models.native_parts import elsewhere, linear_state, place, tensors, unreadable
 
 
 def why_not_embed(decoder: nn.Module) -> str | None:

@@ -18,7 +18,11 @@ from dqkernels import backends, checks
 from dqkernels.decode import native_ends
 from dqkernels.decode.caches import Caches, LayerCache
 from dqkernels.decode.layers import Attend, Decoder
-from dqkernels.decode.native_parts import (
+from dqkernels.decode.step import Step
+from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
+from dqkernels.kernels.cpu_step import Tape
+from dqkernels.models import attention, blocks, steps
+from dqkernels.models.native_parts import (
     checked,
     elsewhere,
     format_of,
@@ -28,10 +32,6 @@ from dqkernels.decode.native_parts import (
     tensors,
     unreadable,
 )
-from dqkernels.decode.step import Step
-from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
-from dqkernels.kernels.cpu_step import Tape
-from dqkernels.models import attention, blocks, steps
 
 
 def why_not(decoder: nn.Module, is_beams: bool = False) -> str | None:

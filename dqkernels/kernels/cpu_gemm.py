@@ -109,20 +109,46 @@ def gemm(
     for one in parts:
         y = empty((*lead, one.out_features), dtype=out_dtype)
         outputs.append(y)
-        pointers.append(
-            (
-                one.qweight.data_ptr(),
-                one.weight_scale.data_ptr(),
-                0 if one.group_mult is None else one.group_mult.data_ptr(),
-                0 if one.bias is None else one.bias.data_ptr(),
-                0 if one.residual is None else one.residual.data_ptr(),
-                y.data_ptr(),
-            )
-        )
+        pointers.append(_pointers(one, y.data_ptr()))
     plan.run(m, row_stride, address, given, static_scale, torch.get_num_threads(), pointers, step)
     if into is not None:
         into.keep(rows, act_scale if given else None, *(tensor for one in parts for tensor in one[:5]))
     return outputs
+
+
+def kept(
+    k: int,
+    x_dtype: torch.dtype,
+    parts: Sequence[Part],
+    *,
+    bits: int,
+    four_level: bool,
+    group_size: int,
+    activation: str,
+    out_dtype: torch.dtype,
+    act_scale: torch.Tensor | float | None = None,
+    mode: str = "per_token",
+    clip: float | None = None,
+) -> tuple:
+    """What `_C.CpuEncoderLayer` takes of linears on one input [..., k]: the plan, the static scale, the addresses.
+
+    Arguments as of `gemm`; x_dtype int8 for codes. The parts' memory must stay; their residuals are not read.
+    """
+    facts = (k, x_dtype, mode, clip, bits, four_level, group_size, activation, out_dtype, None)
+    plan = _plan(facts, *[_shape(one) for one in parts])
+    static_scale = float(act_scale) if mode == "static" and x_dtype != torch.int8 else 0.0
+    return plan, static_scale, [_pointers(one, 0) for one in parts]
+
+
+def _pointers(one: Part, y: int) -> tuple[int, ...]:
+    return (
+        one.qweight.data_ptr(),
+        one.weight_scale.data_ptr(),
+        0 if one.group_mult is None else one.group_mult.data_ptr(),
+        0 if one.bias is None else one.bias.data_ptr(),
+        0 if one.residual is None else one.residual.data_ptr(),
+        y,
+    )
 
 
 def _shape(one: Part) -> tuple:

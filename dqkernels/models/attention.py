@@ -27,11 +27,15 @@ from dqkernels import backends, checks, ops
 from dqkernels.config import DQConfig
 from dqkernels.models import blocks
 from dqkernels.models.attention_map import attention_map
+from dqkernels.models.attention_options import KEY, NAME, in_use
+
+__all__ = [
+    "FAMILIES", "NAME", "Options", "apply", "check", "check_described", "configure", "describe", "disable", "enable",
+    "in_use", "int8_attention", "on_backend", "resolved", "why_float",
+]  # fmt: skip
 
 logger = logging.getLogger("dqkernels")
 
-#: What `config._attn_implementation` says while attention is int8.
-NAME = "dqkernels_int8"
 #: `model_type` -> the class of its attention, in `transformers.models`: all of them hand q, k, v of as many heads to
 #: `ALL_ATTENTION_FUNCTIONS` (transformers 5.17 to 5.24), those of T5 with a position bias.
 FAMILIES = {
@@ -46,7 +50,6 @@ FAMILIES = {
     "blenderbot": "BlenderbotAttention",
     "blenderbot-small": "BlenderbotSmallAttention",
 }
-_OPTIONS = "dqkernels_attention"  # on an attention module
 _BEFORE = "dqkernels_attention_before"  # on every module with a config: the implementation it had
 _OVERRIDABLE = ("act_granularity", "act_clip")
 
@@ -106,9 +109,9 @@ def enable(model: nn.Module, config: DQConfig, warn: bool = True) -> list[str]:
             type(model).__name__,
         )  # fmt: skip
     for module, options in chosen:
-        before = module.__dict__.get(_OPTIONS)
+        before = module.__dict__.get(KEY)
         dropout = module.dropout if before is None or module.dropout > 0 else before.dropout
-        setattr(module, _OPTIONS, dataclasses.replace(options, dropout=dropout))
+        setattr(module, KEY, dataclasses.replace(options, dropout=dropout))
         module.dropout = 0.0
     _switch_on(model)
     return [options.name for _, options in chosen]
@@ -117,7 +120,7 @@ def enable(model: nn.Module, config: DQConfig, warn: bool = True) -> list[str]:
 def disable(model: nn.Module) -> None:
     """Undoes `enable`: the implementation and the attention dropout of before. Without `enable`, nothing happens."""
     for module in model.modules():
-        options = module.__dict__.pop(_OPTIONS, None)
+        options = module.__dict__.pop(KEY, None)
         if options is not None:
             module.dropout = options.dropout
         before = module.__dict__.pop(_BEFORE, None)
@@ -134,7 +137,7 @@ def check(model: nn.Module, config: DQConfig) -> None:
 def configure(model: nn.Module, backend: str, strict: bool) -> None:
     """Gives the modules that `enable` prepared another `backend` and `strict`."""
     for module, options in _enabled(model):
-        setattr(module, _OPTIONS, dataclasses.replace(options, backend=backend, strict=strict))
+        setattr(module, KEY, dataclasses.replace(options, backend=backend, strict=strict))
 
 
 @contextlib.contextmanager
@@ -146,7 +149,7 @@ def on_backend(model: nn.Module, backend: str) -> Iterator[None]:
         yield
     finally:
         for module, options in before:
-            setattr(module, _OPTIONS, options)
+            setattr(module, KEY, options)
 
 
 def why_float(model: nn.Module, config: DQConfig) -> str | None:
@@ -204,12 +207,6 @@ def describe(model: nn.Module) -> list[tuple[str, list[str]]]:
     return list(found.items())
 
 
-def in_use(module: nn.Module) -> Options | None:
-    """How this attention module computes in int8 now; None where it does not."""
-    options = module.__dict__.get(_OPTIONS)
-    return options if options is not None and module.config._attn_implementation == NAME else None
-
-
 # ------------------------------------------------------------------------------------------------- the function
 
 
@@ -246,7 +243,7 @@ def int8_attention(
     Raises:
         ValueError, backends.BackendError: naming the module, for what int8 attention does not do.
     """
-    options = getattr(module, _OPTIONS, None)
+    options = getattr(module, KEY, None)
     if options is None:
         raise ValueError(
             f"{type(module).__name__} was not prepared for int8 attention: call dqkernels.models.attention.enable("
@@ -345,7 +342,7 @@ def _head_dim(module: nn.Module) -> int:
 
 def _enabled(model: nn.Module) -> Iterator[tuple[nn.Module, Options]]:
     for module in model.modules():
-        options = module.__dict__.get(_OPTIONS)
+        options = module.__dict__.get(KEY)
         if options is not None:
             yield module, options
 

@@ -24,7 +24,8 @@ import torch
 from torch import nn
 
 from dqkernels.config import DQConfig
-from dqkernels.models import norms, steps
+from dqkernels.kernels import native
+from dqkernels.models import native_layer, norms, steps
 
 logger = logging.getLogger("dqkernels")
 
@@ -157,6 +158,20 @@ def describe(model: nn.Module) -> str:
             reasons[reason] = reasons.get(reason, 0) + 1
     text = f"{len(layers)} fused layers"
     return text + "".join(f"; {reason} in {count}" for reason, count in reasons.items())
+
+
+def describe_encoder(model: nn.Module) -> str:
+    """How many encoder layers are one call of the compiled core each, and why not the others; empty where there is no
+    such core, or none is on a CPU."""
+    layers = [each for each in fused_layers(model) if isinstance(each, _EncoderLayer)]
+    on_cpu = [each for each in layers if next(each.parameters()).device.type == "cpu"]
+    if not on_cpu or native.native() is None:
+        return ""
+    found = [native_layer.why_not(each) for each in on_cpu]
+    whole = found.count(None)
+    text = [f"{whole} of the encoder in one native call each"] if whole else []
+    reasons = dict.fromkeys(reason for reason in found if reason is not None)
+    return "; ".join([*text, *(f"{found.count(each)} of the encoder step by step ({each})" for each in reasons)])
 
 
 def _obstacles(layer: nn.Module) -> Iterator[str]:
@@ -389,16 +404,20 @@ class _EncoderLayer(_Layer):
     def forward(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any):
         if not self._fusable(hidden_states):
             return super().forward(hidden_states, attention_mask, **kwargs)
-        before, behind, add = self._norms(self.self_attn_layer_norm, self.final_layer_norm)
-        x = self._attend(self.self_attn, hidden_states, before[0], add, attention_mask=attention_mask, **kwargs)
-        x = self._feed_forward(x, before[1], add)
-        if behind is not None:
-            x = steps.behind(x, behind, self.fc2)
+        x = native_layer.run(self, hidden_states, attention_mask, kwargs)
+        if x is None:
+            x = self._stepwise(hidden_states, attention_mask, **kwargs)
         if x.dtype == torch.float16:
             # BART's and Marian's ask first whether anything is infinite, which stops the host once per layer.
             limit = torch.finfo(torch.float16).max - 1000
             x = x.clamp(-limit, limit)
         return x
+
+    def _stepwise(self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None, **kwargs: Any):
+        before, behind, add = self._norms(self.self_attn_layer_norm, self.final_layer_norm)
+        x = self._attend(self.self_attn, hidden_states, before[0], add, attention_mask=attention_mask, **kwargs)
+        x = self._feed_forward(x, before[1], add)
+        return x if behind is None else steps.behind(x, behind, self.fc2)
 
 
 class _DecoderLayer(_Layer):

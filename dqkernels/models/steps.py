@@ -58,7 +58,7 @@ def project(
     """
     if norm is not None and not plain_norm(norm):
         x, norm = norm(x), None
-    if apart(linears) is not None or under_autocast(x) or _wants_gradient(x, norm, *linears):
+    if apart(linears) is not None or under_autocast(x) or wants_gradient(x, norm, *linears):
         normed = x if norm is None else norm(x)
         found = [linear(normed) for linear in linears]
         return normed, found if activation is None else [activation(each) for each in found]
@@ -81,7 +81,7 @@ def project(
 
 def project_onto(x: torch.Tensor, linear: nn.Module, base: torch.Tensor | None) -> torch.Tensor:
     """`base + linear(x)`, the sum in the epilogue: one rounding. base: [..., N] or None for nothing."""
-    if base is None or apart((linear,)) is not None or under_autocast(x) or _wants_gradient(x, base, linear):
+    if base is None or apart((linear,)) is not None or under_autocast(x) or wants_gradient(x, base, linear):
         out = linear(x)
         return out if base is None else base + out
     layer = linear.layer
@@ -109,7 +109,7 @@ def kernel_norm(x: torch.Tensor, norm: nn.LayerNorm, linear: nn.Module) -> torch
 
 def normed_by_kernel(x: torch.Tensor, norm: nn.Module, linear: nn.Module) -> bool:
     """Whether that kernel gives norm(x) beside linears like `linear`: on a CPU, for whoever wants no gradient."""
-    watched = apart((linear,)) is not None or under_autocast(x) or _wants_gradient(x, norm)
+    watched = apart((linear,)) is not None or under_autocast(x) or wants_gradient(x, norm)
     return not watched and x.device.type == "cpu" and linear.backend in ("auto", "cpu")
 
 
@@ -154,8 +154,8 @@ def _act_scale(linear: nn.Module) -> torch.Tensor | None:
     return getattr(linear, "act_scale", None)
 
 
-def _wants_gradient(*operands: torch.Tensor | nn.Module | None) -> bool:
-    """Fused steps have no gradients."""
+def wants_gradient(*operands: torch.Tensor | nn.Module | None) -> bool:
+    """Whether one of them takes part in a backward pass: fused steps have no gradients."""
     return torch.is_grad_enabled() and any(t.requires_grad for each in operands for t in _tensors(each))
 
 

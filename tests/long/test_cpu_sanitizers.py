@@ -48,8 +48,8 @@ PROGRAMS = {
         "cpu_beam_checks.py",
     ),
 }
-#: Of pytest, under addresses: operands past 2^31 elements, and whole models whose steps are one native call.
-TESTS = ("test_cpu_large.py", "test_decode_native.py")
+#: Of pytest, under addresses: operands past 2^31 elements, and whole models whose steps and layers are native calls.
+TESTS = ("test_cpu_large.py", "test_decode_native.py", "test_models_encoder.py")
 
 
 def libraries(name: str) -> list[str]:

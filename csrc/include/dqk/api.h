@@ -8,7 +8,7 @@
 namespace dqk {
 
 // Raised whenever a signature below or the packed format changes; dqkernels/kernels/native.py holds its twin.
-constexpr int32_t kAbiVersion = 6;
+constexpr int32_t kAbiVersion = 7;
 
 // ---- CPU instruction sets ---------------------------------------------------------------------------------
 
@@ -121,6 +121,7 @@ struct Attention {
     Operand mask;     // bool bytes [batch, heads, queries, keys], not 0 where a key is visible
     Operand bias;     // [batch, heads, queries, keys]
     void* out;        // [batch, heads, queries, head_dim] contiguous, of q's dtype
+    bool by_token;    // out is [batch, queries, heads, head_dim]
 };
 
 Status attention(const Attention& args);

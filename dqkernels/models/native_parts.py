@@ -1,4 +1,4 @@
-"""What a native decode step asks of a linear or a norm: where it runs, what it reads, how it is written down."""
+"""What a native layer or step asks of a linear or a norm: where it runs, what it reads, how it is written down."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from dqkernels import backends, checks
 from dqkernels.kernels import cpu_gemm
 
 
-def elsewhere(linear: nn.Module, label: str, normed: bool) -> Iterator[str]:
-    """Which of this linear's steps another backend runs."""
+def elsewhere(linear: nn.Module, label: str, normed: bool, **facts: Any) -> Iterator[str]:
+    """Which of this linear's steps another backend runs. facts: more of those that the GEMM's is chosen by."""
     layer, where = linear.layer, ("cpu", linear.backend, linear.strict)
-    found = [("qgemm", {"bits": layer.bits, "group_size": layer.group_size})]
+    found = [("qgemm", {"bits": layer.bits, "group_size": layer.group_size, **facts})]
     found += [("layernorm_quantize", {"mode": layer.act_granularity})] if normed else []
     for op, facts in found:
         chosen = backends.choose(op, *where, **facts).backend
