@@ -180,7 +180,8 @@ void define_cpu_gemm(py::module_& m) {
           "set.");
     m.def("multiply_bytes", &multiply, py::arg("products"), py::arg("threads"),
           "Multiplies at least so many pairs of bytes in registers and does nothing else; their number.");
-    py::class_<CpuPlan>(m, "CpuPlan", "Options of a linear on the CPU; `run` computes it.")
+    py::class_<CpuPlan>(m, "CpuPlan", py::module_local(),  // a second copy of the core may be loaded
+                        "Options of a linear on the CPU; `run` computes it.")
         .def(py::init<int64_t, int, int, float, int, bool, int, int, int, const std::vector<int64_t>&,
                       const std::vector<bool>&, const std::vector<int>&, const std::vector<int>&, int>(),
              py::kw_only(), py::arg("k"), py::arg("x_dtype"), py::arg("mode"), py::arg("clip"),

@@ -6,6 +6,7 @@ shares its work. That the bytes are right is for the other check programs to say
 is the same for each instruction set. Names of cases as arguments run these alone.
 """
 
+import functools
 import hashlib
 import itertools
 import json
@@ -402,6 +403,65 @@ def hypotheses(core, rng):
         return running, finished, came_from, finished_from, sums, best, small, top, index
 
     return run
+
+
+def encoder(core, rng, post_norm):
+    """A layer of an encoder in one call, which takes three sequences in two parts; and its calls made one by one."""
+    batch, tokens, k, inner = 3, 190, HEADS * WIDTH, 200
+    m = batch * tokens
+    x, norms = floats(rng, (m, k)), floats(rng, (4, k))
+    mask = rng.integers(0, 4, (batch, 1, 1, tokens)) > 0
+    seen = (at(mask), 0, [tokens, 0, 0, 1])
+    sizes = [("qkv", 3, k, k, FP32 if post_norm else 3), ("out", 1, k, k, FP32), ("up", 1, k, inner, 3),
+             ("down", 1, inner, k, FP32)]  # fmt: skip
+    weights = {name: [packed(rng, n, of) for _ in range(parts)] for name, parts, of, n, _ in sizes}
+    plans = {name: plan(core, of, parts, x_dtype=dtype)([n] * parts) for name, parts, of, n, dtype in sizes}
+    layer = core.CpuEncoderLayer(
+        post_norm=post_norm,
+        norms=[(at(norms[i]), FP32, at(norms[i + 2]), FP32, 1e-5, PER_TOKEN, 0.0, 0.0) for i in (0, 1)],
+        linears=[(plans[name], 0.0, [(at(w), at(s), 0, 0, 0, 0) for w, s in weights[name]]) for name in plans],
+        heads=HEADS, head_dim=WIDTH, softmax_scale=0.25, mode=PER_TOKEN, clip=0.0,
+    )  # fmt: skip
+
+    def one_by_one(threads):
+        def norm(which, given):
+            y, q8, scale = np.empty_like(x), np.empty((m, k), np.int8), np.empty(m, np.float32)
+            vectors = (at(norms[which]), FP32, 1), (at(norms[which + 2]), FP32, 1)
+            codes = (PER_TOKEN, 0.0, 0.0, at(q8), at(scale), 0)
+            core.norm_quantize((at(given), FP32, k), None, *vectors, 1e-5, at(y), m, k, codes, threads)
+            return y, q8, scale
+
+        def linears(name, given, scale=None, residual=None):
+            width = inner if name == "up" else k
+            found = [np.empty((m, width), np.float32) for _ in weights[name]]
+            parts = [(at(w), at(s), 0, 0, at(residual), at(y)) for (w, s), y in zip(weights[name], found, strict=True)]
+            plans[name].run(m, given.shape[1], at(given), at(scale), 0.0, threads, parts)
+            return found
+
+        def attend(three, residual):
+            heads = [each.reshape(batch, tokens, HEADS, WIDTH).transpose(0, 2, 1, 3) for each in three]
+            out, shape = np.empty((batch, HEADS, tokens, WIDTH), np.float32), [batch, HEADS, tokens, tokens, WIDTH]
+            core.attention(*map(operand, heads), seen, None, at(out), shape, False, 0.25, PER_TOKEN, 0.0, threads)
+            return linears("out", np.ascontiguousarray(out.transpose(0, 2, 1, 3)).reshape(m, k), residual=residual)[0]
+
+        _, *coded = (None, x) if post_norm else norm(0, x)
+        between = attend(linears("qkv", *coded), x)
+        normed, *coded = norm(0 if post_norm else 1, between)
+        between = normed if post_norm else between
+        y = linears("down", linears("up", *coded)[0], residual=between)[0]
+        return norm(1, y)[0] if post_norm else y
+
+    def run(threads, fill):
+        y = fresh((m, k), np.float32, fill)
+        layer.run(at(x), at(y), batch, tokens, seen, None, threads)
+        assert y.tobytes() == one_by_one(threads).tobytes(), "not what its calls give"
+        return [y]
+
+    return run
+
+
+CASES["encoder_of_norms_before"] = functools.partial(encoder, post_norm=False)
+CASES["encoder_of_norms_behind"] = functools.partial(encoder, post_norm=True)
 
 
 # ---- what is asked of each ---------------------------------------------------------------------------------------

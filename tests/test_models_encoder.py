@@ -15,6 +15,7 @@ from dqkernels import DQConfig, quantize_, report
 from dqkernels.convert import calibrate
 from dqkernels.kernels import cpu_encoder, native
 from dqkernels.models import blocks, native_layer
+from dqkernels.nn import QLinear
 
 pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -141,7 +142,7 @@ def test_a_mask_per_head_and_per_query(calls):
 
 
 def test_threads_and_their_number_change_no_bit():
-    model, given = build("bart"), source(4, 31, True)
+    model, given = build("bart"), source(40, 31, True)  # so many that threads are called together
     before, want = torch.get_num_threads(), encode(model, **given)
     try:
         torch.set_num_threads(1)
@@ -186,7 +187,8 @@ def test_who_is_watched_is_called(which, calls):
 
 
 def test_what_else_runs_step_by_step(calls, stepwise, monkeypatch):
-    """Gradients, autocast, attention maps, a float mask, an unknown option, another backend: the same output."""
+    """Gradients, autocast, attention maps, a float mask, an unknown option, another backend, a forward that was put on
+    the layer: the same output."""
     model, given = build("bart"), source(3, 8, True)
     layer, want = model.get_encoder().layers[0], encode(model, **given)
     x, mask = torch.randn(3, 8, layer.embed_dim), torch.ones(3, 1, 8, 8, dtype=torch.bool)
@@ -206,7 +208,61 @@ def test_what_else_runs_step_by_step(calls, stepwise, monkeypatch):
     encode(model, **given)
     assert calls == [24]
     monkeypatch.delenv("DQKERNELS_BACKEND")
-    assert torch.equal(encode(model, **given), want) and len(calls) == 3
+    layer.forward = layer.forward
+    assert torch.equal(encode(model, **given), want) and len(calls) == 2
+    assert "1 of the encoder step by step (a forward was put on it)" in report(model).blocks
+    del layer.forward
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        encode(model, **given)  # module by module, as all are watched: other last bits
+        assert len(calls) == 2
+    finally:
+        handle.remove()
+    with torch.inference_mode():
+        assert torch.equal(model.get_encoder()(**given).last_hidden_state, want) and len(calls) == 4
+
+
+@pytest.mark.parametrize("family", ["bart", "mbart"])
+def test_rows_that_are_not_finite(family, calls, stepwise):
+    """They spoil their own sequence as the steps let them, and no other; what fp16 cannot hold is clamped behind."""
+    model, most = build(family, dtype=torch.float16), torch.finfo(torch.float16).max - 1000
+    layer = model.get_encoder().layers[0]
+    x = torch.randn(2, 9, layer.embed_dim, generator=torch.Generator().manual_seed(0)).half()
+    with torch.no_grad():
+        clean = layer(x, None)
+        x[1, 4, 3] = float("nan")
+        got, want = layer(x, None), layer._stepwise(x, None)
+        assert torch.equal(got[0], clean[0]) and clean.isfinite().all() and got[1].isnan().any()
+        assert torch.equal(got.isnan(), want.isnan()) and torch.equal(got.nan_to_num(), want.nan_to_num())
+        layer.fc2.weight_scale.mul_(1e7)
+        got, want = layer(x[:1], None), layer._stepwise(x[:1], None)
+    assert torch.equal(got.nan_to_num(), want.clamp(-most, most).nan_to_num()) and len(calls) == 3
+    assert family == "bart" or got.abs().max() == most
+
+
+def test_norms_of_another_type(calls, stepwise):
+    model = build("pegasus", dtype=torch.bfloat16)
+    for layer in model.get_encoder().layers:
+        layer.final_layer_norm.float()
+    given = source(2, 9, True)
+    assert torch.equal(encode(model, **given), stepwise(model, **given)) and len(calls) == 2
+
+
+@pytest.mark.parametrize("change", ["norm", "wider", "narrower", "attention"])
+def test_parts_that_do_not_fit_are_refused_in_the_words_of_the_steps(change, calls):
+    """The core reads as many numbers as a width says: whoever has fewer never gets there."""
+    model = build("bart")
+    layer, other = model.get_encoder().layers[0], DQConfig(weight_bits=4)
+    if change == "norm":
+        layer.final_layer_norm = torch.nn.LayerNorm(8)
+    elif change == "attention":
+        layer.self_attn.out_proj = QLinear.from_linear(torch.nn.Linear(24, 40), other)
+    else:
+        layer.fc1 = QLinear.from_linear(torch.nn.Linear(40, 600 if change == "wider" else 16), other)
+    with pytest.raises((ValueError, RuntimeError)):
+        encode(model, **source(2, 5, False))
+    assert not calls
+    assert "1 of the encoder step by step (its parts have widths that do not fit each other)" in report(model).blocks
 
 
 @pytest.mark.parametrize(("config", "reason"), [
@@ -222,6 +278,17 @@ def test_the_report_says_why(config, reason, calls):
         calibrate(model, [{**source(2, 9, False), "decoder_input_ids": torch.tensor([[2], [3]])}])
     encode(model, **source(2, 5, False))
     assert not calls and f"2 of the encoder step by step ({reason}" in report(model).blocks
+
+
+def test_the_report_of_a_model_that_cannot_run(monkeypatch):
+    """What the steps would raise is a reason here; so is training."""
+    model = build("bart", DQConfig(weight_bits=4, backend="cuda"))
+    assert "2 of the encoder step by step (" in report(model).blocks
+    model = build("bart")
+    for layer in model.get_encoder().layers:
+        layer.dropout = 0.1
+    model.train()
+    assert report(model).blocks.endswith("2 of the encoder step by step (in training mode the modules run one by one)")
 
 
 def test_a_wrong_mask_is_refused_in_the_words_of_attention():
@@ -256,6 +323,11 @@ def test_weights_that_are_exchanged(calls, stepwise):
         moved()
         layer.fc2.bias.data = torch.randn_like(layer.fc2.bias)
         moved()
+        layer.fc2.bias.data = torch.randn(2 * layer.embed_dim)[::2]  # which the core would have to copy
+        moved()
+        layer.fc2.bias.mul_(2)
+        moved()
+        layer.fc2.bias.data = layer.fc2.bias.contiguous()
         layer.final_layer_norm.weight.data = layer.final_layer_norm.weight * 1.5
         moved()
         layer.self_attn.out_proj = copy.deepcopy(model.get_encoder().layers[1].self_attn.out_proj)
@@ -266,12 +338,13 @@ def test_weights_that_are_exchanged(calls, stepwise):
         moved()
     model.to(torch.bfloat16)
     assert torch.equal(encode(model, **given), stepwise(model, **given))
-    assert len(calls) == 2 * 8
+    assert len(calls) == 2 * 8 + 2, "of two calls one layer was step by step"
 
 
 def test_copies_are_their_own_and_nothing_outlives_a_model():
     model, given = build("bart"), source(2, 9, True)
     want = encode(model, **given)
+    gc.collect()
     other = copy.deepcopy(model)
     with torch.no_grad():
         other.get_encoder().layers[0].fc1.weight_scale.mul_(2)
@@ -279,6 +352,8 @@ def test_copies_are_their_own_and_nothing_outlives_a_model():
     layers = [*model.get_encoder().layers, *other.get_encoder().layers]
     assert all(each in native_layer._MADE for each in layers)
     count = len(native_layer._MADE)
+    blocks.unpatch(other)
+    assert len(native_layer._MADE) == count - 2, "a layer that is fused no more holds nothing"
     del model, other, layers
     gc.collect()
     assert len(native_layer._MADE) == count - 4

@@ -218,8 +218,9 @@ DQK_TARGET inline void sum_listed(const uint8_t* c, int64_t c_stride, const int3
                                total_stride);
 }
 
-// Neighbours see much the same keys, and values that several of them take are read once. Where they hardly
-// agree, each goes through its own.
+// Neighbours see much the same keys, and values that several of them take are read once. Four go their own
+// ways where they take more than twice as many values together as one of them does, two unless they take the
+// same.
 template <int kQueries>
 DQK_TARGET void sum_together(const uint8_t* c, int64_t c_stride, int64_t count, const int8_t* packed,
                              int64_t head_dim, int32_t* list, int32_t* total, int64_t total_stride) {

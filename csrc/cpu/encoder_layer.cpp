@@ -160,8 +160,8 @@ bool fits(const EncoderLayer& layer) {
         return kept.call.part_count == 1 && kept.call.x_dtype == x && kept.call.y_dtype == dtype &&
                kept.call.k == k && kept.parts[0].n == n;
     };
-    for (const CpuPart& part : layer.qkv.parts)
-        if (part.n != width) return false;
+    for (int32_t i = 0; i < layer.qkv.call.part_count; ++i)
+        if (layer.qkv.parts[i].n != width) return false;
     return layer.qkv.call.x_dtype == (layer.post_norm ? dtype : DType::int8) &&
            single(layer.out, dtype, width, width) && single(layer.up, DType::int8, width, inner) &&
            single(layer.down, dtype, inner, width);

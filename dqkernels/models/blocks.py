@@ -92,6 +92,7 @@ def unpatch(model: nn.Module) -> nn.Module:
                 )
     for _, module in fused:
         module.__class__ = type(module).dqkernels_base
+        native_layer.forget(module)
     norms.unpatch(model)
     return model
 
@@ -167,7 +168,8 @@ def describe_encoder(model: nn.Module) -> str:
     on_cpu = [each for each in layers if next(each.parameters()).device.type == "cpu"]
     if not on_cpu or native.native() is None:
         return ""
-    found = [native_layer.why_not(each) for each in on_cpu]
+    training = "in training mode the modules run one by one"
+    found = [training if each._modules_run() else native_layer.why_not(each) for each in on_cpu]
     whole = found.count(None)
     text = [f"{whole} of the encoder in one native call each"] if whole else []
     reasons = dict.fromkeys(reason for reason in found if reason is not None)

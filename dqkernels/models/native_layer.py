@@ -41,7 +41,12 @@ def run(layer: nn.Module, x: torch.Tensor, mask: torch.Tensor | None, kwargs: di
 
     mask: bool [batch, 1 or heads, tokens, tokens], True where a key is visible, or None. kwargs: others of the layer's.
     """
+    if x.device.type != "cpu":
+        forget(layer)
+        return None
     if kwargs.get("output_attentions") or any(value is not None for key, value in kwargs.items() if key not in _FLAGS):
+        return None
+    if "forward" in layer.__dict__:  # accelerate's, which may bring the weights and take them away again
         return None
     if x.dim() != 3 or x.dtype not in native.DTYPES or not _plain_mask(layer, mask, x):
         return None
@@ -53,26 +58,41 @@ def run(layer: nn.Module, x: torch.Tensor, mask: torch.Tensor | None, kwargs: di
     state = _state(layer, x.dtype)
     made = _MADE.get(layer)
     if made is None or made[0] != state:
-        reason = next(_obstacles(layer), None)
+        forget(layer)  # the weights it holds first
+        reason = _reason(layer)
         made = state, reason if reason is not None else _make(layer, x.dtype)
         _MADE[layer] = made
     return None if isinstance(made[1], str) else made[1](x, mask)
+
+
+def forget(layer: nn.Module) -> None:
+    """Lets go of the call that was made for this layer, which holds the memory of its weights."""
+    _MADE.pop(layer, None)
 
 
 def why_not(layer: nn.Module) -> str | None:
     """Why a fused encoder layer cannot be one call on a CPU, in words; None where it can."""
     if native.native() is None:
         return native.why_absent()
+    if "forward" in layer.__dict__:
+        return "a forward was put on it"
     if any(map(steps.hooked, _watchable(layer))):
         return "one of its modules is watched"
-    return next(_obstacles(layer), None)
+    return _reason(layer)
+
+
+def _reason(layer: nn.Module) -> str | None:
+    try:
+        return next(_obstacles(layer), None)
+    except backends.BackendError as error:  # the steps raise it, naming the module
+        return str(error)
 
 
 def _obstacles(layer: nn.Module) -> Iterator[str]:
     own, options = layer.self_attn, in_use(layer.self_attn)
     if native.native() is None:
         yield native.why_absent()
-    if options is None or not hasattr(type(own), "dqkernels_base"):
+    if options is None or "dqkernels_base" not in type(own).__dict__:
         yield "its attention is not int8, or not fused"
         return
     if getattr(own, "is_causal", False):
@@ -84,6 +104,9 @@ def _obstacles(layer: nn.Module) -> Iterator[str]:
         yield from unreadable((*linears, *([] if norm is None else [norm])), label)
         for many_rows in (False, True):
             yield from elsewhere(linears[0], label, norm is not None, many_rows=many_rows, where=None)
+    if not _fits(layer):
+        yield "its parts have widths that do not fit each other"
+        return
     for norm in (layer.self_attn_layer_norm, layer.final_layer_norm):
         if not steps.plain_norm(norm):
             yield f"a norm is a {type(norm).__name__}, or has no weight"
@@ -95,6 +118,23 @@ def _obstacles(layer: nn.Module) -> Iterator[str]:
     chosen = backends.choose("qattention", "cpu", options.backend, options.strict, **facts).backend
     if chosen != "cpu":
         yield f"qattention runs on {chosen}"
+
+
+def _width(layer: nn.Module) -> int:
+    return layer.self_attn.num_heads * layer.self_attn.head_dim
+
+
+def _fits(layer: nn.Module) -> bool:
+    """Whether each part takes what the one before it gives. The steps see that when they get there, and say so."""
+    width, own = _width(layer), layer.self_attn
+    inner = layer.fc1.out_features
+    wanted = [(each, width, width) for each in (own.q_proj, own.k_proj, own.v_proj, own.out_proj)]
+    wanted += [(layer.fc1, width, inner), (layer.fc2, inner, width)]
+    return all((each.in_features, each.out_features) == (k, n) for each, k, n in wanted) and all(
+        vector is None or vector.shape == (width,)
+        for norm in (layer.self_attn_layer_norm, layer.final_layer_norm)
+        for vector in (getattr(norm, "weight", None), getattr(norm, "bias", None))
+    )
 
 
 def _groups(layer: nn.Module) -> list[tuple[tuple[nn.Module, ...], nn.Module | None, str]]:
@@ -132,13 +172,13 @@ def _plain_mask(layer: nn.Module, mask: torch.Tensor | None, x: torch.Tensor) ->
 
 def _state(layer: nn.Module, dtype: torch.dtype) -> tuple[Any, ...]:
     """What a call was made for: every tensor it reads, and how it computes with them."""
-    norms = (layer.self_attn_layer_norm, layer.final_layer_norm)
+    own, norms = layer.self_attn, (layer.self_attn_layer_norm, layer.final_layer_norm)
     return (
         dtype,
         os.environ.get("DQKERNELS_BACKEND"),
-        in_use(layer.self_attn),
-        layer.self_attn.scaling,
-        layer.activation_fn,
+        in_use(own),
+        (own.scaling, own.num_heads, own.head_dim, getattr(own, "is_causal", False)),
+        steps.epilogue(layer.activation_fn),
         *((norm.eps, *map(place, tensors(norm))) if steps.plain_norm(norm) else None for norm in norms),
         *(linear_state(each) if steps.packed(each) else None for each in _linears(layer)),
     )
@@ -150,7 +190,7 @@ def _make(layer: nn.Module, dtype: torch.dtype) -> cpu_encoder.EncoderLayer:
     for norm, behind in ((layer.self_attn_layer_norm, own.q_proj), (layer.final_layer_norm, layer.fc1)):
         # Of post-norm the first is followed by the feed-forward, and nobody wants the codes of the second.
         behind = behind if not post else layer.fc1 if norm is layer.self_attn_layer_norm else None
-        checks.check_norm(norm.weight, norm.bias, norm.weight.numel())
+        checks.check_norm(norm.weight, norm.bias, _width(layer))
         how = ("per_token", None, None) if behind is None else input_of(behind)
         norms.append(cpu_encoder.Norm(norm.weight, norm.bias, norm.eps, *how))
     linears = []

@@ -27,15 +27,17 @@ def unreadable(modules: tuple[nn.Module, ...], label: str) -> Iterator[str]:
     """Which tensors would be copied to be read: the core keeps addresses, and a copy knows no change of its source."""
     for module in modules:
         for tensor in tensors(module):
-            if not tensor.is_contiguous() or tensor.dtype == torch.float64:
+            if tensor.device.type != "cpu":
+                yield f"{label} hold a tensor on {tensor.device}"
+            elif not tensor.is_contiguous() or tensor.dtype == torch.float64:
                 yield f"{label} hold a {tensor.dtype} tensor of strides {list(tensor.stride())}"
 
 
 def tensors(module: nn.Module) -> list[torch.Tensor]:
-    """What a linear, or a norm, is computed with."""
-    given = (module.weight, module.bias) if isinstance(module, nn.LayerNorm) else part_of(module, None)[:4]
+    """What a linear, or a norm, is computed with, as it is."""
+    given = (module.weight, module.bias) if isinstance(module, nn.LayerNorm) else (*module.packed(), module.bias)
     scale = getattr(module, "act_scale", None)
-    return [tensor for tensor in (*given, scale) if tensor is not None]
+    return [tensor for tensor in (*given, scale) if tensor is not None and tensor.numel()]
 
 
 def linear_state(linear: nn.Module) -> tuple[Any, ...]:
@@ -48,7 +50,7 @@ def linear_state(linear: nn.Module) -> tuple[Any, ...]:
 
 def place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Where a tensor lies, and as what."""
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape)
+    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
 
 
 def part_of(linear: nn.Module, residual: torch.Tensor | None) -> cpu_gemm.Part:
@@ -59,13 +61,14 @@ def part_of(linear: nn.Module, residual: torch.Tensor | None) -> cpu_gemm.Part:
 
 def checked(linear: nn.Module, x: torch.Tensor, activation: str, residual: torch.Tensor | None) -> cpu_gemm.Part:
     """`part_of`, after the checks of `ops.qlinear`: what is written down is never checked again."""
-    part, layer = part_of(linear, residual), linear.layer
+    layer, size = linear.layer, linear.out_features
     mode, clip, scale = input_of(linear)
     checks.check_activation(x, mode, scale, clip)
-    size = linear.out_features
-    checks.check_gemm(x.shape[-1], *part[:4], layer.bits, layer.group_size, size, activation, x.dtype)
+    qweight, weight_scale, mult = linear.packed()
+    given = (qweight, weight_scale, checks.given(mult), linear.bias)
+    checks.check_gemm(x.shape[-1], *given, layer.bits, layer.group_size, size, activation, x.dtype)
     checks.check_residual(residual, (*x.shape[:-1], size))
-    return part
+    return cpu_gemm.part(*given, residual, size)
 
 
 def input_of(linear: nn.Module) -> tuple[str, float | None, torch.Tensor | None]:
