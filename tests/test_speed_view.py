@@ -173,7 +173,7 @@ def test_other_embeddings_are_said():
     "page, old, new",
     [
         ("README.md", "| **W4A8** |", "| **W2A8** |"),
-        ("README.md", "first token: CTranslate2", "none; CTranslate2"),
+        ("README.md", "| greedy, n = ", "| sampled, n = "),
         ("README.md", "int8: ", "int8: not "),
         ("docs/measured.md", "| 8 x 256, greedy", "| 9 x 256, greedy"),
         ("docs/measured.md", "- W4A8 is ", "- W8A8 is "),
