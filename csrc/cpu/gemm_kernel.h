@@ -334,7 +334,7 @@ DQK_TARGET void few_sums(const uint8_t* x, int64_t stride, int64_t rows, const G
 
 // Ops::widen and Ops::narrow convert elements between a stored type and fp32; the loops between them are
 // plain C++, each step rounded on its own, which the compiler vectorises with the file's attribute. Most
-// tiles are of full width: with a count that the compiler knows nothing is left of the loops. Two rows of a
+// tiles are of full width: with a count that the compiler knows nothing is left of the loops. Two rows at a
 // time, because GELU is one long chain of products and sums: 64 elements keep the processor busy, 32 do not.
 constexpr int64_t kEpilogueRows = 2;
 
