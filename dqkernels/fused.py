@@ -18,8 +18,8 @@ SCHEMAS = {
     "int[] out_features, str act_mode, float? act_clip, Tensor? act_scale, str activation, ScalarType out_dtype, "
     'str backend="auto", bool strict=False) -> Tensor[]'
 }
-#: Linears of one launch: Q, K and V.
-MAX_PARTS = 3
+#: Linears of one call, whatever launches it takes: K and V of 32 layers.
+MAX_PARTS = 64
 #: Rows up to which a launch quantizes, and normalizes, its own input.
 PROLOGUE_ROWS = 16
 _LIB.define("qlinear_multi" + SCHEMAS["qlinear_multi"])
@@ -64,6 +64,7 @@ def _qlinear_multi(
     rows = x.numel() // x.shape[-1]
     one_scale = {scale.numel() == 1 for _, scale, _, _, n in parts if n > 1}
     facts = {
+        "parts": len(parts),
         # Up to 16 rows all of this is one launch, which no single GEMM was measured against.
         **backends.gemm_facts(x, sum(out_features), bits, group_size, own=PROLOGUE_ROWS),
         "prologue": rows <= PROLOGUE_ROWS,

@@ -49,7 +49,7 @@ class CpuEncoderLayer {
         for (size_t i = 0; i < 4; ++i) {
             const auto& [plan, static_scale, pointers] = linears[i];
             if (plan == nullptr) raise_unless_ok(Status::bad_cpu_part, kWhere);
-            kept[i]->call = plan->call(pointers, false, kept[i]->parts);
+            kept[i]->call = plan->call(pointers, false, kept[i]->parts, kMaxParts);
             kept[i]->call.parts = nullptr;  // each run has its own
             kept[i]->call.static_scale = static_scale;
         }

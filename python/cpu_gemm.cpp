@@ -105,7 +105,7 @@ CpuPlan::CpuPlan(int64_t k, int x_dtype, int mode, float clip, int bits, bool fo
                  int activation, int y_dtype, const std::vector<int64_t>& n,
                  const std::vector<bool>& tensor_scale, const std::vector<int>& bias_dtype,
                  const std::vector<int>& residual_dtype, int kernel) {
-    if (n.empty() || n.size() > kMaxParts || tensor_scale.size() != n.size() ||
+    if (n.empty() || n.size() > kMaxCpuParts || tensor_scale.size() != n.size() ||
         bias_dtype.size() != n.size() || residual_dtype.size() != n.size())
         raise_unless_ok(Status::bad_cpu_part, kWhere);
     args_.k = k;
@@ -119,6 +119,7 @@ CpuPlan::CpuPlan(int64_t k, int x_dtype, int mode, float clip, int bits, bool fo
     args_.y_dtype = dtype_of(y_dtype, kWhere);
     args_.part_count = static_cast<int32_t>(n.size());
     args_.kernel = kernel;
+    parts_.resize(n.size());
     for (size_t i = 0; i < n.size(); ++i) {
         parts_[i].n = n[i];
         parts_[i].tensor_scale = tensor_scale[i];
@@ -127,8 +128,9 @@ CpuPlan::CpuPlan(int64_t k, int x_dtype, int mode, float clip, int bits, bool fo
     }
 }
 
-CpuGemm CpuPlan::call(const std::vector<PartPointers>& pointers, bool has_rows, CpuPart* parts) const {
-    if (pointers.size() != static_cast<size_t>(args_.part_count))
+CpuGemm CpuPlan::call(const std::vector<PartPointers>& pointers, bool has_rows, CpuPart* parts,
+                      int32_t room) const {
+    if (pointers.size() != parts_.size() || args_.part_count > room)
         raise_unless_ok(Status::bad_cpu_part, kWhere);
     const bool grouped = args_.group_size != 0;
     for (size_t i = 0; i < pointers.size(); ++i) {
@@ -150,8 +152,8 @@ CpuGemm CpuPlan::call(const std::vector<PartPointers>& pointers, bool has_rows, 
 
 void CpuPlan::run(int64_t m, int64_t row_stride, uintptr_t x, uintptr_t act_scale, float static_scale,
                   int32_t threads, const std::vector<PartPointers>& pointers, DecoderStep* step) const {
-    CpuPart parts[kMaxParts];
-    CpuGemm args = call(pointers, m > 0, parts);
+    CpuPart parts[kMaxCpuParts];
+    CpuGemm args = call(pointers, m > 0, parts, kMaxCpuParts);
     args.m = m;
     args.row_stride = row_stride;
     args.x = pointer<const void>(x, element_bytes(args.x_dtype), m > 0, kWhere, "x");

@@ -21,15 +21,16 @@ class CpuPlan {
             int activation, int y_dtype, const std::vector<int64_t>& n, const std::vector<bool>& tensor_scale,
             const std::vector<int>& bias_dtype, const std::vector<int>& residual_dtype, int kernel);
 
-    // A call whose `parts` (room for kMaxParts) have these addresses. has_rows: y may not be nullptr.
-    CpuGemm call(const std::vector<PartPointers>& pointers, bool has_rows, CpuPart* parts) const;
+    // A call whose `parts` (`room` of them) have these addresses. has_rows: y may not be nullptr.
+    CpuGemm call(const std::vector<PartPointers>& pointers, bool has_rows, CpuPart* parts,
+                 int32_t room) const;
 
     void run(int64_t m, int64_t row_stride, uintptr_t x, uintptr_t act_scale, float static_scale,
              int32_t threads, const std::vector<PartPointers>& pointers, DecoderStep* step) const;
 
   private:
     CpuGemm args_ = {};
-    CpuPart parts_[kMaxParts] = {};
+    std::vector<CpuPart> parts_;
 };
 
 void define_cpu_gemm(pybind11::module_& m);

@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import dqkernels
 from dqkernels import DQConfig, backends, fused, nn, ops, reference
 from dqkernels.kernels import cpu_gemm, native
+from dqkernels.kernels.cpu_step import Tape
 
 pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present")
 
@@ -120,7 +121,7 @@ def test_saturated_codes(form, kernel):
 @pytest.mark.parametrize("mode", ["per_token", "per_tensor", "static"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_linear_quantizes_as_the_quantizer_does(dtype, mode):
-    """Float rows of any layout, quantized inside, for one part and three, each with its own kind of scale and bias."""
+    """Float rows of any layout, quantized inside, for one part and twelve, each with its own kind of scale and bias."""
     form, k = (4, False, -1), 131
     static = torch.tensor([0.021]) if mode == "static" else None
     for m in (1, 5, 70):
@@ -129,9 +130,9 @@ def test_the_linear_quantizes_as_the_quantizer_does(dtype, mode):
             x[m // 2, 7] = float("inf")
         parts, wanted = [], []
         q, scale, row_sum = ops.quantize_activation(x, mode, 2.5, True, static, "eager")
-        for index, n in enumerate((4, 33, 7)):
-            _, (_, _, qweight, weight_scale, mult) = operands(form, 1, n, k, index, per_tensor=index == 1)
-            bias = (None, torch.randn(n), torch.randn(n).to(dtype))[index]
+        for index, n in enumerate((4, 33, 7, *range(1, 10))):
+            _, (_, _, qweight, weight_scale, mult) = operands(form, 1, n, k, index, per_tensor=index % 5 == 1)
+            bias = (None, torch.randn(n), torch.randn(n).to(dtype))[index % 3]
             parts.append(cpu_gemm.part(qweight, weight_scale, mult, bias, None, n))
             how = {**facts_of(form, out_dtype=dtype), "out_features": n}
             wanted.append(reference.qgemm(q, scale, row_sum, qweight, weight_scale, mult, bias, None, **how))
@@ -351,8 +352,9 @@ def test_what_the_core_cannot_do_is_refused_in_words():
         cpu_gemm.gemm(torch.randn(2, 40).double(), [part], **facts_of((8, False, -1)))
     with pytest.raises(ValueError, match="out_dtype must be"):
         cpu_gemm.gemm(q, [part], **facts_of((8, False, -1), out_dtype=torch.float64), act_scale=act_scale)
-    with pytest.raises(ValueError, match="1 to 3 parts"):
-        cpu_gemm.gemm(q, [part] * 4, **facts_of((8, False, -1)), act_scale=act_scale)
+    for count, tape in ((65, None), (4, Tape())):
+        with pytest.raises(ValueError, match=r"1 to 64 parts \(1 to 3 where it is kept\)"):
+            cpu_gemm.gemm(q, [part] * count, **facts_of((8, False, -1)), act_scale=act_scale, into=tape)
     grouped = part._replace(group_mult=torch.ones(5, 2, dtype=torch.uint8))
     with pytest.raises(ValueError, match="group_size must be 32, 64 or 128"):
         cpu_gemm.gemm(q, [grouped], **facts_of((8, False, 32)), act_scale=act_scale)

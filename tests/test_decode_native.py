@@ -492,3 +492,33 @@ def test_what_a_run_refuses():
     with pytest.raises(ValueError, match="v must be on cpu, got meta"):
         cpu_attention.quantize_into_cache(k, v.to("meta"), *where, "per_token", None, into=tape)
     assert len(tape.core) == 1
+
+
+def test_what_stands_in_the_way_is_asked_once(monkeypatch):
+    """And again over other weights or options, for beams, and once `free` has let go of all that is kept."""
+    model, asked = build("bart"), []
+    inner = native_step.why_not
+    monkeypatch.setattr(native_step, "why_not", lambda *given: asked.append(given[1]) or inner(*given))
+    layer = model.get_decoder().layers[0]
+    for change, wanted in (
+        (lambda: None, [False]),
+        (lambda: None, []),
+        (lambda: setattr(layer.fc1, "backend", "cpu"), [False]),
+        (lambda: setattr(layer.fc1, "bias", nn.Parameter(layer.fc1.bias.clone(), False)), [False]),
+        (lambda: decode.free(model), [False]),
+        (lambda: monkeypatch.setenv("DQKERNELS_BACKEND", "cpu"), [False]),
+        (lambda: None, []),
+    ):
+        change()
+        alike(model, max_new_tokens=3)
+        assert asked == wanted
+        asked.clear()
+    alike(model, max_new_tokens=3, num_beams=2)
+    assert asked == [True]
+    assert layers_of(model)
+    layer.fc1.backend = "eager"  # an obstacle: asked at every call, and never remembered as none
+    for _ in range(2):
+        decode.free(model)
+        asked.clear()
+        alike(model, max_new_tokens=3)
+        assert asked == [False] and layers_of(model) == []

@@ -97,7 +97,7 @@ def test_has_no_gradient():
 def test_refusals():
     x = torch.randn(2, K)
     args, _ = call(x, (None, None, 0.0), "W8", 2)
-    with pytest.raises(ValueError, match="lists of one length, 1 to 3, got .*'bias': 1"):
+    with pytest.raises(ValueError, match="lists of one length, 1 to 64, got .*'bias': 1"):
         fused.qlinear_multi(*args[:7], args[7][:1], *args[8:])
     with pytest.raises(ValueError, match="norm_bias needs norm_weight"):
         fused.qlinear_multi(x, None, torch.ones(K), *args[3:])
@@ -134,8 +134,7 @@ def test_one_kernel_is_taken_where_there_is_one(monkeypatch):
     assert fused.qlinear_multi(*args)[0].numel() == 1
     assert asked == {
         "op": "qlinear_multi", "backend": "auto", "bits": 4, "group_size": 32, "many_rows": False, "where": None,
-        "prologue": False,
-        "uniform": True, "norm": False,
+        "parts": 2, "prologue": False, "uniform": True, "norm": False,
     }  # fmt: skip
     ((_, norm, parts, options),) = stand_in.asked
     assert norm[2] == 1e-3 and len(parts) == 2 and parts[1][4] == SIZES[1] and options["act_mode"] == "per_token"
@@ -161,6 +160,8 @@ def test_the_cuda_kernel_says_what_it_takes():
     assert "up to 16 rows" in cuda.supports("qlinear_multi", prologue=False, norm=True)
     assert "norm in the dtype of x" in cuda.supports("qlinear_multi", prologue=True, norm=False)
     assert "one kind of weight scales" in cuda.supports("qlinear_multi", uniform=False)
+    assert cuda.supports("qlinear_multi", parts=3) is None
+    assert "up to 3 linears in a launch, not 4" in cuda.supports("qlinear_multi", parts=4)
     assert "up to 64 rows" in cuda.defers("qlinear_multi", many_rows=True)
     assert cuda.defers("qlinear_multi", many_rows=False, where=None) is None
 

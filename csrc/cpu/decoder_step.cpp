@@ -45,12 +45,14 @@ struct Run {
 
 }  // namespace
 
-void DecoderStep::add(const CpuGemm& call) {
+Status DecoderStep::add(const CpuGemm& call) {
+    if (call.part_count > kMaxParts) return Status::bad_cpu_part;
     Gemm kept = {};
     kept.call = call;
-    for (int32_t i = 0; i < call.part_count && i < kMaxParts; ++i) kept.parts[i] = call.parts[i];
+    for (int32_t i = 0; i < call.part_count; ++i) kept.parts[i] = call.parts[i];
     calls_.emplace_back(kept);
     shares_ = shares_ || worth_sharing(call);
+    return Status::ok;
 }
 
 Status DecoderStep::place(const int64_t* tokens, int64_t position) const {

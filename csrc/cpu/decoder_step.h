@@ -24,15 +24,14 @@ struct StepRows {
 
 class DecoderStep {
   public:
-    // Appends a call. Its threads are not read: `run` says how many. The parts of a GEMM are copied, nothing
-    // else is: every operand must stay where it is.
-    void add(const CpuGemm& call);
-    void add(const NormQuantize& call) { calls_.emplace_back(call); }
-    void add(const CacheWrite& call) { calls_.emplace_back(call); }
-    void add(const AttentionDecode& call) { calls_.emplace_back(call); }
-    void add(const CpuEmbedding& call) { calls_.emplace_back(call); }
-    void add(const AddPosition& call) { calls_.emplace_back(call); }
-    void add(const FinishLogits& call) { calls_.emplace_back(call); }
+    // Appends a call. Its threads are not read: `run` says how many. The parts of a GEMM (kMaxParts at most)
+    // are copied, nothing else is: every operand must stay where it is.
+    Status add(const CpuGemm& call);
+    template <typename Call>
+    Status add(const Call& call) {
+        calls_.emplace_back(call);
+        return Status::ok;
+    }
 
     int64_t size() const { return static_cast<int64_t>(calls_.size()); }
 

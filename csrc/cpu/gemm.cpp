@@ -81,7 +81,7 @@ Status check(const CpuGemm& args) {
     if (args.activation < Activation::none || args.activation > Activation::gelu)
         return Status::bad_activation;
     if (!float_type(args.y_dtype)) return Status::bad_dtype;
-    if (args.part_count < 1 || args.part_count > kMaxParts || args.parts == nullptr)
+    if (args.part_count < 1 || args.part_count > kMaxCpuParts || args.parts == nullptr)
         return Status::bad_cpu_part;
     if (args.x_dtype == DType::int8) {
         int64_t bytes = 0;
@@ -361,7 +361,7 @@ Status cpu_gemm(const CpuGemm& args) {
         // One row: a few pieces per thread. More: as many columns as the sums of a tile have.
         int64_t width = kGemmColumns;
         if (args.m == 1) width = std::max<int64_t>(1, columns / kGemmColumns / (4 * threads)) * kGemmColumns;
-        int64_t pieces[kMaxParts] = {}, all = 0;
+        int64_t pieces[kMaxCpuParts] = {}, all = 0;
         for (int32_t i = 0; i < args.part_count; ++i)
             all += pieces[i] = (args.parts[i].n + width - 1) / width;
         const int64_t row_block = row_block_of(args.m, all, threads);

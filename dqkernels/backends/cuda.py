@@ -35,11 +35,14 @@ def supports(
     prologue: bool = True,
     norm: bool | None = None,
     uniform: bool = True,
+    parts: int = 1,
     head_dim: int | None = None,
     **facts,
 ) -> str | None:
-    """Everything that the formats have; a LayerNorm inside the GEMM for few rows and in the dtype of x only; heads of
-    4, 8 ... 128 dimensions."""
+    """Everything that the formats have; a LayerNorm inside the GEMM for few rows and in the dtype of x only; three
+    linears in a launch at most; heads of 4, 8 ... 128 dimensions."""
+    if parts > skinny.PARTS:
+        return f"has up to {skinny.PARTS} linears in a launch, not {parts}"
     if head_dim is not None and (head_dim > cuda_attention.MAX_HEAD_DIM or head_dim % cuda_attention.DIM_STEP):
         step, most = cuda_attention.DIM_STEP, cuda_attention.MAX_HEAD_DIM
         return f"has no {op} of head_dim={head_dim}, only multiples of {step} up to {most}"

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dqkernels.decode import layers
-from dqkernels.decode.prepared import onto, projection
+from dqkernels.decode.prepared import lazily, onto, projection
 from dqkernels.models import blocks, steps
 
 #: Classes with a head -> `model_type`.
@@ -86,20 +86,23 @@ def _layer(layer: nn.Module) -> layers.Layer:
         """`project`, with what the block's output is added to in the first place."""
         return project if adds_normed else lambda x: (x, project(x)[1])
 
-    inner, outer = based(projection((layer.fc1,), before[2], layer.activation_fn)), onto(layer.fc2)
+    def feed_forward():
+        inner, outer = based(projection((layer.fc1,), before[2], layer.activation_fn)), onto(layer.fc2)
 
-    def feed_forward(x):
-        base, (hidden,) = inner(x)
-        x = outer(hidden, base)
-        return x if behind is None else steps.behind(x, behind, layer.fc2)
+        def run(x):
+            base, (hidden,) = inner(x)
+            x = outer(hidden, base)
+            return x if behind is None else steps.behind(x, behind, layer.fc2)
+
+        return run
 
     return layers.Layer(
-        qkv=based(projection((own.q_proj, own.k_proj, own.v_proj), before[0])),
-        own_out=onto(own.out_proj),
-        cross_q=based(projection((cross.q_proj,), before[1])),
-        cross_kv=projection((cross.k_proj, cross.v_proj)),
-        cross_out=onto(cross.out_proj),
-        feed_forward=feed_forward,
+        qkv=lazily(lambda: based(projection((own.q_proj, own.k_proj, own.v_proj), before[0]))),
+        own_out=lazily(lambda: onto(own.out_proj)),
+        cross_q=lazily(lambda: based(projection((cross.q_proj,), before[1]))),
+        cross_kv=(cross.k_proj, cross.v_proj),
+        cross_out=lazily(lambda: onto(cross.out_proj)),
+        feed_forward=lazily(feed_forward),
         own=layers.Attend.of(own, own.head_dim),
         cross=layers.Attend.of(cross, cross.head_dim),
         shared=steps.packed(cross.k_proj) and steps.packed(cross.v_proj),

@@ -35,6 +35,7 @@ class State:
         refused: why a step could not be captured; empty where it could, or was never tried.
         processors: classes of logits processors that the last call ran as transformers does, at every step.
         beams_by_torch: why the last call did not keep its beams in the compiled core, where others do; else empty.
+        native: by whether beams are searched, the `native_step.state_of` that last had a native step.
     """
 
     pool: caches.Pool = field(default_factory=caches.Pool)
@@ -45,6 +46,7 @@ class State:
     refused: str = ""
     processors: tuple[str, ...] = ()
     beams_by_torch: str = ""
+    native: dict[bool, tuple] = field(default_factory=dict)
 
 
 _STATES: weakref.WeakKeyDictionary[nn.Module, State] = weakref.WeakKeyDictionary()
@@ -189,14 +191,26 @@ class Running:
 
     def _step(self, model: nn.Module, decoder: layers.Decoder, is_beams: bool, most: int) -> Step:
         parts = family_of(model)[0].parts(model)
-        if self.caches.tokens.device.type == "cpu" and native_step.why_not(parts[0], is_beams) is None:
+        if self.caches.tokens.device.type == "cpu":
             state = native_step.state_of(*parts, decoder.logits_bias)
-            native_step.drop_stale(self.state.pool.idle(), state)
-            return native_step.NativeStep(decoder, self.caches, is_beams, most, parts, state)
+            if self._is_native(parts[0], state, is_beams):
+                native_step.drop_stale(self.state.pool.idle(), state)
+                return native_step.NativeStep(decoder, self.caches, is_beams, most, parts, state)
         if not (self.caches.tokens.is_cuda and getattr(model, GRAPHS, True)):
             return Step(decoder, self.caches, is_beams, most)
         weights = graphs.weights_of(model)
         return graphs.GraphStep(decoder, self.caches, is_beams, most, weights, self._refused)
+
+    def _is_native(self, decoder: nn.Module, state: tuple | None, is_beams: bool) -> bool:
+        """Whether a step is one native call: asked again, which takes as long as half a step, once `state` changed."""
+        if state is None:
+            return False
+        if self.state.native.get(is_beams) != state:
+            self.state.native.pop(is_beams, None)
+            if native_step.why_not(decoder, is_beams) is not None:
+                return False
+            self.state.native[is_beams] = state
+        return True
 
     def _refused(self, reason: str) -> None:
         self.state.refused = reason

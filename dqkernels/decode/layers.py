@@ -41,7 +41,7 @@ class Layer:
         qkv: x -> what the output is added to, and Q, K, V of self-attention.
         own_out: attention's output and what it is added to -> x.
         cross_q: x -> what the output is added to, and Q of cross-attention.
-        cross_kv: the encoder's output -> itself, and K, V; called once per source.
+        cross_kv: the linears of cross-attention's K and V (`sources`).
         cross_out: as `own_out`.
         feed_forward: x -> the layer's output.
         own, cross: the two attentions.
@@ -51,7 +51,7 @@ class Layer:
     qkv: Projection
     own_out: Onto
     cross_q: Projection
-    cross_kv: Projection
+    cross_kv: tuple[nn.Module, nn.Module]
     cross_out: Onto
     feed_forward: Callable[[torch.Tensor], torch.Tensor]
     own: Attend

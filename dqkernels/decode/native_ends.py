@@ -76,8 +76,10 @@ def _norm_obstacles(decoder: nn.Module, name: str) -> Iterator[str]:
     linear = norms.linear_of(norm)
     if linear is None or norm.weight is None:
         yield f"{name} is a {type(norm).__module__}.{type(norm).__name__}"
-    elif steps.apart((linear,)) is not None or linear.backend not in ("auto", "cpu"):
-        yield f"{name} is torch's beside linears that are not packed, or run on {linear.backend}"
+    elif (why := steps.apart((linear,))) is not None:
+        yield f"{name} is torch's: of the linears beside it {why}"
+    elif linear.backend not in ("auto", "cpu"):
+        yield f"{name} is torch's beside linears that run on {linear.backend}"
     else:
         yield from unreadable((norm,), name)
         yield from elsewhere(linear, name, True)

@@ -7,6 +7,7 @@ token ids in, logits and the largest of them out.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from types import ModuleType
 from typing import Any
@@ -96,20 +97,30 @@ def _groups(layer: nn.Module) -> list[tuple[tuple[nn.Module, ...], nn.Module | N
     ]
 
 
-def state_of(decoder: nn.Module, head: nn.Module, bias: torch.Tensor | None) -> tuple[Any, ...]:
-    """What a tape was written down for: every tensor it reads, and how it computes with them. The same where it may be
-    run again: the tape holds the memory it reads, so that no other tensor can come to lie there.
+def state_of(decoder: nn.Module, head: nn.Module, bias: torch.Tensor | None) -> tuple[Any, ...] | None:
+    """What a tape was written down for: every tensor it reads, and how it computes with them; None for a decoder that
+    has no native step, whatever its tensors are. The same where a tape may be run again: it holds the memory that it
+    reads, so that no other tensor can come to lie there. And the same where `why_not` would find what it found, as long
+    as nothing watches the decoder (`layers.obstacles`).
 
     bias: behind the head, or None.
     """
-    found: list[Any] = [native_ends.state_of(decoder, head, bias)]
+    if native.native() is None or not getattr(decoder, "layers", None):
+        return None
+    found: list[Any] = [os.environ.get("DQKERNELS_BACKEND")]
     for layer in decoder.layers:
+        if not blocks.is_fused(layer):
+            return None
         for linears, norm, _ in _groups(layer):
+            if not all(map(steps.packed, linears)) or not (norm is None or isinstance(norm, nn.LayerNorm)):
+                return None
             found += map(linear_state, linears)
-            found.append(None if norm is None else (norm.eps, *map(place, tensors(norm))))
+            found.append(None if norm is None else (type(norm), norm.eps, *map(place, tensors(norm))))
         found.append(steps.epilogue(layer.activation_fn))
-        found += [(attention.in_use(each), each.scaling) for each in (layer.self_attn, layer.encoder_attn)]
-    return tuple(found)
+        found += [
+            (attention.in_use(each), each.scaling, each.head_dim) for each in (layer.self_attn, layer.encoder_attn)
+        ]
+    return *found, native_ends.state_of(decoder, head, bias)
 
 
 def drop_stale(idle: Iterable[Caches], state: tuple[Any, ...]) -> None:

@@ -90,8 +90,11 @@ def plain(model: nn.Module) -> Iterator[nn.Module]:
 
 
 def free(model: nn.Module) -> None:
-    """Drops the caches that are kept for the next calls; those of a call that runs stay until it ends."""
-    engine.state_of(model).pool.clear()
+    """Drops what is kept for the next calls: caches, and what a step was made for. Of a call that runs, they stay until
+    it ends."""
+    state = engine.state_of(model)
+    state.pool.clear()
+    state.native.clear()
 
 
 def _own_method(model: nn.Module) -> str | None:

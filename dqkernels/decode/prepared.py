@@ -18,6 +18,18 @@ Projection = Callable[[torch.Tensor], tuple[torch.Tensor, list[torch.Tensor]]]
 Onto = Callable[[torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
+def lazily(make: Callable[[], Callable]) -> Callable:
+    """A function that is made when it is first called: a native step calls few of those that a decoder has."""
+    made: list[Callable] = []
+
+    def call(*args):
+        if not made:
+            made.append(make())
+        return made[0](*args)
+
+    return call
+
+
 def projection(
     linears: Sequence[nn.Module], norm: nn.Module | None = None, activation: nn.Module | None = None
 ) -> Projection:

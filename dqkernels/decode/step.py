@@ -10,6 +10,7 @@ import torch
 
 from dqkernels import backends, kv_cache, ops
 from dqkernels.decode import caches as static
+from dqkernels.decode import sources
 from dqkernels.decode.caches import Caches
 from dqkernels.decode.layers import Attend, Decoder
 
@@ -54,16 +55,16 @@ class Step:
             mask: bool [sources, tokens], which of them are visible; None: all.
         """
         caches = self.caches
-        sources, tokens = hidden.shape[:2]
-        beams = caches.shape.rows // sources
+        beams, tokens = caches.shape.rows // hidden.shape[0], hidden.shape[1]
         order = None
         if mask is None:
             caches.source_lengths.fill_(tokens)
         else:
             order, lengths = visible_first(mask)
             caches.source_lengths.copy_(lengths.repeat_interleave(beams) if beams > 1 else lengths)
-        for layer, cache in zip(self.decoder.layers, caches.cross, strict=True):
-            _, found = layer.cross_kv(hidden)
+        layers = self.decoder.layers
+        pairs = sources.keys_and_values([layer.cross_kv for layer in layers], hidden)
+        for layer, cache, found in zip(layers, caches.cross, pairs, strict=True):
             if order is not None:  # of the projections, as the rows of a float GEMM may depend on where they stand
                 found = [each.gather(1, order.unsqueeze(2).expand_as(each)) for each in found]
             k, v = map(self._heads, found)

@@ -98,7 +98,7 @@ def _layer(block: nn.Module) -> layers.Layer:
         qkv=based(own.layer_norm, [own_attention.q, own_attention.k, own_attention.v]),
         own_out=_onto(own_attention.o),
         cross_q=based(cross.layer_norm, [cross_attention.q]),
-        cross_kv=projection([cross_attention.k, cross_attention.v]),
+        cross_kv=(cross_attention.k, cross_attention.v),
         cross_out=_onto(cross_attention.o),
         feed_forward=feed_forward,
         own=layers.Attend.of(own_attention, own_attention.key_value_proj_dim),

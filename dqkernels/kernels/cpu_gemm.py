@@ -68,7 +68,7 @@ def gemm(
 
     Args:
         x: [..., K] of int8 codes within -127..127, or of fp32, fp16 or bf16.
-        parts: one to three linears of K in_features.
+        parts: one to 64 linears of K in_features; up to three with `into`.
         bits, four_level, group_size: the format of the weights, -1 for no groups.
         activation: `none`, `relu` or `gelu`.
         out_dtype: fp32, fp16 or bf16.

@@ -23,7 +23,7 @@ import torch
 from dqkernels import packing
 
 #: Twin of kAbiVersion in csrc/include/dqk/api.h. An extension of another version is refused, not called.
-ABI_VERSION = 7
+ABI_VERSION = 8
 MODES = {"per_token": 0, "per_tensor": 1, "static": 2}
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 _PACKAGE = Path(__file__).resolve().parent.parent

@@ -25,6 +25,8 @@ from .counters import zeros
 PROLOGUE_ROWS = 16
 #: Rows of one slice: up to here the weights are read once.
 ROWS = 64
+#: Linears of one launch.
+PARTS = 3
 #: Code compiled for this or later waits for the kernel before it, and so may be launched while that one ends.
 OVERLAP_CODE = 90
 _DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
@@ -125,8 +127,8 @@ def gemm(
     with torch.cuda.device(device) if device != torch.cuda.current_device() else _HERE:
         if x.dim() != 2 or (x.shape[1] > 1 and x.stride(1) != 1):
             raise ValueError(f"x must be [M, K] with adjacent elements, got {list(x.shape)} with strides {x.stride()}")
-        if not 1 <= len(parts) <= 3:
-            raise ValueError(f"parts must be 1 to 3, got {len(parts)}")
+        if not 1 <= len(parts) <= PARTS:
+            raise ValueError(f"parts must be 1 to {PARTS}, got {len(parts)}")
         one_scale = _one_scale(parts)
         _check(x, parts, act_scale, norm, out_scale, bits, group_size, mode, out_dtype, one_scale)
         m, k = x.shape

@@ -10,6 +10,7 @@ from torch import nn
 
 from dqkernels import backends, checks
 from dqkernels.kernels import cpu_gemm
+from dqkernels.nn import QLinear
 
 
 def elsewhere(linear: nn.Module, label: str, normed: bool, **facts: Any) -> Iterator[str]:
@@ -35,6 +36,9 @@ def unreadable(modules: tuple[nn.Module, ...], label: str) -> Iterator[str]:
 
 def tensors(module: nn.Module) -> list[torch.Tensor]:
     """What a linear, or a norm, is computed with, as it is."""
+    if type(module) in (QLinear, nn.LayerNorm):  # its own and no others; asked by name they take ten times as long
+        given = (*module._parameters.values(), *module._buffers.values())
+        return [tensor for tensor in given if tensor is not None and tensor.numel()]
     given = (module.weight, module.bias) if isinstance(module, nn.LayerNorm) else (*module.packed(), module.bias)
     scale = getattr(module, "act_scale", None)
     return [tensor for tensor in (*given, scale) if tensor is not None and tensor.numel()]
@@ -50,7 +54,7 @@ def linear_state(linear: nn.Module) -> tuple[Any, ...]:
 
 def place(tensor: torch.Tensor) -> tuple[Any, ...]:
     """Where a tensor lies, and as what."""
-    return tensor.data_ptr(), tensor.dtype, tuple(tensor.shape), tensor.stride()
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
 
 
 def part_of(linear: nn.Module, residual: torch.Tensor | None) -> cpu_gemm.Part:

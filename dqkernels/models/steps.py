@@ -25,8 +25,10 @@ def hooked(module: nn.Module) -> bool:
 
     transformers leaves a hook on every attention once maps or hidden states were asked for: it counts when it captures.
     """
-    watched = any(_watches(hook) for name in _HOOKS for hook in getattr(module, name).values())
-    return watched or "forward" in module.__dict__ or _has_any_global_hook()
+    own = module.__dict__  # nearly always four empty dictionaries, looked at for every module of every call
+    if any(map(own.get, _HOOKS)) and any(_watches(hook) for name in _HOOKS for hook in own[name].values()):
+        return True
+    return "forward" in own or _has_any_global_hook()
 
 
 def _watches(hook: Callable) -> bool:

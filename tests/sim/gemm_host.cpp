@@ -33,8 +33,8 @@ Status gemm(const sim::Request& request) {
     args.threads = static_cast<int32_t>(request.seed) + 1;
     args.x = request.pointer<const void>(0);
     args.act_scale = request.pointer<const float>(1);
-    CpuPart parts[kMaxParts] = {};
-    for (int32_t i = 0; i < args.part_count && i < kMaxParts; ++i) {
+    CpuPart parts[kMaxCpuParts] = {};
+    for (int32_t i = 0; i < args.part_count && i < kMaxCpuParts; ++i) {
         const size_t scalar = 14 + 4 * static_cast<size_t>(i), buffer = 2 + 6 * static_cast<size_t>(i);
         parts[i].n = request.integer(scalar);
         parts[i].tensor_scale = request.integer(scalar + 1) != 0;

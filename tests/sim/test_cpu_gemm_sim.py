@@ -61,7 +61,7 @@ AXES = {
     "mode": list(MODES),
     "clip": [0.0, 2.5],
     "layout": ["contiguous", "strided", "expanded"],
-    "parts": [1, 2, 3],
+    "parts": [1, 2, 12],
     "scales": ["per_channel", "per_tensor"],
     "bias": [None, "fp32", "fp16", "bf16"],
     "residual": [None, "fp32", "fp16", "bf16"],
@@ -334,8 +334,8 @@ def test_embedding_rows(program, kernel):
 
 
 def test_refusals_come_before_any_memory_is_touched(program):
-    nothing, status = [ABSENT] * 20, statuses().index
-    plain = [0, 1, 4, 4, 0, 0, 0.0, 0.0, 8, 0, 0, 0, 0, 1, 4, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0, 4, 0, 0, 0]
+    nothing, status = [ABSENT] * (2 + 6 * 64), statuses().index
+    plain = [0, 1, 4, 4, 0, 0, 0.0, 0.0, 8, 0, 0, 0, 0, 1, *[4, 0, 0, 0] * 64]
 
     def changed(name, word, **fields):
         places = {"kernel": 0, "m": 1, "k": 2, "stride": 3, "x": 4, "clip": 6, "bits": 8, "group": 10, "activation": 11,
@@ -355,7 +355,7 @@ def test_refusals_come_before_any_memory_is_touched(program):
         changed("no such activation", "bad_activation", activation=3),
         changed("int8 output", "bad_dtype", y=3),
         changed("no parts", "bad_cpu_part", parts=0),
-        changed("four parts", "bad_cpu_part", parts=4),
+        changed("65 parts", "bad_cpu_part", parts=65),
         changed("codes without scales", "bad_cpu_part", x=3),
         changed("negative stride", "bad_size", stride=-1),
         changed("negative clip", "bad_clip", clip=-1.0),

@@ -8,7 +8,7 @@
 namespace dqk {
 
 // Raised whenever a signature below or the packed format changes; dqkernels/kernels/native.py holds its twin.
-constexpr int32_t kAbiVersion = 7;
+constexpr int32_t kAbiVersion = 8;
 
 // ---- CPU instruction sets ---------------------------------------------------------------------------------
 
@@ -168,7 +168,9 @@ enum class Activation : int32_t { none = 0, relu = 1, gelu = 2 };
 
 // ---- the GEMM of a CPU ------------------------------------------------------------------------------------
 
-// Weights of one linear. Up to kMaxParts of them share the input.
+// Weights of one linear. Up to kMaxCpuParts of them share the input: Q, K and V, or K and V of all layers of
+// a decoder. A call that is kept (cpu/decoder_step.h) has kMaxParts at most.
+constexpr int32_t kMaxCpuParts = 64;
 struct CpuPart {
     const uint8_t* qweight;     // packed v1 [ceil16(n), ceil128(k) * bits / 8]
     const float* weight_scale;  // [n], or [1] with tensor_scale

@@ -95,7 +95,8 @@ constexpr const char* sentence(Status status) {
         case Status::no_memory:
             return "no memory was left for the buffers of a kernel";
         case Status::bad_cpu_part:
-            return "a call takes 1 to 3 parts, each with n >= 1, weights, scales, an output and, with "
+            return "a call takes 1 to 64 parts (1 to 3 where it is kept), each with n >= 1, weights, scales, "
+                   "an output and, with "
                    "groups, "
                    "multipliers; codes as input bring their scales";
         case Status::bad_kernel:
