@@ -278,6 +278,8 @@ def test_nothing_is_lost_on_a_kill(tmp_path):
         child.kill()
     left = record.read(path)
     assert [row["status"] for row in left["rows"]] == ["timed", "timed", "not run"]
+    assert left["rows"][2]["reason"] == cells.NOT_YET, "its time was not over"
+    assert "not run yet: (2, greedy," in assert_fits(left)
     arguments = {"bits": (), "candidates": ["torch"], "batch_size": [1, 2], "out": str(path), "resume": True}
     made = run(**arguments)
     assert made["rows"][:2] == left["rows"][:2], "measured again"

@@ -302,18 +302,27 @@ def test_another_version_of_a_peer_is_a_reason_and_no_crash(monkeypatch):
         "bitsandbytes nf4",
         "torchao int8 dynamic",
         "torchao int8 weights",
+        "onnxruntime fp32",
+        "onnxruntime int8",
     ],
 )
 def test_peers_compute_the_same_function_and_leave_the_model_alone(name, shape):
     """CTranslate2's converter once scaled the weights of the model that all other candidates were copies of."""
     family = name.partition(" ")[0]
     pytest.importorskip(family, reason=f"{family} is not installed")
+    if family == "onnxruntime":
+        pytest.importorskip("onnx", reason="onnx is not installed")
+        if shape is T5:
+            pytest.skip("the adapter takes BART and mBART")
     lineup = a_lineup((family,), shape)
     before = {key: tensor.clone() for key, tensor in lineup.float32.state_dict().items()}
     one = peers.generate(family, name, lineup.float32, torch.float32, CPU)
     assert judged(one, lineup) is None
-    assert one.foreign and 0 < one.weights_bytes() < 1.05 * size.weights_bytes(lineup.float32)
-    row = generate._prepare(one, a_work(lineup, cell=Cell("1-1", 2, 3, 7, 3)), lineup.inputs(CELL))
+    # Two graphs of ONNX Runtime, each with a table of its own, and small ones are names as much as numbers.
+    more = 1.6 if family == "onnxruntime" else 1.05
+    assert one.foreign and 0 < one.weights_bytes() < more * size.weights_bytes(lineup.float32)
+    beams = 1 if family == "onnxruntime" else 3
+    row = generate._prepare(one, a_work(lineup, cell=Cell("1-1", 2, beams, 7, 3)), lineup.inputs(CELL))
     assert row["status"] == "timed", row
     assert all(torch.equal(before[key], tensor) for key, tensor in lineup.float32.state_dict().items())
 

@@ -310,9 +310,10 @@ def test_peers_by_device():
     assert peers.missing(peers.PEERS["dynamic"], "cuda") == "runs on a CPU only"
     assert peers.generators("ctranslate2", CPU) == ["ctranslate2 fp32", "ctranslate2 int8"]
     assert peers.generators("ctranslate2", CUDA) == ["ctranslate2 fp16", "ctranslate2 int8_fp16"]
-    assert peers.generators("onnxruntime", CPU) == ["onnxruntime"]
-    with pytest.raises(peers.NotCompared, match="no adapter"):
-        peers.generate("onnxruntime", "onnxruntime", nn.Module(), torch.float32, CPU)
+    assert peers.generators("onnxruntime", CPU) == ["onnxruntime fp32", "onnxruntime int8"]
+    assert peers.generators("onnxruntime", CUDA) == ["onnxruntime"]
+    with pytest.raises(peers.NotCompared, match="CPU only"):
+        peers.generate("onnxruntime", "onnxruntime", nn.Module(), torch.float32, CUDA)
     with pytest.raises(peers.NotCompared, match="CPU only"):
         peers.generate("dynamic", "torch dynamic int8", nn.Module(), torch.float32, CUDA)
 
@@ -334,4 +335,4 @@ def test_every_peer_is_in_a_bench_and_says_how_to_install():
     console = Console(width=80, record=True, file=open("/dev/null", "w"), color_system=None)
     console.print(peers.render(copy.deepcopy(rows), CPU))
     text = console.export_text()
-    assert max(map(len, text.splitlines())) <= 80 and "takes CUDA tensors" in text and "onnxscript" in text
+    assert max(map(len, text.splitlines())) <= 80 and "takes CUDA tensors" in text and "runs whole models only" in text

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from dqkernels.bench import cpu_goals, cpu_memory, cpu_parts, generate, protocol, record, size
+from dqkernels.bench import cpu_goals, cpu_memory, cpu_parts, generate, generate_cells, protocol, record, size
 from dqkernels.bench.cpu_view import render
 from dqkernels.kernels import native
 
@@ -101,15 +101,15 @@ def run(
         # What one part leaves over is the next ones'.
         done[name] = measure(cpu_parts.Work(size.SHAPES[shape], tuple(bits), max(remaining, 0.0) * share / left))
         left -= share
-        _write(made, done, names, seconds, out)
+        _write(made, done, names, generate_cells.NOT_YET, out)
     described["after"] = protocol.state(device)
-    _write(made, done, names, seconds, out)
+    _write(made, done, names, f"{seconds:g} s were over", out)
     return made
 
 
-def _write(made: dict, done: dict[str, list[dict]], names: list[str], seconds: float, out: str | None) -> None:
+def _write(made: dict, done: dict[str, list[dict]], names: list[str], reason: str, out: str | None) -> None:
+    """reason: why parts of `names` are not done."""
     rows = [row for name in PARTS for row in done.get(name, ())]
-    reason = f"{seconds:g} s were over"
     missed = [
         {"part": name, "status": "not run", "reason": reason} for name in PARTS if name in names and name not in done
     ]

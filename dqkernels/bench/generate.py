@@ -127,7 +127,7 @@ def run(
     _measure_all(book, todo, options, sweep, seconds, process_memory)
     if todo:
         described["after"] = protocol.state(device)
-    book.write()
+    book.write(over=True)
     return made
 
 
@@ -157,13 +157,16 @@ class Book:
         """What was measured of a cell now; of what was measured before, what that does not take the place of."""
         self.done[cell] = _merged(self.done.get(cell, ()), rows)
 
-    def write(self) -> None:
-        """Rows in the order of the cells, then what was not reached, then who is not here; into the file, if any."""
+    def write(self, over: bool) -> None:
+        """Rows in the order of the cells, then what was not reached, then who is not here; into the file, if any.
+
+        over: whether the run is, so that what was not reached never will be.
+        """
         order = [*self.cells, *(cell for cell in self.done if cell not in self.cells)]
         self.made["settings"]["cells"] = [str(cell) for cell in order]
         reached = [row for cell in order for row in self.done.get(cell, ())]
-        budget = f"{self.made['protocol']['budget_s']:g} s were over"
-        missed = [{**cell.row(), **not_run(budget)} for cell in order if cell not in self.done]
+        reason = f"{self.made['protocol']['budget_s']:g} s were over" if over else cells_.NOT_YET
+        missed = [{**cell.row(), **not_run(reason)} for cell in order if cell not in self.done]
         gone = [
             {"candidate": name, "status": "not compared", "reason": why}
             for name, why in self.absent.items()
@@ -205,7 +208,7 @@ def _measure_all(book: Book, todo: list[Cell], options: Options, sweep: str, sec
             )  # fmt: skip
             book.add(cell, measure(work))
             book.absent.update(lineup.absent)
-            book.write()
+            book.write(over=False)
             bar.update()
 
 

@@ -182,6 +182,8 @@ SWEEPS = {
     "layers": "full and shallower models",
     "memory": "4 beams over 1024 source tokens, batch 1 to 64: few samples, for the peak of memory",
 }
+#: Why a cell has no rows in the record of a run that goes on; in that of one that was killed it stays.
+NOT_YET = "the run had not come to it"
 #: Samples of a candidate: a sweep of memory needs no statistics of time.
 ROUNDS = {"headline": 50, "layers": 50, "memory": 3}
 #: The model of a sweep where none is named.

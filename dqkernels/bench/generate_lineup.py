@@ -22,7 +22,7 @@ FAMILIES = {
     "static": "Hugging Face's loop with static caches, float",
     "compile": "static caches and torch.compile; on a CPU only where it is named",
     "ctranslate2": "its own runtime, float and int8",
-    "onnxruntime": "has no adapter for whole models yet, and says why",
+    "onnxruntime": "its own runtime on a CPU, float and dynamic int8; greedy, BART and mBART",
     "torchao": "int8 weights with int8 or float activations, int4 weights (CUDA)",
     "bitsandbytes": "8 bits, and NF4",
     "dynamic": "torch's dynamic int8 (CPU)",

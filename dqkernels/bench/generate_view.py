@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from dqkernels.bench import protocol
-from dqkernels.bench.generate_cells import Cell
+from dqkernels.bench.generate_cells import NOT_YET, Cell
 
 #: The axes of a cell, the ones a picture is drawn along first.
 _AXES = ("batch_size", "source_tokens", "num_beams", "layers", "new_tokens")
@@ -171,9 +171,10 @@ def _notes(result: dict) -> list[str]:
     missed: dict[str, list[str]] = {}
     for row in result["rows"]:
         if row["status"] == "not run":
-            missed.setdefault(_cell_words(Cell.of(row)), []).extend([_name(row)] if "candidate" in row else [])
-    for cell, names in missed.items():
-        lines.append(f"not run, for want of time: ({cell})" + (f": {', '.join(names)}" if names else ""))
+            why = "not run yet" if row["reason"] == NOT_YET else "not run, for want of time"
+            words = f"{why}: ({_cell_words(Cell.of(row))})"
+            missed.setdefault(words, []).extend([_name(row)] if "candidate" in row else [])
+    lines += [words + (f": {', '.join(names)}" if names else "") for words, names in missed.items()]
     lines += [f"kernels of {', '.join(names)}: {kernel}" for kernel, names in kernels.items()]
     if differ:
         words = ", ".join(f"{name} {share:.1%} equal" for name, share in differ.items())

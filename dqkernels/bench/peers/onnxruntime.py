@@ -1,12 +1,21 @@
-"""ONNX Runtime on a CPU: the layer as a graph of one matmul, dynamic int8 or 4-bit blocks. Tried with 1.32.0."""
+"""ONNX Runtime on a CPU. Tried with 1.32.0.
+
+A layer is a graph of one matmul, dynamic int8 or 4-bit blocks; a model is two graphs, float or dynamic int8
+(`onnx_bart`), and a greedy search over them.
+"""
 
 from __future__ import annotations
 
+import functools
+
+import numpy
 import torch
 from torch import nn
 
 from dqkernels.bench import candidates
-from dqkernels.bench.peers.base import NotCompared, Peer, Weights, load, only
+from dqkernels.bench import generate_candidates as generators
+from dqkernels.bench.peers.base import NotCompared, Peer, Weights, load, named, only
+from dqkernels.bench.peers.onnx_bart import Exported
 
 #: Weights that share a scale at 4 bits.
 _BLOCK = 32
@@ -16,20 +25,26 @@ class Session:
     """x fp32 [M, K] -> [M, N]. A clone is a session of its own, with weights of its own."""
 
     def __init__(self, graph: bytes, threads: int):
-        runtime = load("onnxruntime")
-        options = runtime.SessionOptions()
-        options.intra_op_num_threads = threads
-        # Waiting threads would take time from the candidates whose turn it is.
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        options.log_severity_level = 3
         self.graph, self.threads = graph, threads
-        self.session = runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+        self.session = _runtime(graph, threads, **{"session.intra_op.allow_spinning": "0"})
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         return torch.from_numpy(self.session.run(None, {"x": x.numpy()})[0])
 
     def clone(self) -> Session:
         return Session(self.graph, self.threads)
+
+
+def _runtime(graph: bytes, threads: int, **entries: str):
+    """ONNX Runtime's own session. Threads that wait would take time from the candidates whose turn it is: `entries` say
+    how they do not."""
+    runtime = load("onnxruntime")
+    options = runtime.SessionOptions()
+    options.intra_op_num_threads = threads
+    for name, value in entries.items():
+        options.add_session_config_entry(name, value)
+    options.log_severity_level = 3
+    return runtime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
 
 
 def _session(nodes: list, constants: dict[str, torch.Tensor], n: int, k: int, **domains: int) -> Session:
@@ -90,14 +105,88 @@ def _candidate(name: str, module: Session, weights: Weights, weight_bytes: int, 
     return candidates.Candidate(name, module, weights.bits, weight_bytes, prove, words, **more)
 
 
+# ------------------------------------------------------------------------------------------- whole models
+
+
+class Generator(generators.Candidate):
+    """Greedy search over the two graphs of a model: keys and values go from one call to the next as they are."""
+
+    family, foreign, dtype = "onnxruntime", True, "fp32"
+
+    def __init__(self, name: str, model: nn.Module, int8: bool):
+        self.name, self.int8 = name, int8
+        self.weight_bits = self.embedding_bits = 8 if int8 else 32
+        self.bound = generators.BOUNDS["int8" if int8 else "fp32"]
+        made, threads = Exported(model, int8), torch.get_num_threads()
+        # Between two nodes threads may wait busily, as they do by default, and behind a call they may not.
+        stop = {"session.force_spinning_stop": "1"}
+        self.encoder, self.decoder = _runtime(made.encoder, threads, **stop), _runtime(made.decoder, threads, **stop)
+        self.made, self.bytes = made, len(made.encoder) + len(made.decoder)
+        made.encoder = made.decoder = b""
+        settings = model.generation_config
+        self.start, self._end = settings.decoder_start_token_id, settings.eos_token_id
+        self.vocabulary = model.lm_head.weight.shape[0]
+
+    def cannot(self, cell):
+        return None if cell.num_beams == 1 else "the adapter searches greedily only"
+
+    def bind(self, inputs, new_tokens, num_beams):
+        if not bool(inputs["attention_mask"].all()):
+            raise NotCompared("the adapter takes sources without padding")
+        return functools.partial(self._search, inputs["input_ids"].numpy(), new_tokens)
+
+    def _search(self, ids: numpy.ndarray, new_tokens: int, logits: list | None = None) -> numpy.ndarray:
+        value, made = load("onnxruntime").OrtValue.ortvalue_from_numpy, self.made
+        given = dict(zip(made.cross, self.encoder.run_with_ort_values(made.cross, {"ids": value(ids)}), strict=True))
+        empty = numpy.zeros((len(ids), made.heads, 0, made.head_dim), dtype=numpy.float32)
+        given |= {name: value(empty) for name in made.past}
+        free = numpy.zeros(self.vocabulary, dtype=numpy.float32)
+        forbidden = free.copy()
+        if self._end is not None:
+            forbidden[self._end] = -numpy.inf
+        forbidden, free = value(forbidden), value(free)
+        given["ids"] = value(numpy.full((len(ids), 1), self.start, dtype=numpy.int64))
+        wanted = ["token", *made.present] if logits is None else ["token", *made.present, "logits"]
+        found = []
+        for step in range(new_tokens):
+            given["position"] = value(numpy.array([step + made.offset], dtype=numpy.int64))
+            given["forbidden"] = free if step == new_tokens - 1 else forbidden
+            given["ids"], *kept = self.decoder.run_with_ort_values(wanted, given)
+            if logits is not None:
+                logits.append(torch.from_numpy(kept.pop().numpy()))
+            given |= zip(made.past, kept, strict=True)
+            found.append(given["ids"].numpy())
+        return numpy.concatenate(found, axis=1)
+
+    def tokens(self, result):
+        return torch.from_numpy(result)
+
+    def logits(self, inputs, new_tokens):
+        found: list[torch.Tensor] = []
+        tokens = self._search(inputs["input_ids"].numpy(), new_tokens, found)
+        return self.tokens(tokens), torch.stack(found, dim=1)
+
+    def weights_bytes(self):
+        return self.bytes
+
+    def end(self):
+        return self._end
+
+    def kernel(self):
+        return f"onnxruntime {'MatMulInteger, codes of 7 bits' if self.int8 else 'fp32'}, MultiHeadAttention"
+
+
+def generate(model: nn.Module, dtype: torch.dtype, device: torch.device, name: str, int8: bool) -> Generator:
+    """Both graphs of a float model."""
+    return Generator(name, model, int8)
+
+
+MODELS = {"onnxruntime fp32": {"int8": False}, "onnxruntime int8": {"int8": True}}
 PEER = Peer(
     "onnxruntime",
     "pip install --no-deps onnxruntime onnx ml_dtypes flatbuffers",
     "onnxruntime",
     ("cpu",),
     linear={"onnxruntime int8 dynamic": dynamic_int8, "onnxruntime int4": int4},
-    without={
-        # Tried with torch 2.13 and transformers 5.24, on BART.
-        "generate": "no adapter: torch's exporter wants onnxscript, the older one gave a decoder's step other logits"
-    },
+    generate=lambda device: named(generate, **MODELS),
 )
