@@ -43,7 +43,8 @@ Rows = list[dict]
 
 def spelled(candidate: str) -> str:
     """A peer as it writes itself; torchao is no PyTorch."""
-    return re.sub(r"^torch\b", "PyTorch", candidate.replace("ctranslate2", "CTranslate2"))
+    words = candidate.replace("ctranslate2", "CTranslate2").replace("onnxruntime", "ONNX Runtime")
+    return re.sub(r"^torch\b", "PyTorch", words)
 
 
 def name_of(row: dict) -> str:

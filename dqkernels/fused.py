@@ -18,7 +18,7 @@ SCHEMAS = {
     "int[] out_features, str act_mode, float? act_clip, Tensor? act_scale, str activation, ScalarType out_dtype, "
     'str backend="auto", bool strict=False) -> Tensor[]'
 }
-#: Linears of one call, whatever launches it takes: K and V of 32 layers.
+#: Linears of one call, whatever launches it takes: K and V of 32 layers. `kMaxCpuParts` of the core.
 MAX_PARTS = 64
 #: Rows up to which a launch quantizes, and normalizes, its own input.
 PROLOGUE_ROWS = 16
@@ -138,8 +138,10 @@ gradients.register(_LIB, SCHEMAS)
 autocast.shield(_LIB, SCHEMAS)
 
 #: `qlinear` of several packed weights on one input, after a LayerNorm where `norm_weight` is given: Q, K and V of a
-#: layer, K and V of a cross-attention, or a projection behind its norm, in one launch for few rows. x [..., K]; returns
-#: Y [..., N] of each weight, preceded by the normalized rows [..., K] in x's dtype (the next residual) with a norm.
+#: layer, K and V of a cross-attention (of several layers, too), or a projection behind its norm. One call of the core
+#: on a CPU; on a GPU one launch for few rows and up to three weights, else one of the quantizer and one per weight.
+#: x [..., K]; returns Y [..., N] of each weight, preceded by the normalized rows [..., K] in x's dtype (the next
+#: residual) with a norm.
 qlinear_multi = torch.ops.dqkernels.qlinear_multi.default
 
 

@@ -522,3 +522,16 @@ def test_what_stands_in_the_way_is_asked_once(monkeypatch):
         asked.clear()
         alike(model, max_new_tokens=3)
         assert asked == [False] and layers_of(model) == []
+
+
+def test_a_tensor_in_the_place_of_a_parameter_is_seen(monkeypatch):
+    """As some code leaves it: a plain attribute, which no list of parameters has."""
+    model = build("bart")
+    layer = model.get_decoder().layers[0]
+    for module, name in ((layer.fc1, "bias"), (layer.final_layer_norm, "bias")):
+        tensor = getattr(module, name).detach().clone()
+        delattr(module, name)
+        for factor in (1.0, -2.0):
+            setattr(module, name, factor * tensor)
+            alike(model, max_new_tokens=4)
+            assert layers_of(model)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from decode_models import build
+from decode_models import alike, build
 from test_decode_native import logits
 from torch import nn
 
@@ -93,3 +93,28 @@ def test_generate_reads_them(family, monkeypatch):
     inner = sources.keys_and_values
     monkeypatch.setattr(sources, "keys_and_values", lambda *given: ((v, k) for k, v in inner(*given)))
     assert not torch.equal(logits(model, 4)[1], wanted)
+
+
+class Adapted(nn.Module):
+    """A linear in a module of somebody's own, which says nothing of its sizes."""
+
+    def __init__(self, inside: nn.Module):
+        super().__init__()
+        self.inside = inside
+
+    def forward(self, x):
+        return self.inside(x) * 1.5
+
+
+def test_modules_of_others_are_called_one_by_one(monkeypatch):
+    """Whatever stands in the place of a projection: alone with its pair, and not asked how wide it is."""
+    (k, v), *pairs = layers(4, 4, 4)
+    pairs.insert(1, (Adapted(k), v))
+    hidden = torch.randn(2, 5, WIDTH)
+    with torch.no_grad():
+        seen, found = calls_of(pairs, hidden, monkeypatch)
+        assert seen == [2, 2, 2] and torch.equal(found[1][0], 1.5 * k(hidden))
+    model = build("bart")
+    attention = model.get_decoder().layers[0].encoder_attn
+    attention.k_proj = Adapted(attention.k_proj).eval()
+    alike(model)

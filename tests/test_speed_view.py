@@ -228,10 +228,10 @@ def test_one_layer_against_every_peer():
     made = json.loads(view.LAYERS.read_text(encoding="utf-8"))
     text = view.layers(made)
     assert "W4A8: nobody; W2A8: nobody." in text.replace("\n", " ")
-    assert "W8A8: onnxruntime int8 dynamic (3), onnxruntime int4 (3), PyTorch dynamic int8 (6);" in text.replace(
+    assert "W8A8: ONNX Runtime int8 dynamic (3), ONNX Runtime int4 (3), PyTorch dynamic int8 (6);" in text.replace(
         "\n", " "
     )
-    for peer in ("onnxruntime int4", "openvino int8 weights", "torchao int8 weights", "bitsandbytes nf4"):
+    for peer in ("ONNX Runtime int4", "openvino int8 weights", "torchao int8 weights", "bitsandbytes nf4"):
         assert f"| {peer} | " in text
     cold = {row["candidate"]: row for row in view.timed(made["rows"]) if row["cache"] == "cold" and row["tokens"] == 16}
     assert f"{cold['torch fp32']['median_us'] / cold['dqkernels W4 cpu']['median_us']:.2f}" in text

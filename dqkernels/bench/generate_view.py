@@ -196,6 +196,7 @@ _FAMILY_COLORS = {
     "plain": "#9ecae1",
     "ours": "#1f77b4",
     "ctranslate2": "#d62728",
+    "onnxruntime": "#9467bd",
     "bitsandbytes": "#ff9f40",
     "dynamic": "#8c564b",
 }

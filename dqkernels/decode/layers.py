@@ -37,7 +37,7 @@ class Attend:
 class Layer:
     """One decoder layer, in the steps that a decode step calls; each takes and gives [rows, tokens, width].
 
-    Attributes:
+    Attributes (`cross_kv`, `own`, `cross` and `shared` are no such steps):
         qkv: x -> what the output is added to, and Q, K, V of self-attention.
         own_out: attention's output and what it is added to -> x.
         cross_q: x -> what the output is added to, and Q of cross-attention.

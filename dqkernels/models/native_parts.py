@@ -12,6 +12,9 @@ from dqkernels import backends, checks
 from dqkernels.kernels import cpu_gemm
 from dqkernels.nn import QLinear
 
+#: Parameters of a packed linear, and of a norm.
+_OF_LINEARS, _OF_NORMS = {"qweight", "group_mult", "bias"}, {"weight", "bias"}
+
 
 def elsewhere(linear: nn.Module, label: str, normed: bool, **facts: Any) -> Iterator[str]:
     """Which of this linear's steps another backend runs. facts: more of those that the GEMM's is chosen by."""
@@ -36,8 +39,13 @@ def unreadable(modules: tuple[nn.Module, ...], label: str) -> Iterator[str]:
 
 def tensors(module: nn.Module) -> list[torch.Tensor]:
     """What a linear, or a norm, is computed with, as it is."""
-    if type(module) in (QLinear, nn.LayerNorm):  # its own and no others; asked by name they take ten times as long
-        given = (*module._parameters.values(), *module._buffers.values())
+    own, buffers = module._parameters, module._buffers
+    # As they were made: asked by name they take ten times as long. What was put in the place of a parameter since, a
+    # tensor in an attribute, has to be asked for.
+    if (type(module) is QLinear and _OF_LINEARS <= own.keys() and "weight_scale" in buffers) or (
+        type(module) is nn.LayerNorm and own.keys() == _OF_NORMS
+    ):
+        given = (*own.values(), *buffers.values())
         return [tensor for tensor in given if tensor is not None and tensor.numel()]
     given = (module.weight, module.bias) if isinstance(module, nn.LayerNorm) else (*module.packed(), module.bias)
     scale = getattr(module, "act_scale", None)

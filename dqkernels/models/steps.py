@@ -51,7 +51,7 @@ def project(
 
     Args:
         x: [..., K].
-        linears: up to three, of K in_features each.
+        linears: up to 64, of K in_features each; the CUDA kernel takes three in a launch.
         norm: LayerNorm of x before them, or None.
         activation: module behind each of them, or None.
 
