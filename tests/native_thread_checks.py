@@ -1,4 +1,5 @@
-"""What the compiled core computes with one thread, with several, and for several callers at once: the same bytes.
+"""What the compiled core computes with one thread, with several, for several callers at once, and with every operand
+between pages that cannot be read: the same bytes.
 
 `python tests/native_thread_checks.py <path of _C>` runs all checks, without torch: then the threads are the core's own,
 and ThreadSanitizer sees every one of them (long/test_cpu_sanitizers.py). Operands are large enough that each kernel
@@ -16,11 +17,14 @@ import threading
 
 import numpy as np
 import oracle
+from guarded import guarded
 from native_checks import BF16, FP16, FP32, PER_TENSOR, PER_TOKEN, load, narrow
 
 THREADS = (2, 3, 5)
 CALLERS = 4
 CASES = {}
+#: None, or on which side of what a case makes an unreadable page lies: True behind its end, False before its start.
+WALL = None
 
 
 def case(function):
@@ -29,14 +33,23 @@ def case(function):
     return function
 
 
+def walled(array):
+    """What the core is given: the array itself, or a copy beside the wall. Contiguous arrays only."""
+    return array if WALL is None else guarded(array, WALL)
+
+
 def floats(rng, shape, dtype=FP32):
-    return narrow(rng.standard_normal(shape).astype(np.float32), dtype)
+    return walled(narrow(rng.standard_normal(shape).astype(np.float32), dtype))
 
 
 def fresh(shape, dtype, fill):
-    out = np.empty(shape, dtype)
+    out = walled(np.empty(shape, dtype))
     out.view(np.uint8)[...] = fill
     return out
+
+
+def full(shape, value, dtype):
+    return walled(np.full(shape, value, dtype))
 
 
 def at(array):
@@ -58,7 +71,7 @@ def cache(codes, scale):
 def packed(rng, n, k, bits=4):
     """Weights [n, k]: packed codes and scales."""
     codes = rng.integers(-(1 << (bits - 1)) + 1, 1 << (bits - 1), (n, k))
-    return oracle.pack_fast(codes, bits), (rng.random(n) * 0.01 + 1e-3).astype(np.float32)
+    return walled(oracle.pack_fast(codes, bits)), walled((rng.random(n) * 0.01 + 1e-3).astype(np.float32))
 
 
 def plan(core, k, parts, x_dtype=FP32, mode=PER_TOKEN, bits=4):
@@ -85,15 +98,15 @@ def quantizer(core, rng):
     return run
 
 
-def linear(core, rng, m, mode):
+def linear(core, rng, m, mode, dtype=FP32):
     """Float rows into two parts, with GELU behind them."""
     k, widths = 512, [900, 300]
-    x, weights = floats(rng, (m, k)), [packed(rng, n, k) for n in widths]
+    x, weights = floats(rng, (m, k), dtype), [packed(rng, n, k) for n in widths]
 
     def run(threads, fill):
         out = [fresh((m, n), np.float32, fill) for n in widths]
         parts = [(at(w), at(s), 0, 0, 0, at(y)) for (w, s), y in zip(weights, out, strict=True)]
-        plan(core, k, 2, mode=mode)(widths).run(m, k, at(x), 0, 0.0, threads, parts)
+        plan(core, k, 2, dtype, mode)(widths).run(m, k, at(x), 0, 0.0, threads, parts)
         return out
 
     return run
@@ -110,6 +123,11 @@ def linear_of_rows(core, rng):
 
 
 @case
+def linear_of_few_rows_of_16_bits(core, rng):
+    return linear(core, rng, 7, PER_TOKEN, BF16)
+
+
+@case
 def linear_per_tensor(core, rng):
     return linear(core, rng, 60, PER_TENSOR)
 
@@ -118,7 +136,7 @@ def linear_per_tensor(core, rng):
 def embedding(core, rng):
     count, rows, k = 96, 50, 768
     table, scale = packed(rng, rows, k)
-    ids = rng.integers(0, rows, count)
+    ids = walled(rng.integers(0, rows, count))
 
     def run(threads, fill):
         y = fresh((count, k), np.float32, fill)
@@ -189,7 +207,7 @@ HEADS, WIDTH = 4, 16
 def prefill(core, rng, mode, dtype):
     batch, queries, keys = 2, 70, 520
     q, k, v = (floats(rng, (batch, HEADS, n, WIDTH), dtype) for n in (queries, keys, keys))
-    mask, bias = rng.integers(0, 4, (batch, 1, 1, keys)) > 0, floats(rng, (1, HEADS, queries, keys))
+    mask, bias = walled(rng.integers(0, 4, (batch, 1, 1, keys)) > 0), floats(rng, (1, HEADS, queries, keys))
 
     def run(threads, fill):
         out = fresh(q.shape, q.dtype, fill)
@@ -215,9 +233,9 @@ def attention_per_tensor(core, rng):
 def decode(core, rng, source, per_key):
     rows, capacity = 8, 700
     q = floats(rng, (rows, HEADS, 1, WIDTH))
-    codes = [rng.integers(-127, 128, (rows, HEADS, capacity, WIDTH)).astype(np.int8) for _ in "kv"]
-    scales = [(rng.random((rows, HEADS, capacity)) * 0.02 + 1e-3).astype(np.float32) for _ in "kv"]
-    lengths = rng.integers(500, capacity + 1, rows).astype(np.int32)
+    codes = [walled(rng.integers(-127, 128, (rows, HEADS, capacity, WIDTH)).astype(np.int8)) for _ in "kv"]
+    scales = [walled((rng.random((rows, HEADS, capacity)) * 0.02 + 1e-3).astype(np.float32)) for _ in "kv"]
+    lengths = walled(rng.integers(500, capacity + 1, rows).astype(np.int32))
 
     def run(threads, fill):
         out = fresh(q.shape, q.dtype, fill)
@@ -238,23 +256,23 @@ def attention_over_caches(core, rng):
 
 @case
 def attention_of_rows_that_share_a_cache(core, rng):
-    return decode(core, rng, np.array([0, 0, 0, 0, 5, 5, 2, 5], np.int32), False)
+    return decode(core, rng, walled(np.array([0, 0, 0, 0, 5, 5, 2, 5], np.int32)), False)
 
 
 @case
 def attention_with_a_cache_per_key(core, rng):
-    return decode(core, rng, rng.integers(0, 8, (8, 700)).astype(np.int32), True)
+    return decode(core, rng, walled(rng.integers(0, 8, (8, 700)).astype(np.int32)), True)
 
 
 @case
 def writing_into_caches(core, rng):
     rows, tokens, capacity = 4, 150, 200
     k, v = (floats(rng, (rows, 8, tokens, WIDTH)) for _ in "kv")
-    position = np.array([3, 0, 50, 7], np.int32)
+    position = walled(np.array([3, 0, 50, 7], np.int32))
 
     def run(threads, fill):
-        codes = [np.full((rows, 8, capacity, WIDTH), 5, np.int8) for _ in "kv"]
-        scales = [np.full((rows, 8, capacity), 5, np.float32) for _ in "kv"]
+        codes = [full((rows, 8, capacity, WIDTH), 5, np.int8) for _ in "kv"]
+        scales = [full((rows, 8, capacity), 5, np.float32) for _ in "kv"]
         where = [cache(each, scale) for each, scale in zip(codes, scales, strict=True)]
         sizes = [rows, 8, tokens, WIDTH]
         core.cache_write(*map(operand, (k, v)), *where, rows, capacity, at(position), sizes, PER_TOKEN, 0.0, threads)
@@ -276,14 +294,14 @@ def a_step(core, rng):
 
     def run(threads, fill):
         step = core.CpuStep()
-        row_tokens, small = np.zeros(rows, np.int64), [np.zeros(rows, np.int32) for _ in range(2)]
-        ancestors = np.zeros((rows, capacity), np.int32)
+        row_tokens, small = full(rows, 0, np.int64), [full(rows, 0, np.int32) for _ in range(2)]
+        ancestors = full((rows, capacity), 0, np.int32)
         step.set_rows(rows, capacity, at(row_tokens), *map(at, small), at(ancestors))
         x, y, back, attended = (fresh((rows, k), np.float32, fill) for _ in range(4))
         q8, scale = fresh((rows, k), np.int8, fill), fresh(rows, np.float32, fill)
         three, logits = fresh((3, rows, k), np.float32, fill), fresh((rows, n), np.float32, fill)
-        codes = [np.zeros((rows, HEADS, capacity, WIDTH), np.int8) for _ in "kv"]
-        scales = [np.zeros((rows, HEADS, capacity), np.float32) for _ in "kv"]
+        codes = [full((rows, HEADS, capacity, WIDTH), 0, np.int8) for _ in "kv"]
+        scales = [full((rows, HEADS, capacity), 0, np.float32) for _ in "kv"]
         best = fresh(rows, np.int64, fill)
         core.cpu_embedding(
             ids=at(row_tokens), ids32=False, count=rows, qweight=at(table[0]), weight_scale=at(table[1]),
@@ -316,7 +334,8 @@ def a_step(core, rng):
         )  # fmt: skip
         found = []
         for position, these in enumerate(tokens):
-            step.run(threads, at(np.ascontiguousarray(these)), position, True)
+            given = walled(these)
+            step.run(threads, at(given), position, True)
             found += [logits.copy(), best.copy()]
             ancestors[:] = ancestors[::-1].copy()  # beams that change places
         return [*found, *codes, *scales]
@@ -342,7 +361,7 @@ def logits_of_16_bits(core, rng):
 
 def candidates(core, rng, n, kept):
     sources, beams = 3, 4
-    scores, running = np.round(floats(rng, (sources * beams, n)), 1), floats(rng, (sources, beams))  # full of ties
+    scores, running = walled(np.round(floats(rng, (sources * beams, n)), 1)), floats(rng, (sources, beams))  # ties
 
     def run(threads, fill):
         value = fresh((sources, kept), np.float32, fill)
@@ -373,13 +392,13 @@ def hypotheses(core, rng):
     scores = -np.abs(floats(rng, (10, sources * beams, n)))
 
     def run(threads, fill):
-        running, finished = (np.full((sources, beams, most), 1) for _ in range(2))
-        came_from, finished_from = (np.full((sources, beams, most - 1), -1, np.int32) for _ in range(2))
-        sums, best = (np.full((sources, beams), low, np.float32) for low in (0, -1e9))
-        lengths, ended = np.zeros((sources, beams), np.int64), np.zeros((sources, beams), np.uint8)
-        may, value = np.ones(sources, np.uint8), np.zeros((sources, kept), np.float32)
-        beam, token = (np.zeros((sources, kept), np.int64) for _ in range(2))
-        parents, tokens = (np.zeros(sources * beams, np.int64) for _ in range(2))
+        running, finished = (full((sources, beams, most), 1, np.int64) for _ in range(2))
+        came_from, finished_from = (full((sources, beams, most - 1), -1, np.int32) for _ in range(2))
+        sums, best = (full((sources, beams), low, np.float32) for low in (0, -1e9))
+        lengths, ended = full((sources, beams), 0, np.int64), full((sources, beams), 0, np.uint8)
+        may, value = full(sources, 1, np.uint8), full((sources, kept), 0, np.float32)
+        beam, token = (full((sources, kept), 0, np.int64) for _ in range(2))
+        parents, tokens = (full(sources * beams, 0, np.int64) for _ in range(2))
         state = core.CpuBeams(
             sources=sources, beams=beams, start=1, most=most, filling=1, end_tokens=list(range(40)),
             running=at(running), came_from=at(came_from), scores=at(sums), finished=at(finished),
@@ -387,7 +406,7 @@ def hypotheses(core, rng):
             is_finished=at(ended), improvable=at(may),
         )  # fmt: skip
         for length, given in enumerate(scores, 1):
-            of = given.copy()
+            of = walled(given.copy())
             core.ban_repeats(
                 tokens=at(running), rows=sources * beams, row_stride=most, length=length, size=2, scores=at(of), n=n
             )
@@ -397,8 +416,9 @@ def hypotheses(core, rng):
             )  # fmt: skip
             found = [at(each) for each in (value, beam, token)]
             state.extend(length, kept, *found, 0, False, length, 10.0, False, at(parents), at(tokens))
-        top, index = np.zeros(40, np.float32), np.zeros(40, np.int64)
-        core.top_k(x=at(scores), n=scores.size, k=40, value=at(top), index=at(index))
+        top, index = full(40, 0, np.float32), full(40, 0, np.int64)
+        everything = walled(scores)
+        core.top_k(x=at(everything), n=scores.size, k=40, value=at(top), index=at(index))
         small = np.concatenate([lengths.ravel(), ended.ravel(), may, parents, tokens])
         return running, finished, came_from, finished_from, sums, best, small, top, index
 
@@ -410,8 +430,7 @@ def encoder(core, rng, post_norm):
     batch, tokens, k, inner = 3, 190, HEADS * WIDTH, 200
     m = batch * tokens
     x, norms = floats(rng, (m, k)), floats(rng, (4, k))
-    mask = rng.integers(0, 4, (batch, 1, 1, tokens)) > 0
-    seen = (at(mask), 0, [tokens, 0, 0, 1])
+    mask = walled(rng.integers(0, 4, (batch, 1, 1, tokens)) > 0)
     sizes = [("qkv", 3, k, k, FP32 if post_norm else 3), ("out", 1, k, k, FP32), ("up", 1, k, inner, 3),
              ("down", 1, inner, k, FP32)]  # fmt: skip
     weights = {name: [packed(rng, n, of) for _ in range(parts)] for name, parts, of, n, _ in sizes}
@@ -422,6 +441,9 @@ def encoder(core, rng, post_norm):
         linears=[(plans[name], 0.0, [(at(w), at(s), 0, 0, 0, 0) for w, s in weights[name]]) for name in plans],
         heads=HEADS, head_dim=WIDTH, softmax_scale=0.25, mode=PER_TOKEN, clip=0.0,
     )  # fmt: skip
+
+    def seen():  # the mask has to live as long as its address
+        return at(mask), 0, [tokens, 0, 0, 1]
 
     def one_by_one(threads):
         def norm(which, given):
@@ -441,7 +463,7 @@ def encoder(core, rng, post_norm):
         def attend(three, residual):
             heads = [each.reshape(batch, tokens, HEADS, WIDTH).transpose(0, 2, 1, 3) for each in three]
             out, shape = np.empty((batch, HEADS, tokens, WIDTH), np.float32), [batch, HEADS, tokens, tokens, WIDTH]
-            core.attention(*map(operand, heads), seen, None, at(out), shape, False, 0.25, PER_TOKEN, 0.0, threads)
+            core.attention(*map(operand, heads), seen(), None, at(out), shape, False, 0.25, PER_TOKEN, 0.0, threads)
             return linears("out", np.ascontiguousarray(out.transpose(0, 2, 1, 3)).reshape(m, k), residual=residual)[0]
 
         _, *coded = (None, x) if post_norm else norm(0, x)
@@ -453,7 +475,7 @@ def encoder(core, rng, post_norm):
 
     def run(threads, fill):
         y = fresh((m, k), np.float32, fill)
-        layer.run(at(x), at(y), batch, tokens, seen, None, threads)
+        layer.run(at(x), at(y), batch, tokens, seen(), None, threads)
         assert y.tobytes() == one_by_one(threads).tobytes(), "not what its calls give"
         return [y]
 
@@ -471,12 +493,25 @@ def raw(results):
     return [np.ascontiguousarray(each).tobytes() for each in results]
 
 
+def made(core, name):
+    return CASES[name](core, np.random.default_rng(sum(name.encode())))
+
+
+def check_walls(core, name, want):
+    """Between pages that cannot be read a byte too many is a fault, which ends the program."""
+    global WALL
+    for behind in (True, False):
+        WALL = behind
+        assert raw(made(core, name)(1, 0x3C)) == want, f"{name}: beside a wall"
+    WALL = None
+
+
 def check(core, name):
-    """One thread, then several, then several callers; how many results were compared."""
-    run = CASES[name](core, np.random.default_rng(sum(name.encode())))
-    results = run(1, 0xA5)
-    want = raw(results)
+    """One thread, between walls, then several, then several callers; how many results were compared."""
+    run = made(core, name)
+    want = raw(run(1, 0xA5))
     assert all(len(set(each)) > 1 for each in want), f"{name}: a result is all one byte"
+    check_walls(core, name, want)
     for threads in THREADS:
         assert raw(run(threads, 0x5A)) == want, f"{name}: {threads} threads"
     barrier, wrong = threading.Barrier(CALLERS), []

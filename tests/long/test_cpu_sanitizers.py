@@ -128,6 +128,13 @@ PLANTED = {
             RACE,
         ),
         Planted("csrc/cpu/beam_search.cpp", "all + source * apart", "all", ("candidates_by_a_heap",), RACE),
+        Planted(
+            "csrc/cpu/encoder_layer.cpp",
+            "CpuPart parts[kMaxParts];",
+            "static CpuPart parts[kMaxParts];",
+            ("encoder_of_norms_before",),
+            RACE,
+        ),
     ),
     "address": (
         Planted(
@@ -164,6 +171,13 @@ PLANTED = {
             " + args.sources * Buffer::bytes_of<Scored>(places));",
             ");",
             ("candidates_by_a_heap",),
+            OVERFLOW,
+        ),
+        Planted(
+            "csrc/cpu/encoder_layer.cpp",
+            "Buffer buffer(bytes);",
+            "Buffer buffer(bytes / 2);",
+            ("encoder_of_norms_behind",),
             OVERFLOW,
         ),
     ),
