@@ -11,7 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from dqkernels.bench import cpu, cpu_goals, cpu_memory, cpu_parts, memory, protocol, record, size
+from dqkernels.bench import cpu, cpu_goals, cpu_memory, cpu_parts, generate_cells, memory, protocol, record, size
 from dqkernels.cli import main
 from dqkernels.kernels import cpu_gemm, native
 
@@ -263,8 +263,16 @@ def test_a_process_may_take_its_file_and_sixty_megabytes():
 
 
 def test_a_record_that_is_gone_on_with(tmp_path, monkeypatch, capsys):
-    out = tmp_path / "cpu.json"
-    first = cpu.run("tiny", ["gemm", "gemv"], (4,), seconds=1e-9, out=str(out))
+    out, reasons, write = tmp_path / "cpu.json", [], record.write
+
+    def written(made, path):
+        reasons.append([row["reason"] for row in made["rows"] if row["part"] == "gemm"])
+        return write(made, path)
+
+    with monkeypatch.context() as watched:
+        watched.setattr(record, "write", written)
+        first = cpu.run("tiny", ["gemm", "gemv"], (4,), seconds=1e-9, out=str(out))
+    assert reasons == [[generate_cells.NOT_YET], ["1e-09 s were over"]], "a record that is cut off says no more"
     left = [(row["part"], row.get("out_features")) for row in first["rows"] if row["status"] == "not run"]
     assert left == [("gemv", 128), ("gemv", 64), ("gemv", 512), ("gemm", None)], "the first cell is always run"
     text = text_of(first)

@@ -312,9 +312,11 @@ def test_peers_compute_the_same_function_and_leave_the_model_alone(name, shape):
     pytest.importorskip(family, reason=f"{family} is not installed")
     if family == "onnxruntime":
         pytest.importorskip("onnx", reason="onnx is not installed")
-        if shape is T5:
-            pytest.skip("the adapter takes BART and mBART")
     lineup = a_lineup((family,), shape)
+    if family == "onnxruntime" and shape is T5:
+        with pytest.raises(peers.NotCompared, match="takes bart and mbart"):
+            peers.generate(family, name, lineup.float32, torch.float32, CPU)
+        return
     before = {key: tensor.clone() for key, tensor in lineup.float32.state_dict().items()}
     one = peers.generate(family, name, lineup.float32, torch.float32, CPU)
     assert judged(one, lineup) is None

@@ -524,7 +524,7 @@ def test_what_stands_in_the_way_is_asked_once(monkeypatch):
         assert asked == [False] and layers_of(model) == []
 
 
-def test_a_tensor_in_the_place_of_a_parameter_is_seen(monkeypatch):
+def test_a_tensor_in_the_place_of_a_parameter_is_seen():
     """As some code leaves it: a plain attribute, which no list of parameters has."""
     model = build("bart")
     layer = model.get_decoder().layers[0]

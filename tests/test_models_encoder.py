@@ -306,6 +306,18 @@ def test_the_launcher_refuses_another_input():
     assert made(torch.zeros(0, 2, 40), None).shape == (0, 2, 40)
 
 
+def test_the_core_refuses_more_linears_than_a_layer_keeps(monkeypatch):
+    """A call of the GEMM takes 64, a layer has room for three."""
+    layer, inner = build("bart").get_encoder().layers[0], cpu_encoder.cpu_gemm.kept
+
+    def four(k, dtype, parts, **options):
+        return inner(k, dtype, [*parts, parts[0]] if len(parts) == 3 else parts, **options)
+
+    monkeypatch.setattr(cpu_encoder.cpu_gemm, "kept", four)
+    with pytest.raises(ValueError, match="1 to 3 where it is kept"):
+        native_layer._make(layer, torch.float32)
+
+
 # ---- weights that change ------------------------------------------------------------------------------------------
 
 

@@ -202,7 +202,7 @@ class Running:
         return graphs.GraphStep(decoder, self.caches, is_beams, most, weights, self._refused)
 
     def _is_native(self, decoder: nn.Module, state: tuple | None, is_beams: bool) -> bool:
-        """Whether a step is one native call: asked again, which takes as long as half a step, once `state` changed."""
+        """Whether a step is one native call: asked again, which walks over the whole decoder, once `state` changed."""
         if state is None:
             return False
         if self.state.native.get(is_beams) != state:

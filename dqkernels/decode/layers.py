@@ -35,9 +35,9 @@ class Attend:
 
 @dataclass
 class Layer:
-    """One decoder layer, in the steps that a decode step calls; each takes and gives [rows, tokens, width].
+    """One decoder layer: the steps that a decode step calls, each of [rows, tokens, width], and what is around them.
 
-    Attributes (`cross_kv`, `own`, `cross` and `shared` are no such steps):
+    Attributes:
         qkv: x -> what the output is added to, and Q, K, V of self-attention.
         own_out: attention's output and what it is added to -> x.
         cross_q: x -> what the output is added to, and Q of cross-attention.

@@ -40,8 +40,8 @@ def unreadable(modules: tuple[nn.Module, ...], label: str) -> Iterator[str]:
 def tensors(module: nn.Module) -> list[torch.Tensor]:
     """What a linear, or a norm, is computed with, as it is."""
     own, buffers = module._parameters, module._buffers
-    # As they were made: asked by name they take ten times as long. What was put in the place of a parameter since, a
-    # tensor in an attribute, has to be asked for.
+    # As they were made, and not by name, which goes through a lookup of nn.Module's for each. What was put in the place
+    # of a parameter since, a tensor in an attribute, has to be asked for.
     if (type(module) is QLinear and _OF_LINEARS <= own.keys() and "weight_scale" in buffers) or (
         type(module) is nn.LayerNorm and own.keys() == _OF_NORMS
     ):

@@ -6,8 +6,8 @@ before, and the encoder's. Attention is ONNX Runtime's fused op, as its optimize
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -17,6 +17,12 @@ from dqkernels.bench.peers.base import NotCompared, Weights, load
 
 _ACTIVATIONS = {"gelu": "Gelu", "relu": "Relu"}
 _FAMILIES = ("bart", "mbart")
+
+
+def _rounded(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """int8 codes [N, K] within 7 bits, which no processor's product saturates at, and a scale per row [N]."""
+    weights = Weights.rounded(SimpleNamespace(weight=weight, bias=weight), 63, 8)
+    return weights.codes, weights.scale.squeeze(1)
 
 
 class Graph:
@@ -30,8 +36,8 @@ class Graph:
         self.onnx, self.int8 = load("onnx"), int8
         self.nodes: list[Any] = []
         self.constants: dict[str, Any] = {}
-        self._kept: dict[Any, str] = {}  # constants by what they were made of, quantized inputs by name
-        self._quantized: dict[str, list[str]] = {}
+        self._kept: dict[Any, str] = {}  # constants by their key
+        self._quantized: dict[str, list[str]] = {}  # codes, step and zero point by what was quantized
 
     def node(self, op: str, inputs: Sequence[str], outputs: int = 1, **options: Any) -> Any:
         """The name of what it gives, or a list of them."""
@@ -58,10 +64,7 @@ class Graph:
         weight, bias = scale * layer.weight.detach(), scale * layer.bias.detach()
         if not self.int8:
             return self.node("Add", [self.node("MatMul", [x, self.constant(weight.t())]), self.constant(bias)])
-        made = nn.Linear(1, 1, bias=False)
-        made.weight, made.bias = nn.Parameter(weight, False), nn.Parameter(bias, False)
-        weights = Weights.rounded(made, 63, 8)
-        return self._integers(x, weights.codes, weights.scale.squeeze(1), bias)
+        return self._integers(x, *_rounded(weight), bias)
 
     def _integers(self, x: str, codes: torch.Tensor, scale: torch.Tensor, bias: torch.Tensor | None) -> str:
         if x not in self._quantized:
@@ -80,7 +83,7 @@ class Graph:
         if not self.int8:
             x = self.node("Gather", [self.constant(table, table.data_ptr()), ids])
             return x if factor == 1.0 else self.node("Mul", [x, self.constant(torch.tensor(factor))])
-        codes, scale = self._table(table)
+        codes, scale = _rounded(table)
         x = self.node("Cast", [self.node("Gather", [self.constant(codes, table.data_ptr()), ids])], to=1)
         return self.node("Mul", [x, self.node("Gather", [self.constant(factor * scale.unsqueeze(1)), ids])])
 
@@ -88,16 +91,11 @@ class Graph:
         """[batch, 1, width] -> logits [batch, vocabulary]."""
         x = self.node("Reshape", [x, self.integers(0, -1)])
         if self.int8:
-            codes, scale = self._table(table)
+            codes, scale = _rounded(table)
             y = self._integers(x, codes, scale, None)
         else:
             y = self.node("Gemm", [x, self.constant(table, table.data_ptr())], transB=1)
         return self.node("Add", [y, self.constant(bias)]) if bool(bias.any()) else y
-
-    def _table(self, table: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        scale = table.detach().abs().amax(dim=1) / 63
-        codes = torch.round(table.detach() / scale.clamp(min=torch.finfo(torch.float32).tiny).unsqueeze(1))
-        return codes.to(torch.int8), scale
 
     def heads(self, x: str, count: int, head_dim: int) -> str:
         """[batch, tokens, width] -> [batch, heads, tokens, head_dim]."""
@@ -137,7 +135,7 @@ class Exported:
         offset: what is added to a position.
 
     Raises:
-        NotCompared: for a family, an activation or a linear without a bias that nobody wrote down here.
+        NotCompared: for a family or an activation that nobody wrote down here.
     """
 
     def __init__(self, model: nn.Module, int8: bool):
@@ -150,8 +148,7 @@ class Exported:
         self.post_norm = config.model_type == "bart"
         body = model.model
         self.layers, self.heads = len(body.decoder.layers), config.decoder_attention_heads
-        self.head_dim, self.width = config.d_model // self.heads, config.d_model
-        self.scale = 1.0 / math.sqrt(self.head_dim)
+        self.head_dim = config.d_model // self.heads
         self.offset = body.decoder.embed_positions.offset
         pairs = [f"{which}_{i}" for i in range(self.layers) for which in ("key", "value")]
         self.past, self.present, self.cross = (
@@ -190,7 +187,7 @@ class Exported:
             own = layer.self_attn
 
             def inside(x: str, own=own) -> str:
-                q = graph.linear(x, own.q_proj, own.head_dim**-0.5)
+                q = graph.linear(x, own.q_proj, own.scaling)
                 given = [q, graph.linear(x, own.k_proj), graph.linear(x, own.v_proj)]
                 return graph.linear(graph.attention(given, heads), own.out_proj)
 
@@ -214,7 +211,7 @@ class Exported:
 
             def own(x: str, layer=layer, at=at) -> str:
                 block = layer.self_attn
-                given = [graph.linear(x, block.q_proj, self.scale)]
+                given = [graph.linear(x, block.q_proj, block.scaling)]
                 given += [graph.linear(x, block.k_proj), graph.linear(x, block.v_proj), "", "", "", *self.past[at]]
                 out, *kept = graph.attention(given, self.heads, 3)
                 for name, of in zip(self.present[at], kept, strict=True):
@@ -223,7 +220,7 @@ class Exported:
 
             def cross(x: str, layer=layer, at=at) -> str:
                 block = layer.encoder_attn
-                given = [graph.linear(x, block.q_proj, self.scale), *self.cross[at]]
+                given = [graph.linear(x, block.q_proj, block.scaling), *self.cross[at]]
                 return graph.linear(graph.attention(given, self.heads), block.out_proj)
 
             x = self._block(graph, x, layer.self_attn_layer_norm, own)
