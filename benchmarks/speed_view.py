@@ -226,7 +226,8 @@ def encoder(result: dict) -> str:
         return "The encoder was not compared with anybody's."
     verdict = "slower" if max(rates) < 1 else "faster" if min(rates) > 1 else "now slower, now faster"
     rate = f"{min(rates):.2f} to {max(rates):.2f}"
-    return f"The encoder (first token) is {verdict} than the fastest other's ({', '.join(names)}): {rate} times its speed."
+    others = ", ".join(names)
+    return f"The encoder (first token) is {verdict} than the fastest other's ({others}): {rate} times its speed."
 
 
 def cells(result: dict) -> str:
@@ -359,8 +360,8 @@ def batches(result: dict) -> str:
     model = result["settings"]["model"].replace("bart", "BART")
     said = (
         f"On {machine(result)}, {load(result)}; {model} of random weights, "
-        f"{next(iter(found)).new_tokens} new tokens each. The encoder: by the time of a call with one new token, against "
-        "the fastest other's there."
+        f"{next(iter(found)).new_tokens} new tokens each. The encoder: by the time of a call with one new token, "
+        "against the fastest other's there."
     )
     return "\n".join([*_wrapped(said), "", *lines])
 
