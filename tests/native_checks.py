@@ -231,13 +231,26 @@ def check_guard_pages(core):
     return checked
 
 
+def check_reader(core):
+    """A loop that only reads, over shares of 8 bytes and what is left: all of it, and no byte more."""
+    rng, checked = np.random.default_rng(4), 0
+    sizes = (1, 7, 8, 9, 255, 256, 257, 4099, (64 << 10) - 1, (128 << 10) + 13, (5 << 16) + 9)
+    for at_end, count, threads in itertools.product((True, False), sizes, (1, 3)):
+        data = guarded(rng.integers(0, 256, count).astype(np.uint8), at_end)
+        words = data[: count // 8 * 8].copy().view(np.uint64)
+        want = (sum(map(int, words)) + sum(map(int, data[count // 8 * 8 :]))) % 2**64
+        assert core.read_bytes([data.ctypes.data] * 2, count, threads) == 2 * want % 2**64, (count, threads)
+        checked += 1
+    return checked
+
+
 def trip_the_guard(core):
     """The positive control: one element too many must fault."""
     x, q = guarded(np.ones((1, 17), np.float32), True), np.zeros(64, np.int8)
     core.quantize_rows(x.ctypes.data, FP32, 1, 18, 18, PER_TOKEN, 0.0, 0.0, q.ctypes.data, q.ctypes.data + 32, 0)
 
 
-CHECKS = (check_quantizer, check_every_half, check_non_finite, check_packing, check_guard_pages)
+CHECKS = (check_quantizer, check_every_half, check_non_finite, check_packing, check_guard_pages, check_reader)
 
 
 def load(path):

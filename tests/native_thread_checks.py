@@ -21,7 +21,7 @@ from guarded import guarded
 from native_checks import BF16, FP16, FP32, PER_TENSOR, PER_TOKEN, load, narrow
 
 THREADS = (2, 3, 5)
-CALLERS = 4
+CALLERS = 8
 CASES = {}
 #: None, or on which side of what a case makes an unreadable page lies: True behind its end, False before its start.
 WALL = None

@@ -2,18 +2,20 @@
 
 Two rows lie more than 2^31 elements apart, or a table has more than 2^31 codes; an offset of 32 bits would come out at
 the first row, at zeros, or outside the mapping. What is computed as a whole, as the result of a GEMM, cannot be sparse:
-its size is held to 63 bits by the refusals of test_cpu_gemm.py and test_native.py.
+its size is held to 63 bits by the refusals of test_cpu_gemm.py and test_native.py; that of what is done row by row, to
+the ends of whole results by long/test_cpu_large_results.py.
 """
 
 import mmap
 
+import native_calls
 import oracle
 import pytest
 import torch
 from compare import assert_equal
 
 from dqkernels import kv_cache, ops, reference
-from dqkernels.kernels import native
+from dqkernels.kernels import cpu_norm, cpu_token, native
 
 pytestmark = pytest.mark.skipif(native.native() is None, reason=native.why_absent() or "present")
 
@@ -61,6 +63,22 @@ def test_rows_of_a_gemm(dtype):
     assert_equal(run(apart(x), "cpu"), run(x, "eager"), "rows apart")
 
 
+@pytest.mark.parametrize("mode", ["per_token", "per_tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_of_a_norm_and_of_gelu(dtype, mode):
+    """x and residual [3, 300]; the residual in fp32, as its rows have offsets of their own."""
+    x, residual = random(3, 300, seed=1, dtype=dtype), random(3, 300, seed=2)
+    codes = mode, None, None, True
+    run = lambda x, residual: cpu_norm.layernorm_quantize(x, residual, torch.ones(300), None, 1e-5, *codes)  # noqa: E731
+    near, far = run(x, residual), run(apart(x), apart(residual))
+    for name, mine, theirs in zip(("y", "q", "scale", "row_sum"), far, near, strict=True):
+        assert_equal(mine, theirs, name)
+    near, far = cpu_norm.gelu_quantize(x, *codes), cpu_norm.gelu_quantize(apart(x), *codes)
+    for name, mine, theirs in zip(("q", "scale", "row_sum"), far, near, strict=True):
+        assert_equal(mine, theirs, name)
+    assert far[0][1:].any(1).all() and not torch.equal(far[0][1], far[0][2])
+
+
 @pytest.fixture(scope="module")
 def table():
     """More than 2^31 codes of 8 bits, zeros but for its last row; (qweight, scale, that row's values)."""
@@ -96,6 +114,40 @@ def test_a_table_of_an_embedding(table):
     )  # fmt: skip
     assert_equal(got[1], last, "the last row")
     assert not got[0].any() and not got[2].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_a_table_of_positions(dtype):
+    """Its last row, and the one before it, behind 2^31 elements."""
+    k = 4096
+    table = sparse((2**31 // k + 2) * k, dtype).view(-1, k)
+    table[-2:], x = random(2, k, seed=1, dtype=dtype), random(3, 1, k, seed=2, dtype=dtype)
+    positions = torch.tensor([table.shape[0] - 3, 5, table.shape[0] - 4], dtype=torch.int32)
+    want = x.clone()
+    want[0], want[2] = want[0] + table[-1], want[2] + table[-2]
+    assert_equal(cpu_token.add_position(x, 1.0, table, positions, 2), want, "positions")
+
+
+def test_the_largest_logit():
+    """Of rows, the last of which begins behind 2^31 elements; then of one row that is longer than that."""
+    rows, n = 129, 2**24 + 2**9
+    logits = sparse(rows * n, torch.float32)
+    many = logits.view(rows, n)
+    assert (rows - 1) * n > 2**31
+    many[0, 7], many[-1, -1] = 1.0, 2.0
+    y, best = cpu_token.finish_logits(many, None, False)
+    assert y.data_ptr() == logits.data_ptr() and best.tolist() == [7, *[0] * (rows - 2), n - 1]
+    assert cpu_token.finish_logits(logits.view(1, -1), None, False)[1].tolist() == [logits.numel() - 1]
+
+
+@pytest.mark.parametrize(("axis", "tokens"), [(0, 300), (1, 300), (2, 3)])
+def test_the_mask_of_an_encoder_layer(axis, tokens):
+    """Those of two sequences, which are so long that the layer takes one after the other, of heads, and of queries."""
+    layer = native_calls.encoder_layer(128, 96)
+    x, mask = random(2, tokens, 128, seed=1), random(2, 2, tokens, tokens, seed=2) > 0.0
+    far = apart(mask.transpose(0, axis).contiguous()).transpose(0, axis)
+    assert far.stride(axis) == FAR and torch.equal(far, mask)
+    assert_equal(layer(x, far), layer(x, mask), "the layer's output")
 
 
 def test_prefill_attention():

@@ -10,6 +10,7 @@ import threading
 import time
 from pathlib import Path
 
+import native_calls
 import native_thread_checks
 import programs
 import pytest
@@ -23,80 +24,126 @@ pytestmark = [
     pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="threads are counted in /proc"),
 ]
 
-#: Prints how many threads there are before, and after each step of "order", computed with as many as "threads".
-PROGRAM = """
-import json, os, sys
+#: Calls by name; "small" ones are not worth a second thread.
+CALLS = """
+import json, os, sys, time
 import torch
+import native_calls
 from dqkernels import DQConfig, ops
 from dqkernels.nn import QLinear
 from dqkernels.kernels import native
 
 asked = json.loads(sys.argv[1])
 torch.set_num_threads(1)
+torch.set_grad_enabled(False)
 small = QLinear.from_linear(torch.nn.Linear(64, 48), DQConfig(weight_bits=4))
 large = QLinear.from_linear(torch.nn.Linear(512, 4096), DQConfig(weight_bits=4))
+layer, hidden = native_calls.encoder_layer(256, 1024), torch.randn(4, 60, 256)
+short, words = native_calls.encoder_layer(64, 64), torch.randn(1, 2, 64)
 x, rows, floats = torch.randn(1, 64), torch.randn(64, 512), torch.randn(512, 512)
 q = torch.randn(2, 8, 64, 64)
-steps = {
+calls = {
     "small": lambda: small(x),
     "large": lambda: large(rows),
     "one row": lambda: large(rows[:1]),
     "attention": lambda: ops.qattention(q, q, q, None, None, False, 0.125),
+    "small encoder layer": lambda: short(words, None),
+    "encoder layer": lambda: layer(hidden, None),
+    "small step": native_calls.decode_step(64, 48),
+    "step": native_calls.decode_step(512, 4096),
     "torch": lambda: floats @ floats + torch.exp(floats),
 }
-
-
-def step_of(layer):
-    # A decode step of one linear.
-    core, out = native.native(), torch.empty(1, layer.out_features)
-    step = core.CpuStep()
-    tokens, places, lengths = torch.zeros(1, dtype=torch.int64), *torch.zeros(2, 1, dtype=torch.int32)
-    step.set_rows(1, 8, tokens.data_ptr(), places.data_ptr(), lengths.data_ptr(), 0)
-    row = torch.randn(1, layer.in_features)
-    plan = core.CpuPlan(k=layer.in_features, x_dtype=0, mode=0, clip=0.0, bits=4, four_level=False, group_size=0,
-                        activation=0, y_dtype=0, n=[layer.out_features], tensor_scale=[False], bias_dtype=[0],
-                        residual_dtype=[0])
-    parts = [(layer.qweight.data_ptr(), layer.weight_scale.data_ptr(), 0, 0, 0, out.data_ptr())]
-    plan.run(1, layer.in_features, row.data_ptr(), 0, 0.0, 1, parts, step)
-    kept = layer, out, tokens, places, lengths, row
-    return lambda: step.run(asked["threads"], kept[2].data_ptr(), 0, False)
-
-
-steps |= {"small step": step_of(small), "large step": step_of(large)}
 native.native()
+"""
+
+#: Prints how many threads there are before, and after each call of "order", computed with as many as "threads".
+COUNT = """
 count = lambda: len(os.listdir("/proc/self/task"))
 found = [count()]
 torch.set_num_threads(asked["threads"])
-with torch.inference_mode():
-    for name in asked["order"]:
-        for _ in range(3):
-            steps[name]()
-        found.append(count())
+for name in asked["order"]:
+    for _ in range(3):
+        calls[name]()
+    found.append(count())
+print(json.dumps(found))
+"""
+
+#: What a program knows of other threads: the processor time of all of them, and whether they come to rest.
+OTHERS = """
+import time
+
+def others():
+    return time.process_time() - time.thread_time()
+
+def rest():
+    # A runtime's threads may spin a while for the next call: some windows, on a machine that has other work.
+    for _ in range(25):
+        before = others()
+        time.sleep(0.2)
+        if others() - before < 0.005:
+            return True
+    return False
+"""
+
+#: Prints for each call of "order" what share of its processor time other threads had, computed by one thread beside
+#: torch's team of three, and by that team; and whether that came to rest afterwards.
+SHARE = """
+def share(call):
+    mine, theirs = time.thread_time(), others()
+    while time.thread_time() - mine < 0.15:
+        call()
+    return (others() - theirs) / (time.thread_time() - mine)
+
+found = []
+for name in asked["order"]:
+    torch.set_num_threads(3)
+    calls["torch"]()
+    assert rest()
+    torch.set_num_threads(1)
+    alone = share(calls[name])
+    torch.set_num_threads(3)
+    found.append((alone, share(calls[name]), rest()))
 print(json.dumps(found))
 """
 
 
-def threads_after(threads, *order):
-    """How many threads more than at the start there are after each step, in a fresh process."""
+def program(text, *arguments):
+    """What a program of these parts prints, run in a fresh process."""
     env = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS", "DQKERNELS_BACKEND")}
-    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), env.get("PYTHONPATH")]))
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, json.dumps({"threads": threads, "order": order})],
-        env=env, capture_output=True, text=True, timeout=300, check=True,
-    )  # fmt: skip
-    start, *rest = json.loads(done.stdout)
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), str(ROOT / "tests"), env.get("PYTHONPATH")]))
+    command = [sys.executable, "-c", text, *arguments]
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout)
+
+
+def threads_after(threads, *order):
+    """How many threads more than at the start there are after each call, in a fresh process."""
+    start, *rest = program(CALLS + COUNT, json.dumps({"threads": threads, "order": order}))
     return [each - start for each in rest]
 
 
 def test_one_pool_with_torch():
     """Whoever comes first, the other adds no thread. A pool beside torch's would."""
-    assert threads_after(4, "torch", "large", "attention", "one row") == [3] * 4
+    assert threads_after(4, "torch", "large", "attention", "one row", "encoder layer", "step") == [3] * 6
     assert threads_after(2, "small", "large", "torch", "attention") == [0, 1, 1, 1], "little work stays with the caller"
-    assert threads_after(2, "small step", "large step", "torch") == [0, 1, 1], "a small step too"
+    assert threads_after(2, "small step", "step", "torch") == [0, 1, 1], "a small step too"
+    assert threads_after(2, "small encoder layer", "encoder layer", "torch") == [0, 1, 1], "and a small layer"
 
 
 def test_one_thread_is_one_thread():
-    assert threads_after(1, "large", "attention", "one row", "torch") == [0] * 4
+    order = ("large", "attention", "one row", "encoder layer", "step", "torch")
+    assert threads_after(1, *order) == [0] * len(order)
+
+
+def test_torchs_other_threads_work_where_they_may_and_rest():
+    """Those that torch has are left alone by whoever is told to take one, and by all once a call is over: nobody waits
+    for work on a processor that torch could use."""
+    order = ("large", "attention", "encoder layer", "step")
+    found = program(CALLS + OTHERS + SHARE, json.dumps({"order": order}))
+    for name, (alone, shared, at_rest) in zip(order, found, strict=True):
+        assert alone < 0.05 < shared, f"{name}: {alone} with one thread, {shared} with three"
+        assert at_rest, f"{name}: a thread goes on"
 
 
 def test_threads_and_callers_change_no_byte():
@@ -125,18 +172,54 @@ def test_the_same_bytes_by_torchs_openmp(monkeypatch):
     assert json.loads(shared.stdout)["digest"] == json.loads(own.stdout)["digest"]
 
 
-def test_python_goes_on_during_a_call():
-    """The GIL is released: this thread runs in the middle of a call that another one is in."""
+def test_the_cores_own_threads_rest():
+    """Without torch, behind calls that shared their work among the core's own pool."""
+    text = """
+import json, sys
+import native_thread_checks as checks
+
+core = checks.load(sys.argv[1])
+assert core.cpu_threads() == "own pool"
+found = []
+for name in ("linear_of_rows", "encoder_of_norms_before", "a_step"):
+    run = checks.made(core, name)
+    before = others()
+    for _ in range(20):
+        run(3, 0)
+    found.append((name, others() - before, rest()))
+print(json.dumps(found))
+"""
+    for name, worked, at_rest in program(OTHERS + text, native.native().__file__):
+        assert worked > 0 and at_rest, f"{name}: {worked} s by others, at rest: {at_rest}"
+
+
+def operator():
     from dqkernels import ops
 
     q = torch.ones(512, 2048, dtype=torch.int8)
     weight = torch.zeros(8192, 2048, dtype=torch.uint8), torch.ones(8192), None, None, None
-    span, begun = [], threading.Event()
+    given = torch.ones(512), None, *weight, 8, False, -1, 8192, "none", torch.float32
+    return lambda: ops.qgemm(q, *given, backend="cpu")
+
+
+def encoder_layer():
+    layer, x = native_calls.encoder_layer(512, 2048), torch.randn(4, 512, 512)
+    return lambda: layer(x, None)
+
+
+def step():
+    return native_calls.decode_step(2048, 8192, rows=512)
+
+
+@pytest.mark.parametrize("made", [operator, encoder_layer, step])
+def test_python_goes_on_during_a_call(made):
+    """The GIL is released: this thread runs in the middle of a call that another one is in."""
+    compute, span, begun = made(), [], threading.Event()
 
     def call():
         begun.set()
         span.append(time.perf_counter())
-        ops.qgemm(q, torch.ones(512), None, *weight, 8, False, -1, 8192, "none", torch.float32, backend="cpu")
+        compute()
         span.append(time.perf_counter())
 
     worker = threading.Thread(target=call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 
 import pytest
@@ -11,6 +12,7 @@ from decode_models import CONFIG, MASK, SOURCES, VOCAB, alike, build, given, liv
 
 from dqkernels import DQConfig, decode, models, quantize_
 from dqkernels.decode import caches, engine, graphs, prepared, step
+from dqkernels.kernels import native
 from dqkernels.models import steps
 
 
@@ -130,22 +132,24 @@ def _list(*processors):
     return LogitsProcessorList(processors)
 
 
+@pytest.mark.parametrize("count", [2, 8])
 @pytest.mark.parametrize("beams", [1, 3])
-def test_two_threads_share_a_model_and_no_cache(beams):
-    """Each call meets the other one in the middle: at every token both have taken their caches, and neither is done."""
+def test_threads_share_a_model_and_no_cache(beams, count):
+    """The calls meet in the middle: at every token all have taken their caches, and none is done."""
     model = build("mbart")
-    inputs = [given(), {"input_ids": SOURCES.flip(0), "attention_mask": MASK.flip(0)}]
+    orders = itertools.islice(itertools.permutations(range(4)), 0, None, 3)
+    inputs = [{"input_ids": SOURCES[[*order]], "attention_mask": MASK[[*order]]} for order in orders][:count]
     options = {"max_new_tokens": 8, "num_beams": beams, "min_new_tokens": 8, "do_sample": False}
     alone = [model.generate(**each, **options) for each in inputs]
-    assert not torch.equal(*alone)
-    meeting = threading.Barrier(2, timeout=120)
+    assert len({str(each.tolist()) for each in alone}) == count
+    meeting = threading.Barrier(count, timeout=120)
 
     class Meets:
         def __call__(self, input_ids, scores):
             meeting.wait()
             return scores
 
-    found, errors = [None, None], []
+    found, errors = [None] * count, []
 
     def run(i):
         try:
@@ -154,12 +158,15 @@ def test_two_threads_share_a_model_and_no_cache(beams):
             meeting.abort()
             errors.append(error)
 
-    threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(count)]
     [thread.start() for thread in threads]
     [thread.join() for thread in threads]
     assert not errors, errors
     assert all(map(torch.equal, found, alone))
-    assert len(engine.state_of(model).pool.idle()) == 2
+    assert len(engine.state_of(model).pool.idle()) == min(count, caches.KEPT_SETS)
+    if native.native() is not None:
+        said = decode.describe(model)
+        assert "caches, a step in one native call;" in said and "by torch" not in said
 
 
 # ---- rows -----------------------------------------------------------------------------------------------------
