@@ -6,7 +6,7 @@ import torch
 
 from dqkernels import qmath
 from dqkernels.config import LayerConfig
-from dqkernels.kernels import cpu_attention, cpu_gemm, cpu_norm, native
+from dqkernels.kernels import cpu_attention, cpu_backward, cpu_gemm, cpu_norm, native
 
 
 def available(device_type: str) -> tuple[bool, str]:
@@ -142,10 +142,9 @@ def quantize_weight(weight: torch.Tensor, layer: LayerConfig) -> tuple[torch.Ten
     return native.pack(quantized.codes, layer.bits), quantized.scale, quantized.group_mult
 
 
-def dequantize_weight(qweight, weight_scale, group_mult, *, bits, four_level, group_size, out_features, in_features):
-    """Codes unpacked by the core, floats by `qmath`: fp32 [out_features, in_features]."""
-    codes = native.unpack(qweight, out_features, in_features, bits)
-    return qmath.dequantize_codes(codes, weight_scale, group_mult, four_level, group_size)
+def dequantize_weight(qweight, weight_scale, group_mult, **facts):
+    """See `reference.dequantize`; the same bits."""
+    return cpu_backward.dequantize(qweight, weight_scale, group_mult, **facts)
 
 
 def quantize_by_step(
@@ -173,3 +172,20 @@ def qattention_decode(
 def quantize_into_cache(k, v, k_cache, k_scale, v_cache, v_scale, position, *, mode, clip):
     """See `reference.quantize_into_cache`; the same bits."""
     cpu_attention.quantize_into_cache(k, v, k_cache, k_scale, v_cache, v_scale, position, mode, clip)
+
+
+def grad_input(grad, qweight, weight_scale, group_mult, passed, **facts):
+    """See `reference.grad_input`: the core's floats, torch's product."""
+    return cpu_backward.grad_input(grad, qweight, weight_scale, group_mult, passed, **facts)
+
+
+def grad_weight(grad, q, act_scale, out_dtype):
+    """See `reference.grad_weight`: torch's product."""
+    return cpu_backward.grad_weight(grad, q, act_scale, out_dtype)
+
+
+def qattention_backward(grad, q8, q_scale, k8, k_scale, v8, v_scale, mask, bias, q_passed, k_passed, v_passed, **facts):
+    """See `reference.qattention_backward`, computed a few heads at a time."""
+    return cpu_backward.qattention_backward(
+        grad, q8, q_scale, k8, k_scale, v8, v_scale, mask, bias, q_passed, k_passed, v_passed, **facts
+    )
