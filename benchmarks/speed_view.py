@@ -1,6 +1,6 @@
 """What pages say of `benchmarks/results/generate-zen4.json`: whole models on a CPU, and where a peer leads. Rendered.
-Of `generate-batches-zen4.json`, more texts at once and longer ones; of the two of an older processor without VNNI
-(`zen3`), the same; of `linear-zen3.json`, one layer against every peer that installs.
+Of `generate-batches-zen4.json`, more texts at once and longer ones; of `linear-zen4.json`, one layer against every peer
+that installs; of an older processor without VNNI (`zen3`), the same three.
 
 python benchmarks/speed_view.py             # every block, on stdout
 python benchmarks/speed_view.py --write     # into README.md and docs/
@@ -27,7 +27,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 RESULT = RESULTS / "generate-zen4.json"
 BATCHES = RESULTS / "generate-batches-zen4.json"
 OLDER, OLDER_BATCHES = RESULTS / "generate-zen3.json", RESULTS / "generate-batches-zen3.json"
-LAYERS = RESULTS / "linear-zen3.json"
+LAYERS, OLDER_LAYERS = RESULTS / "linear-zen4.json", RESULTS / "linear-zen3.json"
 _BLOCK = re.compile(r"(<!-- speed: ([a-z]+) -->)(.*?)(<!-- end of speed -->)", re.S)
 FLOAT = "torch fp32"
 #: What is compared, the smaller the better: the field, words for it, its unit, and what a value is divided by.
@@ -377,9 +377,16 @@ BLOCKS: dict[str, Callable[[dict], str]] = {
     "older": lambda result: cells(record.read(OLDER)),
     "olderbatches": lambda result: batches(record.read(OLDER_BATCHES)),
     "layers": lambda result: layers(record.read(LAYERS)),
+    "olderlayers": lambda result: layers(record.read(OLDER_LAYERS)),
 }
 #: The record of each, where it is not RESULT.
-RECORDS = {"batches": BATCHES, "older": OLDER, "olderbatches": OLDER_BATCHES, "layers": LAYERS}
+RECORDS = {
+    "batches": BATCHES,
+    "older": OLDER,
+    "olderbatches": OLDER_BATCHES,
+    "layers": LAYERS,
+    "olderlayers": OLDER_LAYERS,
+}
 #: Where each stands.
 PAGES = {
     "readme": "README.md",
@@ -391,6 +398,7 @@ PAGES = {
     "older": "docs/measured.md",
     "olderbatches": "docs/measured.md",
     "layers": "docs/measured.md",
+    "olderlayers": "docs/measured.md",
 }
 
 
